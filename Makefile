@@ -1,0 +1,42 @@
+# `make demo` and `make test` need nothing but Python 3.11+ and a package index.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# One thread a process: reproducible, and two processes share two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test test-all lint format build clean
+
+demo: $(VENV)/.installed ## fine-tune the embedded model with AdamW and with LoRA-RITE, and compare
+	$(BIN)/lora-rite demo
+
+test: $(VENV)/.installed ## the fast tests
+	$(PYTEST)
+
+test-all: $(VENV)/.installed ## all tests, the slow ones too
+	$(PYTEST) -m "slow or not slow"
+
+lint: $(VENV)/.installed ## what pre-commit and CI check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: $(VENV)/.installed ## wheel and source distribution in dist/
+	$(BIN)/python -m build --installer pip
+
+# The environment: pinned by constraints.txt, except for a torch that is there already (in the environment, or in the
+# Python that makes it): that one is kept.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+	  $$($(PYTHON) -c 'import importlib.util as u; print("--system-site-packages" * bool(u.find_spec("torch")))')
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q torch -c constraints.txt
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -q -e '.[dev]' -c $(VENV)/constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist demo runs

@@ -1,0 +1,54 @@
+"""LoRA-RITE: an optimizer for low-rank adapters whose step does not depend on how the adapter is factorised."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .callback import LoRARiteCallback
+    from .errors import LoRARiteError, LoRARiteTypeError, LoRARiteValueError, NonFiniteError
+    from .hf import LoRARiteFactory, create_lora_rite
+    from .optimizer import PUBLISHED, LoRARite
+    from .pairs import find_pairs, param_groups
+
+#: Public name → module. Nothing is imported, torch included, before a name is used.
+_HOME = {
+    "LoRARite": "optimizer",
+    "PUBLISHED": "optimizer",
+    "find_pairs": "pairs",
+    "param_groups": "pairs",
+    "create_lora_rite": "hf",
+    "LoRARiteFactory": "hf",
+    "LoRARiteCallback": "callback",
+    "LoRARiteError": "errors",
+    "LoRARiteTypeError": "errors",
+    "LoRARiteValueError": "errors",
+    "NonFiniteError": "errors",
+}
+
+__all__ = [
+    "PUBLISHED",
+    "LoRARite",
+    "LoRARiteCallback",
+    "LoRARiteError",
+    "LoRARiteFactory",
+    "LoRARiteTypeError",
+    "LoRARiteValueError",
+    "NonFiniteError",
+    "create_lora_rite",
+    "find_pairs",
+    "param_groups",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,558 @@
+"""``LoRARite``: validates, keeps state, batches same-shape pairs, calls :mod:`lora_rite.rite`, commits."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from . import rite
+from .batch import Batch, FactorPair, State, new_state, rounding_key
+from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError
+from .pairs import check_order, check_pair, overlapping_storage, param_groups
+
+#: Keyword arguments that make LoRARite compute the step of the authors' PyTorch code.
+PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
+
+#: Pairs of one shape are computed together up to this number of elements (4 MiB of float32 a temporary).
+BATCH_ELEMENTS = 2**20
+#: Non-finite gradients in so many steps in a row are an error.
+MAX_SKIPPED_IN_A_ROW = 3
+
+_ATTACH = "attach an adapter first (peft.get_peft_model), and pass model.named_parameters()"
+_NON_NEGATIVE = (
+    "weight_decay", "damping", "relative_eps", "clip_unmagnified_grad", "update_skipping", "update_capping",
+)  # fmt: skip
+_SMALL_STATE = ("second_moment", "escaped_mass", "transport", "basis", "coordinates", "warm_basis", "step", "damped")
+
+
+class LoRARite(torch.optim.Optimizer):
+    r"""LoRA-RITE: each factor of B·A is preconditioned in the orthonormal basis of the other one, so that the step on
+    W = B·A does not depend on how W is factorised (transformation invariance).
+
+    For a tall factor X (Aᵀ or B) with gradient g, the other factor Y = Q_Y·T_Y, and t the 1-based step::
+
+        D = T_Y⁺, damped where Y started at zero      (``damping``: δ = damping·lr·√rows(Y))
+        ḡ = g·D, clipped over all pairs together      (``clip_unmagnified_grad``)
+        V ← β₂ₜ·P V Pᵀ + (1−β₂ₜ)·ḡᵀḡ/rows             P = Q_Y,newᵀ·Q_Y,old
+        S = ḡ·(√V + eps + relative_eps·√λ_max)⁻¹, rows equilibrated   (``row_equilibration``, ``row_beta``)
+        M ← β₁ₜ·M Pᵀ + (1−β₁ₜ)·S                      β_t = β(1−βᵗ⁻¹)/(1−βᵗ)
+        X ← X − lr·(M·Dᵀ + weight_decay·X)
+
+    Args:
+        params: ``model.named_parameters()`` (pairs by name: ``lora_A``/``lora_B`` of PEFT, also ``lora_embedding_…``,
+            ``lora_down``/``lora_up``, ``lora_a``/``lora_b``), a flat list A, B, A, B, … with A (r, n) and B (m, r), or
+            groups from :func:`lora_rite.param_groups`. Frozen parameters are left out.
+        lr: the learning rate, a float or a tensor of one element. A step changes W by about lr·√(rows·r) in Frobenius
+            norm. All hyperparameters are per group and read at each step.
+        betas: decays of the first and the second moment.
+        eps: added to the root of the eigenvalues of V.
+        weight_decay: decoupled, on both factors.
+        damping: how many steps' worth of W must lie along a direction of B·A before the factor opposite to the zero one
+            follows it. 0 is the published step, which diverges where the gradient's rank is below r.
+        row_equilibration: divide each row of the preconditioned gradient by its running root mean square.
+        row_beta: decay of that mean square.
+        relative_eps: eps in units of √λ_max(V): makes the step independent of the gradient's scale.
+        clip_unmagnified_grad: largest norm of the unmagnified gradients of all pairs together; 0 is off.
+        update_skipping: drop a factor's gradient in this step where its unmagnified root mean square exceeds this; 0 is
+            off.
+        update_capping: largest root mean square of M in the update; 0 is off.
+        apply_escape: add the mass of V that the new basis does not see (ρ of Algorithm 1) to its eigenvalues.
+        balance_param: rescale both factors to equal Frobenius norms after each step.
+        maximize: ascend instead of descend.
+        adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: for the trainable parameters that are not factors (they
+            become ``lr``, ``betas``, … of a group of kind "adamw", so that schedulers act on it too). Without
+            ``adamw_lr`` such parameters are an error: LoRA-RITE's learning rate does not suit them.
+
+    Raises:
+        LoRARiteValueError, LoRARiteTypeError: parameters that do not form pairs, hyperparameters out of range.
+        NonFiniteError: from ``step()``, a parameter has NaN or Inf (nothing is written), or gradients had it in three
+            steps in a row. One such step alone is skipped as a whole, with a warning that names the parameter:
+            parameters, moments and step counters stay as they are, and ``report()["skipped"]`` goes up.
+
+    Note:
+        Deviations from the paper (Algorithm 1): V is a bias-corrected average instead of a sum, and M is
+        bias-corrected; gradients are clipped; ρ is off (``apply_escape``); all three as in the authors' code.
+        Deviations from the authors' code, with :data:`PUBLISHED` none but these:
+
+        - the orthonormal basis comes from Gram matrices in the previous basis instead of a QR decomposition (every
+          orthonormal basis gives the same step), and the state holds no tall basis;
+        - negative eigenvalues of V that are rounding noise are 0 (there: NaN, and the update vanishes);
+        - ``weight_decay`` of the group is honoured; ``balance_param`` does nothing where lr is 0 or a factor is zero;
+        - a gradient with NaN or Inf skips the step instead of entering the state; a pair without gradient is passed
+          over;
+        - bfloat16 and float16 factors are computed in float32 and rounded stochastically.
+
+        Ours, in neither (off in :data:`PUBLISHED`): ``damping``, ``row_equilibration``, ``relative_eps``; and
+        ``update_skipping``, which is 1 there, is off by default.
+
+        The defaults of lr and damping rest on runs of small models; start from the lr that is good for AdamW on the
+        same adapter and try up to five times that; see the README.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        damping: float = 10.0,
+        row_equilibration: bool = True,
+        row_beta: float = 0.99,
+        relative_eps: float = 1e-3,
+        clip_unmagnified_grad: float = 1.0,
+        update_skipping: float = 0.0,
+        update_capping: float = 0.0,
+        apply_escape: bool = False,
+        balance_param: bool = False,
+        maximize: bool = False,
+        adamw_lr: float | Tensor | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float = 0.0,
+    ):
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "damping": damping,
+            "row_equilibration": row_equilibration, "row_beta": row_beta, "relative_eps": relative_eps,
+            "clip_unmagnified_grad": clip_unmagnified_grad, "update_skipping": update_skipping,
+            "update_capping": update_capping, "apply_escape": apply_escape, "balance_param": balance_param,
+            "maximize": maximize, "skipped": 0,
+        }  # fmt: skip
+        _check_hyperparameters(defaults)
+        self._adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
+        if isinstance(params, torch.nn.Module):
+            raise LoRARiteTypeError("params is a model; pass model.named_parameters(), which names the factors")
+        given: Any = params if isinstance(params, Tensor) else list(params)
+        if isinstance(given, list) and not given:
+            raise LoRARiteValueError(f"no LoRA pairs: params is empty; {_ATTACH}")
+        self._statistics, self._skipped_in_a_row = _Statistics(), 0
+        super().__init__(given, defaults)
+        if not any(group["kind"] == "lora" for group in self.param_groups):
+            raise LoRARiteValueError(f"no LoRA pairs among the trainable parameters; {_ATTACH}")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_adamw", {"lr": None})
+        self._statistics, self._skipped_in_a_row = _Statistics(), 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_adamw": self._adamw}
+
+    # ------------------------------------------------------------------------------------------------- construction
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group: of kind "lora" (A, B, A, B, …), of kind "adamw", or, without ``kind``, named parameters of both
+        sorts or a flat list A, B, A, B, … Nothing is added where anything is wrong with it.
+        """
+        if not isinstance(param_group, dict):
+            raise LoRARiteTypeError(f"param_group must be a dict, but got {type(param_group).__name__}")
+        unknown = set(param_group) - {"params", "param_names", "kind", "initial_lr", *self.defaults}
+        if unknown:
+            raise LoRARiteValueError(f"unknown key {sorted(unknown)[0]!r} in a parameter group")
+        if isinstance(param_group["params"], set):
+            raise LoRARiteTypeError("params is a set, whose order changes between runs: pass a list")
+        given = param_group["params"]
+        params: list[Any] = [given] if isinstance(given, Tensor) else list(given)
+        options = {k: v for k, v in param_group.items() if k != "params"}
+        named = bool(params) and isinstance(params[0], tuple)
+        if not named and "param_names" in options:
+            params, named = list(zip(options["param_names"], params, strict=True)), True
+        options.pop("param_names", None)
+        offset = sum(len(group["params"]) for group in self.param_groups)
+        labelled: list[tuple[str, Any]] = (
+            params if named else [(f"parameter {offset + i}", p) for i, p in enumerate(params)]
+        )
+        _check_tensors(labelled)
+        if "kind" in options:
+            groups = [{"params": labelled, **options}]
+        elif named:
+            groups = param_groups(labelled, **options)
+        else:
+            trainable = [(name, p) for name, p in labelled if p.requires_grad]
+            groups = [{"params": trainable, "kind": "lora", **options}] if trainable else []
+        for group in groups:
+            self._check_group(group, named)
+        everything = [
+            *zip(self._names_by_position(), chain.from_iterable(g["params"] for g in self.param_groups), strict=True),
+            *chain.from_iterable(group["params"] for group in groups),
+        ]
+        if shared := overlapping_storage(everything):
+            raise LoRARiteValueError(
+                f"{shared[0]} and {shared[1]} are the same tensor or share storage (tied, or passed twice): each may "
+                "be updated once only. Untie them, or freeze one"
+            )
+        for group in groups:
+            if not named:
+                group["params"] = [p for _, p in group["params"]]
+            super().add_param_group(group)
+
+    def _check_group(self, group: dict[str, Any], named: bool) -> None:
+        kind, params = group["kind"], group["params"]
+        if kind == "lora":
+            if len(params) % 2:
+                raise LoRARiteValueError(
+                    f"unpaired factor {params[-1][0]}: {len(params)} parameters are not pairs A, B, A, B, …; pass "
+                    "model.named_parameters()"
+                )
+            for (a_name, a), (b_name, b) in zip(params[::2], params[1::2], strict=True):
+                if not named:
+                    check_order(a, b, a_name, b_name)
+                check_pair(a, b, a_name, b_name)
+        elif kind == "adamw":
+            for key, value in self._adamw.items():
+                group.setdefault(key, value)
+            if group["lr"] is None:
+                names = [name for name, _ in params]
+                raise LoRARiteValueError(
+                    f"{len(names)} trainable parameters are not LoRA factors ({', '.join(names[:3])}"
+                    f"{', …' if len(names) > 3 else ''}): pass adamw_lr=… to train them by AdamW (LoRA-RITE's lr does "
+                    "not suit them), or freeze them"
+                )
+        else:
+            raise LoRARiteValueError(f'kind is "lora" or "adamw", not {kind!r}')
+        _check_hyperparameters({**self.defaults, **group})
+
+    # --------------------------------------------------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        """One step. Everything that can fail is computed before anything is written.
+
+        Args:
+            closure: evaluates the model anew and returns the loss, which ``step`` returns.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        others = [group for group in self.param_groups if group["kind"] == "adamw"]
+        fresh: dict[Tensor, State] = {}
+        batches = self._measure(fresh, others)
+        if batches is None:
+            return loss
+        self.state.update(fresh)
+        for batch in batches:
+            batch.apply()
+        offset = 0
+        for group in self.param_groups:
+            if group["kind"] == "adamw":
+                _adamw_step(group, self.state, offset)
+            offset += len(group["params"])
+        return loss
+
+    def _measure(self, fresh: dict[Tensor, State], others: list[dict[str, Any]]) -> list[Batch] | None:
+        """All batches, measured; None where the step is to be skipped. Reads parameters, gradients and state only."""
+        batches = [Batch(group, pairs, self.state, fresh) for group, pairs in self._alike(_have_gradients)]
+        squares = [batch.measure() for batch in batches]
+        norm = sum((s.to(squares[0].device) for s in squares[1:]), squares[0]).sqrt() if batches else torch.zeros(())
+        for batch in batches:
+            batch.precondition(norm)
+        finite, unchanged = self._flags(batches, others)
+        pairs = [pair for batch in batches for pair in batch.pairs]
+        changed = [pair for pair, same in zip(pairs, unchanged, strict=True) if not same]
+        if changed:
+            self._restart(changed, fresh)
+            return self._measure(fresh, others)
+        if not all(finite):
+            self._skip(pairs, others, finite)
+            return None
+        self._skipped_in_a_row = 0
+        if batches:
+            self._statistics.add(batches, norm)
+        return batches
+
+    def _alike(self, wanted: Callable[[Tensor, Tensor], bool]) -> Iterator[tuple[dict[str, Any], list[FactorPair]]]:
+        """Pairs (A, B) that are wanted, by group, shape, dtype and device, in bounded numbers."""
+        position = 0
+        for number, group in enumerate(self.param_groups):
+            params = group["params"]
+            alike: dict[Any, list[FactorPair]] = {}
+            for k in range(0, len(params) if group["kind"] == "lora" else 0, 2):
+                a, b = params[k : k + 2]
+                if not wanted(a, b):
+                    continue
+                if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1]:
+                    check_pair(a, b, *_names(self.param_groups)[number][k : k + 2])
+                alike.setdefault((a.shape, b.shape, a.dtype, b.dtype, a.device), []).append(
+                    FactorPair(a, b, position + k)
+                )
+            position += len(params)
+            for pairs in alike.values():
+                size = max(1, BATCH_ELEMENTS // (pairs[0].a.numel() + pairs[0].b.numel()))
+                yield from ((group, pairs[i : i + size]) for i in range(0, len(pairs), size))
+
+    def _flags(self, batches: list[Batch], others: list[dict[str, Any]]) -> tuple[list[bool], list[bool]]:
+        """Whether each pair and then each AdamW group is finite, and whether each pair is what the last step left; the
+        one host synchronisation of a step."""
+        finite = [batch.finite() for batch in batches]
+        for group in others:
+            if gradients := [p.grad for p in group["params"] if p.grad is not None]:
+                finite.append(torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all()[None])
+            else:
+                finite.append(torch.ones(1, dtype=torch.bool))
+        flags = finite + [batch.unchanged() for batch in batches]
+        if not flags:
+            return [], []
+        values = torch.cat([flag.to(flags[0].device) for flag in flags]).tolist()
+        pairs = sum(len(batch.pairs) for batch in batches)
+        return values[: pairs + len(others)], values[pairs + len(others) :]
+
+    def _restart(self, changed: list[FactorPair], fresh: dict[Tensor, State]) -> None:
+        """New states for pairs that were changed since the last step."""
+        names = self._names_by_position()
+        for pair in changed:
+            for p, name in zip(pair[:2], names[pair.position :], strict=False):
+                if not p.isfinite().all():
+                    raise NonFiniteError(f"parameter {name} contains NaN or Inf: restore a checkpoint")
+            fresh[pair.a], fresh[pair.b] = new_state(pair)
+        first = names[changed[0].position]
+        warnings.warn(
+            f"{len(changed)} pairs were changed from outside since the last step "
+            f"({first}{', …' * (len(changed) > 1)}): their moments start anew. Load the optimizer's state "
+            "together with the weights to keep them",
+            stacklevel=5,
+        )
+
+    def _skip(self, pairs: list[FactorPair], others: list[dict[str, Any]], finite: list[bool]) -> None:
+        names = self._names_by_position()
+        suspects = [p for pair, ok in zip(pairs, finite, strict=False) if not ok for p in pair[:2]]
+        suspects += [p for group in others for p in group["params"] if p.grad is not None]
+        bad = [p for p in suspects if p.grad is not None and not p.grad.isfinite().all()] or suspects
+        positions = {p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))}
+        name = names[positions[bad[0]]]
+        self._skipped_in_a_row += 1
+        for group in self.param_groups:
+            group["skipped"] += 1
+        message = f"non-finite gradient of {name}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}"
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"{message}, {self._skipped_in_a_row} steps in a row: lower the learning rate, or look for the first "
+                "non-finite loss. Parameters and state are those of the last good step"
+            )
+        warnings.warn(f"{message}: step skipped ({self.param_groups[0]['skipped']} so far)", stacklevel=4)
+
+    def _names_by_position(self) -> list[str]:
+        return [name for names in _names(self.param_groups) for name in names]
+
+    # ------------------------------------------------------------------------------------------------------ reporting
+
+    @torch.no_grad()
+    def report(self) -> dict[str, Any]:
+        """What the optimizer holds and what it did; plain numbers, for logs and JSON. Synchronises with the device.
+
+        ==========================  ==========================================================================
+        ``pairs``, ``ranks``        number of pairs, and of pairs by rank
+        ``other_parameters``        number of tensors updated by AdamW
+        ``state_bytes``             bytes of all state tensors
+        ``steps``, ``skipped``      steps applied to the oldest pair; steps skipped for a non-finite gradient
+        ``pairs_preconditioned``    pairs that the last step moved: those that had gradients
+        ``dead_pairs``              pairs with both factors zero, which cannot learn
+        ``gradient_norm``           norm of all unmagnified gradients in the last step, before clipping
+        ``clip_rate``               share of steps that were clipped, since this optimizer was made or loaded
+        ``damped_share``            share of singular directions of B·A with σ < δ in the last step
+        ``sigma_over_delta``        median of σ/δ over pairs and directions in the last step (None without damping)
+        ``update_norm``             Frobenius norm, to first order, of the change of W = B·A that the present first
+                                    moments make in one step at the present lr
+        ==========================  ==========================================================================
+        """
+        lora = [group["params"] for group in self.param_groups if group["kind"] == "lora"]
+        ranks = [params[k].shape[0] for params in lora for k in range(0, len(params), 2)]
+        states = [state for state in self.state.values() if "basis" in state]
+        everything = [t for state in self.state.values() for t in state.values() if isinstance(t, Tensor)]
+        batches = [
+            Batch(group, pairs, self.state, {}) for group, pairs in self._alike(lambda a, b: bool(self.state.get(a)))
+        ]
+        return {
+            "pairs": len(ranks),
+            "ranks": {rank: ranks.count(rank) for rank in sorted(set(ranks))},
+            "other_parameters": sum(len(g["params"]) for g in self.param_groups if g["kind"] == "adamw"),
+            "state_bytes": sum(t.numel() * t.element_size() for t in everything),
+            "steps": max((int(state["step"]) for state in states), default=0),
+            "skipped": self.param_groups[0]["skipped"],
+            "dead_pairs": sum(int(dead) for batch in batches for dead in batch.dead()),
+            "update_norm": sum(float(batch.update_square()) for batch in batches) ** 0.5,
+            **self._statistics.summary(),
+        }
+
+    # ----------------------------------------------------------------------------------------------------- state dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of LoRARite. State keeps its dtype (torch would cast it to the parameters'), and where
+        both sides have names, it goes to the parameters of those names, whatever their order.
+
+        Raises:
+            LoRARiteValueError: a state of another optimizer, of other parameters or shapes. Nothing is loaded.
+        """
+        matched: dict[str, Any] = {}
+
+        def match(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            matched.update(_match_state(loaded, self.param_groups))
+            return matched
+
+        hook = self.register_load_state_dict_pre_hook(match)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        saved_ids = chain.from_iterable(group["params"] for group in matched["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for saved_id, p in zip(saved_ids, params, strict=True):
+            for key, value in matched["state"].get(saved_id, {}).items():
+                if isinstance(value, Tensor):
+                    device = value.device if key == "step" else p.device
+                    self.state[p][key] = value.detach().to(device, copy=True)
+
+
+def _have_gradients(a: Tensor, b: Tensor) -> bool:
+    return a.grad is not None and b.grad is not None
+
+
+class _Statistics:
+    """Figures of the last step and counts since the start, on the device until somebody asks."""
+
+    def __init__(self) -> None:
+        self.steps, self.clipped, self.pairs, self.norm = 0, torch.zeros(()), 0, torch.zeros(())
+        self.sigma_over_delta: list[Tensor] = []
+
+    def add(self, batches: list[Batch], norm: Tensor) -> None:
+        clips = [batch.group["clip_unmagnified_grad"] for batch in batches]
+        smallest = min((clip for clip in clips if clip), default=math.inf)
+        self.steps += 1
+        self.clipped = self.clipped.to(norm.device) + (norm > smallest)
+        self.norm, self.pairs = norm, sum(len(batch.pairs) for batch in batches)
+        self.sigma_over_delta = [b.sigma_over_delta for b in batches if b.sigma_over_delta is not None]
+
+    def summary(self) -> dict[str, Any]:
+        ratios = torch.cat([r.flatten().cpu() for r in self.sigma_over_delta]) if self.sigma_over_delta else None
+        if ratios is not None:
+            ratios = ratios.nan_to_num(0.0, posinf=torch.inf)  # 0/0: a zero factor at lr 0
+        return {
+            "pairs_preconditioned": self.pairs,
+            "gradient_norm": float(self.norm),
+            "clip_rate": float(self.clipped) / max(self.steps, 1),
+            "damped_share": float((ratios < 1).double().mean()) if ratios is not None else 0.0,
+            "sigma_over_delta": float(ratios.median()) if ratios is not None else None,
+        }
+
+
+def _adamw_step(group: dict[str, Any], states: dict[Tensor, State], offset: int) -> None:
+    """torch's AdamW on the parameters of a group; in float32 where they are of less precision, rounded
+    stochastically."""
+    params = [(offset + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
+    if not params:
+        return
+    low = (torch.bfloat16, torch.float16)
+    for _, p in params:
+        if not states[p]:
+            dtype = torch.float32 if p.dtype in low else p.dtype
+            moments = {key: torch.zeros_like(p, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
+            states[p].update(step=torch.zeros(()), **moments)
+    work = [p.float() if p.dtype in low else p for _, p in params]
+    adamw(
+        work,
+        [p.grad.to(w.dtype) for (_, p), w in zip(params, work, strict=True)],  # type: ignore[union-attr]
+        [states[p]["exp_avg"] for _, p in params],
+        [states[p]["exp_avg_sq"] for _, p in params],
+        [],
+        [states[p]["step"] for _, p in params],
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
+    for (position, p), w in zip(params, work, strict=True):
+        if w is not p:
+            key = rounding_key(states[p]["step"][None], [position])
+            p.copy_(rite.stochastic_round(w[None], p.dtype, key.to(p.device))[0])
+
+
+def _match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """``state_dict`` in the order of ``groups``; LoRARiteValueError where it does not belong to their parameters."""
+    saved = state_dict["param_groups"]
+    if any("kind" not in group for group in saved):
+        raise LoRARiteValueError(
+            'not a LoRA-RITE state: its groups have no "kind". A run of another optimizer cannot go on with LoRARite; '
+            "load the weights alone"
+        )
+    names, saved_names = _names(groups), [group.get("param_names", []) for group in saved]
+    if all(saved_names) and all("param_names" in group for group in groups):
+        ids = {n: i for group in saved for n, i in zip(group["param_names"], group["params"], strict=True)}
+        home = {n: k for k, group in enumerate(saved_names) for n in group}
+        ours = list(chain.from_iterable(names))
+        differences = [f"{n} is not in the state" for n in ours if n not in ids]
+        differences += [f"{n} is not in the optimizer" for n in ids if n not in set(ours)]
+        differences = differences or [
+            f"{n} is in group {home[n]} of the state and in group {k} of the optimizer, which differ"
+            for k, group in enumerate(names)
+            for n in group
+            if n in home and sorted(saved_names[home[n]]) != sorted(group)
+        ]
+        if differences:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise LoRARiteValueError("the state is of other parameters: " + "; ".join(differences[:3]) + more)
+        saved = [{**saved[home[g[0]]], "params": [ids[n] for n in g], "param_names": list(g)} for g in names]
+    for group, saved_group, group_names in zip(groups, saved, names, strict=False):
+        for p, saved_id, name in zip(group["params"], saved_group["params"], group_names, strict=False):
+            moment = state_dict["state"].get(saved_id, {}).get("first_moment")
+            if moment is not None and moment.shape != p.shape:
+                raise LoRARiteValueError(
+                    f"the state of {name} is for shape {tuple(moment.shape)}, the parameter has {tuple(p.shape)}"
+                )
+    return {**state_dict, "param_groups": saved}
+
+
+def _names(groups: list[dict[str, Any]]) -> list[list[str]]:
+    """Names of the parameters, by group; a running number where they have none."""
+    names, offset = [], 0
+    for group in groups:
+        numbers = range(offset, offset + len(group["params"]))
+        names.append(group.get("param_names") or [f"parameter {i}" for i in numbers])
+        offset += len(group["params"])
+    return names
+
+
+def _check_tensors(named: list[tuple[str, Any]]) -> None:
+    for name, p in named:
+        if not isinstance(p, Tensor):
+            raise LoRARiteTypeError(f"{name} is a {type(p).__name__}, not a tensor")
+        if not p.is_floating_point():
+            raise LoRARiteTypeError(f"{name} is of {p.dtype}: only real floating-point parameters can be trained")
+        if p.is_meta or p.layout != torch.strided:
+            what = "on the meta device" if p.is_meta else f"of layout {p.layout}"
+            raise LoRARiteValueError(f"{name} is {what}: LoRARite needs dense parameters with values")
+        if not (p.is_leaf or p.retains_grad):
+            raise LoRARiteValueError(f"{name} is not a leaf: it is computed from other tensors, so it has no gradient")
+
+
+def _check_hyperparameters(values: dict[str, Any]) -> None:
+    for key in ("lr", *_NON_NEGATIVE):
+        value = values[key]
+        if isinstance(value, Tensor):
+            if key != "lr" or value.numel() != 1:
+                raise LoRARiteValueError(f"{key} must be a number{' or a tensor of one element' * (key == 'lr')}")
+            value = value.item()
+        if not _is_number(value) or not 0 <= value < math.inf:
+            raise LoRARiteValueError(f"{key} must be a finite number ≥ 0, got {values[key]!r}")
+    if not _is_number(values["eps"]) or not 0 < values["eps"] < math.inf:
+        raise LoRARiteValueError(f"eps must be a finite number > 0, got {values['eps']!r}")
+    betas = values["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+        raise LoRARiteValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    if not _is_number(values["row_beta"]) or not 0 <= values["row_beta"] < 1:
+        raise LoRARiteValueError(f"row_beta must be a number in [0, 1), got {values['row_beta']!r}")
+    for key in ("row_equilibration", "apply_escape", "balance_param", "maximize"):
+        if not isinstance(values[key], bool):
+            raise LoRARiteValueError(f"{key} must be True or False, got {values[key]!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,208 @@
+"""Finds the pairs (A, B) of a model, says what it leaves out and why, and builds the optimizer's groups.
+
+The layout of a group *is* the pairing: ``{"params": [A0, B0, A1, B1, …], "kind": "lora"}`` is read by position at each
+step, so that it survives every exchange of parameters (FSDP2, ``deepcopy``, ``load_state_dict``). All other trainable
+parameters belong to a group of ``"kind": "adamw"``.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LoRARiteTypeError, LoRARiteValueError
+
+#: Name of A → name of B, as a whole segment of a dotted parameter name.
+FACTOR_NAMES = {
+    "lora_A": "lora_B",  # PEFT
+    "lora_embedding_A": "lora_embedding_B",  # PEFT, embeddings
+    "lora_down": "lora_up",  # diffusers, sd-scripts, LyCORIS
+    "lora_a": "lora_b",  # torchtune
+}
+#: A parameter of this name beside A and B stands between them: ΔW = B·diag·A, which has not the invariance of B·A.
+BETWEEN_NAMES = ("lora_E", "lora_diag")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One product B·A: A is (r, n) and B is (m, r), or convolutions (r, n, …) and (m, r, 1, …)."""
+
+    a_name: str
+    b_name: str
+    a: Tensor
+    b: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A trainable parameter that is not part of a pair; LoRARite updates it by AdamW."""
+
+    name: str
+    parameter: Tensor
+    reason: str
+
+
+@dataclass
+class Pairing:
+    """What :func:`find_pairs` found: ``pairs``, ``left_out`` (trainable, with the reason) and the names of ``frozen``
+    factors."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.pairs)} pairs"]
+        lines += [f"  {p.a_name} {tuple(p.a.shape)} with {p.b_name} {tuple(p.b.shape)}" for p in self.pairs]
+        lines += [f"{len(self.left_out)} other trainable parameters (AdamW)"] if self.left_out else []
+        lines += [f"  {o.name} {tuple(o.parameter.shape)}: {o.reason}" for o in self.left_out]
+        lines += [f"{len(self.frozen)} frozen factors, not trained"] if self.frozen else []
+        lines += [f"  {name}" for name in self.frozen]
+        return "\n".join(lines)
+
+
+def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
+    """The pairs of a model (or of its ``named_parameters()``), by name: ``lora_A``/``lora_B``,
+    ``lora_embedding_A``/``lora_embedding_B``, ``lora_down``/``lora_up``, ``lora_a``/``lora_b``.
+
+    Given a model, layers whose factors do not form plain pairs are recognised too (stacked experts, grouped
+    convolutions); given names alone, they cannot be.
+
+    Raises:
+        LoRARiteValueError: a trainable factor without its partner, or two factors that cannot be multiplied.
+    """
+    if isinstance(model, nn.Module):
+        excluded, named = _excluded_layers(model), list(model.named_parameters())
+    else:
+        excluded, named = {}, _check_named(model)
+    trainable = {name: p for name, p in named if p.requires_grad}
+    pairing = Pairing(frozen=[name for name, p in named if not p.requires_grad and _partner(name) and p.ndim > 1])
+    for name in trainable:
+        if any(segment in BETWEEN_NAMES for segment in name.split(".")):
+            excluded[_layer(name)] = f"ΔW is not a plain product B·A: {name} stands between"
+    partners: dict[str, str] = {}
+    for name, p in trainable.items():
+        partner = _partner(name) if p.ndim > 1 else None
+        if partner is None:
+            pairing.left_out.append(LeftOut(name, p, "not a LoRA factor"))
+        elif reason := excluded.get(_layer(name)):
+            pairing.left_out.append(LeftOut(name, p, reason))
+        elif partner not in trainable:
+            frozen = " (it is frozen: training one factor alone is not supported)" if partner in pairing.frozen else ""
+            raise LoRARiteValueError(
+                f"unpaired factor {name}: no trainable {partner}{frozen}. Pass both factors, or freeze this one"
+            )
+        else:
+            partners[name] = partner
+    for name, partner in partners.items():
+        if _is_a(name):
+            pair = Pair(name, partner, trainable[name], trainable[partner])
+            check_pair(pair.a, pair.b, name, partner)
+            pairing.pairs.append(pair)
+    return pairing
+
+
+def param_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: Any) -> list[dict[str, Any]]:
+    """Groups for ``LoRARite``: one of kind "lora" with named pairs and the ``options`` (lr, betas, …), and one of kind
+    "adamw" where other parameters are trainable (the optimizer gives it its ``adamw_…`` settings).
+
+    To give pairs different settings, call it with the ``named_parameters()`` of one part of the model at a time.
+    """
+    pairing = find_pairs(model)
+    groups: list[dict[str, Any]] = []
+    if pairing.pairs:
+        named = [named for p in pairing.pairs for named in ((p.a_name, p.a), (p.b_name, p.b))]
+        groups.append({"params": named, "kind": "lora", **options})
+    if pairing.left_out:
+        groups.append({"params": [(o.name, o.parameter) for o in pairing.left_out], "kind": "adamw"})
+    return groups
+
+
+def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
+    """Raises LoRARiteValueError where A (r, n, …) and B (m, r, …) cannot be the factors of one product."""
+    for name, p in ((a_name, a), (b_name, b)):
+        if p.ndim < 2 or p.numel() == 0:
+            raise LoRARiteValueError(
+                f"{name} has shape {tuple(p.shape)}; a factor is a non-empty matrix or convolution"
+            )
+    if a.shape[0] != b.shape[1] or b[0, 0].numel() != 1:
+        hint = ""
+        if a.ndim > 2 and a.shape[0] % b.shape[1] == 0:
+            hint = " (a grouped convolution is not one product B·A and not supported)"
+        raise LoRARiteValueError(
+            f"rank mismatch {a.shape[0]} vs {b.shape[1]}: {a_name} has shape {tuple(a.shape)}, {b_name} "
+            f"{tuple(b.shape)}, and should have (r, n) and (m, r){hint}"
+        )
+    if a.device != b.device:
+        raise LoRARiteValueError(f"{a_name} is on {a.device} and {b_name} on {b.device}: move the pair to one device")
+
+
+def check_order(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
+    """Raises LoRARiteValueError where shapes alone cannot tell that ``a`` is A (r, n) and ``b`` is B (m, r)."""
+    forward = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]
+    backward = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
+    rank_in_front = a.ndim == 2 and a.shape[0] < a.shape[1]
+    if backward and not (forward and rank_in_front):
+        raise LoRARiteValueError(
+            f"cannot tell A from B: {a_name} has shape {tuple(a.shape)} and {b_name} {tuple(b.shape)}, without names. "
+            "A flat list must be A, B, A, B, … with A (r, n) and B (m, r); pass model.named_parameters()"
+        )
+
+
+def _check_named(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    named = list(named)
+    for item in named:
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+            raise LoRARiteTypeError(f"expected a model or its named_parameters(), got an item of {type(item).__name__}")
+        if not isinstance(item[1], Tensor):
+            raise LoRARiteTypeError(f"{item[0]} is a {type(item[1]).__name__}, not a tensor")
+    return named
+
+
+def _partner(name: str) -> str | None:
+    """The name of the other factor, or None where ``name`` is not a factor's."""
+    segments = name.split(".")
+    for i in reversed(range(len(segments))):
+        for a, b in FACTOR_NAMES.items():
+            if segments[i] in (a, b):
+                segments[i] = b if segments[i] == a else a
+                return ".".join(segments)
+    return None
+
+
+def _is_a(name: str) -> bool:
+    return next(s in FACTOR_NAMES for s in reversed(name.split(".")) if s in {*FACTOR_NAMES, *FACTOR_NAMES.values()})
+
+
+def _layer(name: str) -> str:
+    """The name of the layer that holds a factor: everything before its ``lora_…`` segment."""
+    segments = name.split(".")
+    return ".".join(segments[: max(i for i, s in enumerate(segments) if s.startswith("lora_"))])
+
+
+def _excluded_layers(model: nn.Module) -> dict[str, str]:
+    """Layers (by name) with factors that do not form plain pairs, and why."""
+    reasons = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ == "ParamWrapper" and getattr(module, "num_experts", 1) > 1:
+            reasons[name] = "factors of several experts in one matrix: not supported yet"
+        elif getattr(getattr(module, "base_layer", None), "groups", 1) > 1:
+            reasons[name] = "grouped convolution: not one product B·A, not supported yet"
+    return reasons
+
+
+def overlapping_storage(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """The names of two parameters that begin at the same place in memory, or None."""
+    seen: dict[tuple[torch.device, int], str] = {}
+    for name, p in named:
+        if p.numel() and p.data_ptr():
+            other = seen.setdefault((p.device, p.data_ptr()), name)
+            if other is not name:
+                return other, name
+    return None

@@ -1,0 +1,198 @@
+"""The mathematics of LoRA-RITE: pure functions of batched tensors; nothing here knows parameters, groups or state.
+
+A pair adds W = B·A to a layer. Both factors are handled tall: X is Aᵀ (n, r) or B (m, r), and Y is the other one, so
+one code path serves both sides. With X = Q·T, Q orthonormal (its *basis*), T (r, r) its *coordinates*:
+
+    K   with Q = X·K ("basis" in the state): never a tall matrix is decomposed, and none is stored
+    D   maps a gradient of X to the *unmagnified gradient* ḡ = g·D; D = T_Y⁺ as published (Eq. 7), or its damped form
+    V   (r, r) second moment of ḡ;  M (rows, r) first moment of the preconditioned ḡ; both in the basis of Y
+    P   (r, r) = Q_newᵀ·Q_old of Y, carries V and M from the old basis of Y into the new one
+    X ← X − lr·M·Dᵀ  (Eq. 11)
+
+Shapes: p pairs of one batch, ``rows`` = n or m, r rank. Tall tensors are (p, rows, r) in the *work* dtype (float32, or
+float64 where a factor is float64); r×r tensors are (p, r, r) in the *algebra* dtype (float64, where the device has it).
+Paper: Yen et al., "LoRA Done RITE", arXiv 2410.20625, Algorithm 1.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Basis(NamedTuple):
+    """A tall factor X (rows, r) in terms of r×r matrices.
+
+    basis        K (p, r, r): X·K has orthonormal columns, and zero columns where X has no rank
+    coordinates  T (p, r, r): X = (X·K)·T, zero rows where X has no rank. Not K⁻¹ where X is rank-deficient
+    warm         K_w (p, r, r): invertible. In X·K_w no direction is longer than 1 or can outgrow its last step, so that
+                 a Gram matrix taken there is exact to rounding however ill-conditioned X itself is
+    """
+
+    basis: Tensor
+    coordinates: Tensor
+    warm: Tensor
+
+
+def bias_corrected_decay(step: Tensor, beta: float) -> Tensor:
+    """β(1 − βᵗ⁻¹)/(1 − βᵗ): the decay that makes an exponential average unbiased at the 1-based step t."""
+    return beta * (1 - beta ** (step - 1)) / (1 - beta**step) if beta else torch.zeros_like(step)
+
+
+def gram(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """xᵀ·y, (p, r, r), of tall x and y, in the algebra dtype."""
+    return (x.mT @ y).to(dtype)
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (ascending) and eigenvectors of symmetric matrices; all NaN for one that is not finite.
+
+    LAPACK is not asked about NaN: some sizes raise, others return plausible numbers.
+    """
+    matrix = (matrix + matrix.mT) / 2
+    finite = matrix.isfinite().all(-1).all(-1)[..., None, None]
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    values, vectors = torch.linalg.eigh(torch.where(finite, matrix, eye))
+    return torch.where(finite[..., 0], values, torch.nan), torch.where(finite, vectors, torch.nan)
+
+
+def initial_basis(x: Tensor, dtype: torch.dtype) -> Basis:
+    """The basis of an arbitrary factor: scaled to 1, then three passes of :func:`rebase`, each of which makes the Gram
+    matrix better conditioned (one pass is exact up to a condition number of about eps^-½)."""
+    eye = torch.eye(x.shape[-1], dtype=dtype, device=x.device).expand(*x.shape[:-2], -1, -1)
+    scale = x.abs().amax((-2, -1), keepdim=True).to(dtype)
+    warm = eye / torch.where(scale == 0, 1, scale)
+    for _ in range(3):
+        warm = _shrink(warm, x, None)
+    return _orthonormalise(warm, x)[0]
+
+
+def rebase(x: Tensor, change: Tensor, warm: Tensor) -> tuple[Basis, Tensor, Tensor]:
+    """The basis of X after a step that changed it by ``change``, measured in the previous (warm) basis.
+
+    Returns (basis, z, c) with Q = z·c, z (p, rows, r) tall in the work dtype, c (p, r, r).
+    """
+    return _orthonormalise(_shrink(warm, x, change), x)
+
+
+def _shrink(warm: Tensor, x: Tensor, change: Tensor | None) -> Tensor:
+    """A warm basis in which the Gram matrix of [X; change] is the identity (near-null directions are shrunk less)."""
+    work_eps = torch.finfo(x.dtype).eps
+    k = warm.to(x.dtype)
+    z = x @ k
+    f = gram(z, z, warm.dtype)
+    if change is not None:
+        dz = change @ k
+        f = f + gram(dz, dz, warm.dtype)
+    w, u = eigh(f)
+    largest = w[..., -1:]
+    s = w.maximum(largest * (10 * work_eps)).sqrt()
+    shrunk = warm @ (u / s[..., None, :])
+    # The next step reads the warm basis back from the state in the work dtype: what is measured there must be the same.
+    return torch.where((largest <= 0)[..., None], warm, shrunk).to(x.dtype).to(warm.dtype)
+
+
+def _orthonormalise(warm: Tensor, x: Tensor) -> tuple[Basis, Tensor, Tensor]:
+    z = x @ warm.to(x.dtype)
+    w, u = eigh(gram(z, z, warm.dtype))
+    # Below 1e4 eps a direction is rounding noise: at most a hundredth of the last step, and damped anyway.
+    live = w > w[..., -1:] * (1e4 * torch.finfo(x.dtype).eps)
+    s = torch.where(live, w, 1).sqrt()
+    c = u * torch.where(live, 1 / s, 0)[..., None, :]
+    t = torch.where(live, s, 0)[..., None] * (u.mT @ torch.linalg.inv_ex(warm).inverse)
+    return Basis(warm @ c, t, warm), z, c
+
+
+def damped_inverse(y: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """D (p, r, r), the damped T_Y⁺ of the side X, from the coordinates of Y and X, and σ (p, r) of Y·Xᵀ, descending.
+
+    With S = T_Y·T_Xᵀ = U diag(σ) Vᵀ (σ are the singular values of BA itself), D = T_Xᵀ V diag(σ/(σ² + δ²)) Uᵀ: that is
+    T_Y⁻¹ times σ²/(σ² + δ²) along the singular directions of BA, invariant also where Y is rank-deficient. 0 where
+    σ = 0, also for δ = 0.
+    """
+    s = y @ x.mT
+    finite = s.isfinite().all(-1).all(-1)[..., None, None]
+    u, sigma, vh = torch.linalg.svd(torch.where(finite, s, 0))
+    noise = sigma[..., :1] * (s.shape[-1] * torch.finfo(s.dtype).eps)
+    # σ/(σ² + δ²), written so that no square can vanish
+    f = torch.where(sigma > noise, 1 / (sigma + delta[..., 0] ** 2 / sigma), 0)
+    return torch.where(finite, x.mT @ vh.mT @ (f[..., None] * u.mT), torch.nan), sigma
+
+
+def unmagnified_gram(gradient: Tensor, inverse: Tensor) -> Tensor:
+    """ḡᵀ·ḡ (p, r, r) of the unmagnified gradient ḡ = g·D (Eq. 7), not finite where g is not.
+
+    ḡ is formed before its Gram matrix is (Dᵀ(gᵀg)D loses twice the digits), from g scaled to 1, so that no finite
+    gradient overflows or vanishes when it is squared.
+    """
+    tiny = torch.finfo(torch.float32).tiny ** 0.5  # keeps D/scale finite
+    scale = gradient.abs().amax((-2, -1), keepdim=True).to(inverse.dtype)
+    divisor = scale.clamp_min(tiny)
+    unmagnified = gradient @ (inverse / divisor).to(gradient.dtype)
+    return gram(unmagnified, unmagnified, inverse.dtype) * divisor**2 + 0 * scale
+
+
+def second_moment(
+    moment: Tensor, escaped: Tensor, squares: Tensor, decay: Tensor, *, eps: float, relative_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """V ← β₂ₜ·V + (1−β₂ₜ)·``squares``, ρ ← β₂ₜ·ρ, and the preconditioner U diag(1/(√(λ+ρ) + eps + …)) Uᵀ (Eq. 8).
+
+    ``relative_eps``·√(λ+ρ)_max is added to eps: directions of V that are rounding noise are then not whitened to full
+    size, invariantly, and whatever the scale of the gradient.
+    """
+    moment = decay * moment + (1 - decay) * squares
+    escaped = decay * escaped
+    w, u = eigh(moment)
+    root = (w.clamp_min(0) + escaped[..., 0]).sqrt()
+    inverse_root = 1 / (root + eps + relative_eps * root[..., -1:])
+    return moment, escaped, (u * inverse_root[..., None, :]) @ u.mT
+
+
+def equilibrate_rows(s: Tensor, row_moment: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Divides each row of s (p, rows, r) by the root of the average of its mean square, and restores the norm of s.
+
+    Returns (s, row_moment (p, rows, 1)). Norms of rows do not see rotations of the basis: exactly invariant.
+    """
+    row_moment = decay * row_moment + (1 - decay) * s.square().mean(-1, keepdim=True)
+    even = s / (row_moment.sqrt() + 1e-12)
+    norm, even_norm = (torch.linalg.vector_norm(t, dim=(-2, -1), keepdim=True) for t in (s, even))
+    return even * (norm / even_norm.clamp_min(1e-30)), row_moment
+
+
+def transport(moment: Tensor, p: Tensor) -> Tensor:
+    """V in the new basis: P·V·Pᵀ."""
+    return p @ moment @ p.mT
+
+
+def escaped_mass(old: Tensor, new: Tensor) -> Tensor:
+    """min(max_i (λ_i(V_old) − λ_i(V_new))₊, (tr V_old − tr V_new)₊): what the new basis no longer sees (d_λ of Alg. 1).
+
+    old, new (p, r, r); returns (p, 1, 1).
+    """
+    lost = eigh(old)[0] - eigh(new)[0]
+    trace = (old - new).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return lost.amax(-1).clamp_min(0).minimum(trace.clamp_min(0))[..., None, None]
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, key: Tensor) -> Tensor:
+    """x (p, …) float32, rounded to bfloat16 or float16, up or down with the probabilities that make it unbiased.
+
+    The noise is a hash of ``key`` (p,) int64 and the element's index: no generator, no state, the same on every rank
+    and machine. Values that ``dtype`` has stay as they are.
+    """
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    dropped_bits = 23 + int(math.log2(eps))
+    index = torch.arange(x[0].numel(), device=x.device).reshape(x[0].shape)
+    noise = _hash(index + _hash(key).reshape(-1, *[1] * (x.ndim - 1))) & (2**dropped_bits - 1)
+    exponent = torch.frexp(x.abs().clamp_min(tiny)).exponent - 1
+    quantum = torch.ldexp(torch.full_like(x, eps), exponent)
+    return ((x / quantum + noise.to(x.dtype) / 2**dropped_bits).floor() * quantum).to(dtype)
+
+
+def _hash(h: Tensor) -> Tensor:
+    """A 32-bit integer hash in int64 ("lowbias32" of C. Wellons' hash prospector)."""
+    h = h & 0xFFFFFFFF
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return h ^ (h >> 16)

@@ -1,0 +1,162 @@
+"""What a step of LoRARite computes: equality with a slow transcription, invariance, safety, batching."""
+
+import pytest
+import torch
+from problems import factors, gradients_of_w, random_matrix, regauged, relative, set_gradients, train, w
+from reference import Reference
+
+from lora_rite import PUBLISHED, LoRARite
+from lora_rite import batch as batch_module
+
+R, N, M = 4, 18, 13
+OFF = {"damping": 0.0, "row_equilibration": False, "relative_eps": 0.0}
+OPTIONS = {
+    "published": PUBLISHED,
+    "ours": {},
+    "no_clip": {"clip_unmagnified_grad": 0.0},
+    "damping": {**OFF, "damping": 3.0},
+    "row_equilibration": {**OFF, "row_equilibration": True, "row_beta": 0.9},
+    "relative_eps": {**OFF, "relative_eps": 0.1},
+    "skipping": {**OFF, "update_skipping": 0.1},
+    "capping": {**OFF, "update_capping": 0.3},
+    "escape": {**OFF, "apply_escape": True, "betas": (0.9, 0.9)},
+    "balance": {"balance_param": True},
+    "weight_decay": {"weight_decay": 0.3},
+    "maximize": {"maximize": True, "betas": (0.5, 0.95), "eps": 1e-3},
+    "no_momentum": {"betas": (0.0, 0.9)},
+    "all": {
+        "damping": 5.0, "relative_eps": 1e-2, "update_skipping": 1.0, "update_capping": 0.7, "apply_escape": True,
+        "balance_param": True, "weight_decay": 0.1, "clip_unmagnified_grad": 0.5,
+    },
+}  # fmt: skip
+
+
+def problem(zero_b, steps=50, pairs=3):
+    shapes = [(R, N, M), (R, N, M), (2, 9, 11)][:pairs]
+    start = [factors(r, n, m, zero_b=zero_b and i == 0, condition=10.0, seed=i) for i, (r, n, m) in enumerate(shapes)]
+    return start, [gradients_of_w(steps, m, n, seed=i) for i, (_, n, m) in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("zero_b", [False, True], ids=["dense", "zero_b"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_equals_the_slow_reference_over_50_steps(options, zero_b):
+    """1e-9, not 1e-12: the reference restarts from a fresh SVD at each step, ours from Gram matrices."""
+    start, gradients = problem(zero_b)
+    options = {"lr": 0.01, **options}
+    reference = Reference([list(pair) for pair in start], **{"damping": 10.0, "row_equilibration": True,
+                          "relative_eps": 1e-3, **options})  # fmt: skip
+    params = [[torch.nn.Parameter(x.clone()) for x in pair] for pair in start]
+    optimizer = LoRARite([p for pair in params for p in pair], **options)
+    for t in range(50):
+        for (a, b), g in zip(params, gradients, strict=True):
+            set_gradients(a, b, g[t])
+        optimizer.step()
+        reference.step([(b.mT @ g[t], g[t] @ a.mT) for (a, b), g in zip(reference.pairs, gradients, strict=True)])
+    for got, expected in zip(params, reference.pairs, strict=True):
+        assert relative(got[0], expected[0]) < 1e-9
+        assert relative(got[1], expected[1]) < 1e-9
+
+
+INVARIANT = {**{k: v for k, v in OPTIONS.items() if k in ("published", "ours", "escape", "skipping", "all")}}
+
+
+@pytest.mark.parametrize("options", [{**v, "balance_param": False} for v in INVARIANT.values()], ids=INVARIANT)
+@pytest.mark.parametrize("zero_b", [False, True], ids=["dense", "zero_b"])
+@pytest.mark.parametrize(
+    ("dtype", "condition", "tolerance"), [(torch.float64, 1e4, 1e-9), (torch.float32, 1e2, 1e-4)], ids=["f64", "f32"]
+)
+def test_w_does_not_depend_on_the_factorisation(options, zero_b, dtype, condition, tolerance):
+    """(B, A) and (B·K, K⁻¹·A) give the same W after 30 steps with full-rank gradients.
+
+    (B11 of the list of tortures: with momentum, escape, clip, skip, weight decay.)"""
+    gradients = [gradients_of_w(30, 40, 50, seed=3)]
+    plain = factors(8, 50, 40, zero_b=zero_b, condition=3.0, dtype=dtype)
+    other = regauged(*plain, random_matrix(8, condition, seed=5))
+    results = [w(train([pair], gradients, lr=0.01, **options)[0][0]) for pair in (plain, other)]
+    assert relative(results[1], results[0]) < tolerance
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_w_does_not_depend_on_the_scale_of_the_factors(scale):
+    gradients = [gradients_of_w(20, 20, 30)]
+    plain = factors(4, 30, 20, condition=3.0, dtype=torch.float32)
+    other = (plain[0] / scale, plain[1] * scale)
+    results = [w(train([pair], gradients, lr=0.01)[0][0]) for pair in (plain, other)]
+    assert relative(results[1], results[0]) < 1e-4
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.float32, 1e-2)], ids=["f64", "f32"])
+def test_low_rank_gradients_from_zero_are_bounded_and_invariant(rank, dtype, tolerance):
+    """The published step blows up here (test below); r = 8 directions, gradients of rank 1 and 2, B = 0 at start."""
+    r, n, m, lr, steps = 8, 50, 40, 1e-2, 30
+    gradients = [gradients_of_w(steps, m, n, rank=rank, seed=1)]
+    plain = factors(r, n, m, zero_b=True, dtype=dtype)
+    other = regauged(*plain, random_matrix(r, 1e2, seed=2))
+    (a, b), got = (train([pair], gradients, lr=lr)[0][0] for pair in (plain, other))
+    assert a.norm() <= 3 * plain[0].norm()
+    assert b.norm() <= steps * lr * (m * r) ** 0.5
+    assert relative(w(got), w((a, b))) < tolerance
+
+
+def test_the_published_step_blows_up_on_low_rank_gradients():
+    gradients = [gradients_of_w(30, 40, 50, rank=2, seed=1)]
+    start = factors(8, 50, 40, zero_b=True)
+    assert w(train([start], gradients, lr=1e-2, **PUBLISHED)[0][0]).norm() > 1e3
+    assert w(train([start], gradients, lr=1e-2)[0][0]).norm() < 10
+
+
+def least_squares(steps=200, **options):
+    """Loss before and after training W towards a target of rank 2 from 2 samples a step, r = 8."""
+    g = torch.Generator().manual_seed(4)
+    n, m = 50, 40
+    target = torch.randn(m, 2, generator=g) @ torch.randn(2, n, generator=g) / n**0.5
+    a, b = (torch.nn.Parameter(x.float()) for x in factors(8, n, m, zero_b=True))
+    optimizer = LoRARite([a, b], lr=1e-2, **options)
+    loss_of = lambda x: (x @ (b @ a - target).mT).square().mean()
+    probe = torch.randn(500, n, generator=g)
+    before = loss_of(probe).item()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(torch.randn(2, n, generator=g)).backward()
+        optimizer.step()
+    return before, loss_of(probe).item()
+
+
+def test_damping_learns_where_the_published_step_diverges():
+    before, ours = least_squares()
+    _, published = least_squares(**PUBLISHED)
+    assert ours < 0.5 * before
+    assert not published < 10 * before
+
+
+def test_warm_up_from_lr_zero_with_b_zero():
+    """σ = 0 and δ = 0 together must give 0, in float32 too (issue: B = 0 in the first step of a warm-up)."""
+    for dtype in (torch.float32, torch.float64):
+        start = factors(4, 20, 15, zero_b=True, dtype=dtype)
+        a, b = (torch.nn.Parameter(x.clone()) for x in start)
+        optimizer = LoRARite([a, b], lr=0.0)
+        for t, g in enumerate(gradients_of_w(10, 15, 20, rank=2)):
+            optimizer.param_groups[0]["lr"] = 1e-3 * t
+            set_gradients(a, b, g)
+            optimizer.step()
+            if t == 0:
+                assert torch.equal(a, start[0])
+                assert torch.equal(b, start[1])
+        assert b.isfinite().all()
+        assert 0 < b.norm() <= 0.05 * (15 * 4) ** 0.5
+        assert relative(a, start[0]) < 1
+
+
+@pytest.mark.parametrize("elements", [1, 200, 10**6], ids=["one_by_one", "chunks", "one_batch"])
+def test_batched_equals_one_by_one(elements, monkeypatch):
+    """B24: mixed ranks and many pairs; the order of the pairs does not matter either."""
+    shapes = [(4, 9, 7)] * 5 + [(8, 9, 12)] * 3 + [(1, 5, 6)] + [(4, 9, 7)] * 2
+    start = [factors(*shape, condition=4.0, zero_b=i % 3 == 0, seed=i) for i, shape in enumerate(shapes)]
+    gradients = [gradients_of_w(12, m, n, seed=i) for i, (_, n, m) in enumerate(shapes)]
+    expected, _ = train(start, gradients, lr=0.01)
+    monkeypatch.setattr("lora_rite.optimizer.BATCH_ELEMENTS", elements)
+    got, _ = train(start[::-1], gradients[::-1], lr=0.01)
+    for pair, other in zip(got[::-1], expected, strict=True):
+        assert relative(w(pair), w(other)) < 1e-10
+    assert batch_module.tall([torch.zeros(2, 3)], True, torch.float32).shape == (1, 3, 2)
