@@ -1,0 +1,119 @@
+"""The command line: ``lora-rite demo | train | pairs``. Heavy imports are inside the verbs."""
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import LoRARiteError, LoRARiteValueError
+
+
+def demo(out: Path = Path("demo"), seeds: int = 2, progress: bool = True) -> None:
+    """Fine-tunes the embedded model with AdamW and with LoRA-RITE, each at its best learning rate, and compares.
+
+    Offline, about four minutes on two cores. Writes result.json and curves.png into OUT.
+
+    Args:
+        out: folder for the results; an earlier demo in it is replaced.
+        seeds: number of runs of each optimizer, with seeds 0, 1, ….
+        progress: show progress bars.
+    """
+    from .finetune.demo import demo as run
+
+    run(out, seeds=seeds, progress=progress)
+
+
+def pairs(
+    model: str = "tiny",
+    adapter: Path | None = None,
+    target_modules: str | list[str] = "all-linear",
+    rank: int = 16,
+    trust_remote_code: bool = False,
+) -> None:
+    """Shows which factors LoRARite pairs in a model with an adapter, and what it leaves to AdamW, and why.
+
+    Args:
+        model: hub id or local folder of a causal language model; "tiny" is the one inside this package.
+        adapter: folder of a PEFT adapter; without it, a new LoRA adapter is attached.
+        target_modules: layers that get a new adapter: all-linear, a list of names, or a regular expression.
+        rank: rank of a new adapter.
+        trust_remote_code: allow the model's own code to run.
+    """
+    from .finetune.train import attach_adapter, load_model
+    from .pairs import find_pairs
+
+    network, _ = load_model(model, trust_remote_code=trust_remote_code)
+    print(find_pairs(attach_adapter(network, adapter=adapter, rank=rank, target_modules=target_modules)))
+
+
+def train(**kwargs: Any) -> None:
+    from .finetune.train import summary
+    from .finetune.train import train as run
+
+    print(summary(run(**kwargs)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point of ``lora-rite``. Returns the exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    try:
+        from argparse import ArgumentError
+
+        import docstring_parser
+        from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
+    except ImportError:
+        print('lora-rite: the command line needs its extra: pip install "lora-rite[finetune]"', file=sys.stderr)
+        return 1
+    from .finetune.train import train as train_function
+
+    verbs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        "demo": (demo, demo),
+        "train": (train_function, train),
+        "pairs": (pairs, pairs),
+    }
+    parser = ArgumentParser(
+        prog="lora-rite", description="Fine-tuning with LoRA-RITE.", version=__version__, exit_on_error=False
+    )
+    commands = parser.add_subcommands(dest="verb")
+    for name, (signature, _) in verbs.items():
+        verb = ArgumentParser(description=(signature.__doc__ or "").split("\n\n    Args:")[0], exit_on_error=False)
+        verb.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
+        verb.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
+        switches = [p for p in inspect.signature(signature).parameters.values() if isinstance(p.default, bool)]
+        skip: set[str | int] = {p.name for p in switches}
+        verb.add_function_arguments(signature, as_group=False, skip=skip)
+        texts = {p.arg_name: p.description for p in docstring_parser.parse(signature.__doc__ or "").params}
+        for p in switches:  # --resume instead of --resume true
+            verb.add_argument(f"--{p.name}", action=ActionYesNo, default=p.default, help=texts[p.name])
+        commands.add_subcommand(name, verb, help=(signature.__doc__ or "").split("\n")[0])
+    try:
+        arguments = parser.parse_args(argv)
+    except ArgumentError as error:
+        print(f"lora-rite: error: {' '.join(str(error).split())} (see lora-rite VERB --help)", file=sys.stderr)
+        return 2
+    verb = arguments.verb
+    options = parser.instantiate(arguments)[verb].as_dict()
+    options.pop("config")
+    debug = options.pop("debug")
+    with warnings.catch_warnings():
+        if not debug:
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", category)
+            warnings.showwarning = lambda message, *_, **__: print(f"lora-rite: {message}", file=sys.stderr)
+        try:
+            verbs[verb][1](**options)
+        except KeyboardInterrupt:
+            print("lora-rite: interrupted", file=sys.stderr)
+            return 130
+        except (LoRARiteError, OSError, ImportError) as error:
+            if debug:
+                raise
+            print(f"lora-rite {verb}: error: {error}", file=sys.stderr)
+            return 2 if isinstance(error, LoRARiteValueError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,4 @@
+"""Fine-tuning with LoRA-RITE: what the command line runs. Uses the public API of ``lora_rite`` only.
+
+Needs the extra: ``pip install "lora-rite[finetune]"``. Modules are imported where a verb needs them.
+"""

@@ -1,0 +1,206 @@
+"""``lora-rite demo``: the embedded model learns C++ by AdamW and by LoRA-RITE, on the same batches.
+
+The text is there on every machine: torch installs its C++ headers. The model has read Python's standard library only.
+"""
+
+import hashlib
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import LoRARiteValueError
+from .train import train, versions, write_json
+
+
+class Entry(NamedTuple):
+    label: str
+    optimizer: str
+    lr: float
+
+
+#: The best learning rates of `python tools/sweep_demo.py`: equal budgets, judged on the validation split (see
+#: benchmarks/results/demo_sweep.json).
+ENTRIES = (Entry("AdamW", "adamw", 1e-2), Entry("LoRA-RITE", "lora-rite", 2e-2))
+SETTINGS: dict[str, Any] = {"steps": 200, "batch_size": 8, "max_length": 128, "rank": 16, "warmup": 0.1}
+#: Measurements of the held-out loss are so many steps apart.
+EVAL_EVERY = 20
+#: Characters of text in each split, at most.
+CHARACTERS = {"train": 4_000_000, "validation": 64_000, "held_out": 64_000}
+HEADERS = ("c10", "torch/csrc")
+MARKER = "This folder was made by `lora-rite demo`, which replaces what is in it.\n"
+
+
+def write_data(folder: Path) -> dict[str, Any]:
+    """Writes train.jsonl, validation.jsonl and held_out.jsonl (a header file a line) and returns what is in them.
+
+    Split by file: by the sha256 of its path 1 in 10 goes to validation and 1 in 10 to held-out; in that order, as many
+    as :data:`CHARACTERS` allows. Files of the same text count once.
+    """
+    import torch
+
+    root = Path(torch.__file__).parent / "include"
+    files = sorted(f for top in HEADERS for f in (root / top).rglob("*.h"))
+    if len(files) < 100:
+        raise LoRARiteValueError(f"the demo's text, the C++ headers of torch, is not in {root}")
+    ordered = sorted((hashlib.sha256(f.relative_to(root).as_posix().encode()).hexdigest(), f) for f in files)
+    sizes = dict.fromkeys(CHARACTERS, 0)
+    lines: dict[str, list[str]] = {name: [] for name in CHARACTERS}
+    seen: set[str] = set()
+    for digest, file in ordered:
+        name = {0: "held_out", 1: "validation"}.get(int(digest, 16) % 10, "train")
+        text = file.read_text(encoding="utf-8")
+        if text not in seen and len(text) <= 20_000 and sizes[name] + len(text) <= CHARACTERS[name]:
+            seen.add(text)
+            sizes[name] += len(text)
+            lines[name].append(json.dumps({"text": text}))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in lines.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    digest = hashlib.sha256("".join(sorted(seen)).encode()).hexdigest()
+    return {
+        "text": f"C++ headers of torch {torch.__version__} ({', '.join(HEADERS)})",
+        "sha256": digest,
+        "files": {name: len(rows) for name, rows in lines.items()},
+        "characters": sizes,
+    }
+
+
+def demo(out: Path, *, seeds: int = 2, progress: bool = True, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Runs every entry with every seed, prints the table, writes ``result.json`` and ``curves.png`` into ``out``.
+
+    Args:
+        out: folder for the results; an earlier demo in it is replaced.
+        seeds: number of seeds, from 0.
+        progress: show progress bars.
+        settings: keyword arguments of :func:`lora_rite.finetune.train.train`, over :data:`SETTINGS`.
+
+    Raises:
+        LoRARiteValueError: ``out`` has something else than an earlier demo in it.
+    """
+    if seeds < 1:
+        raise LoRARiteValueError(f"--seeds must be at least 1, got {seeds}")
+    _clear(out)
+    data = write_data(out / "data")
+    print(f"The embedded model (Python) learns {data['text']}: {data['files']['train']} files to train on.")
+    runs: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        for entry in ENTRIES:
+            print(f"{entry.label}, lr {entry.lr:g}, seed {seed}")
+            run = train(
+                data=out / "data" / "train.jsonl",
+                validation=out / "data" / "held_out.jsonl",
+                out=out / "runs" / f"{entry.optimizer}-seed{seed}",
+                optimizer=entry.optimizer,  # type: ignore[arg-type]
+                lr=entry.lr,
+                seed=seed,
+                eval_every=EVAL_EVERY,
+                progress=progress,
+                **{**SETTINGS, **(settings or {})},
+            )
+            runs.append({"label": entry.label, "seed": seed, **run})
+    rows = [_row(entry, runs) for entry in ENTRIES]
+    result = {"data": data, "table": rows, "runs": runs, "versions": versions()}
+    write_json(out / "result.json", result)
+    _plot(runs, out / "curves.png")
+    _print_table(rows, runs, out)
+    return result
+
+
+def _clear(out: Path) -> None:
+    marker = out / "MADE-BY-LORA-RITE-DEMO.txt"
+    if out.exists():
+        if not out.is_dir() or (any(out.iterdir()) and not marker.is_file()):
+            raise LoRARiteValueError(f"{out} is not an empty folder or an earlier demo; choose another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    marker.write_text(MARKER, encoding="utf-8")
+
+
+def _row(entry: Entry, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of one optimizer over its seeds; spread is half the difference between the best and the worst."""
+    own = [run for run in runs if run["label"] == entry.label]
+    final = [run["held_out"]["after"] for run in own]
+    first = [run["held_out"]["after"] for run in runs if run["label"] == ENTRIES[0].label]
+    target = sum(first) / len(first)
+    steps = [step for run in own if (step := _step_at(run, target)) is not None]
+    return {
+        "optimizer": entry.label,
+        "lr": entry.lr,
+        "held_out_loss": sum(final) / len(final),
+        "spread": (max(final) - min(final)) / 2,
+        "steps_to_first": sum(steps) / len(steps) if len(steps) == len(own) else None,
+        "state_bytes": own[0]["optimizer"]["state_bytes"],
+        "optimizer_share": sum(run["seconds"]["optimizer_share"] for run in own) / len(own),
+    }
+
+
+def _step_at(run: dict[str, Any], loss: float) -> float | None:
+    """The step at which the run's held-out loss first reaches ``loss``, interpolated between two measurements."""
+    points = [(0, run["held_out"]["before"])] + [(e["step"], e["held_out_loss"]) for e in run["held_out_losses"]]
+    for (step, value), (next_step, next_value) in pairwise(points):
+        if next_value <= loss:
+            return step + (next_step - step) * (value - loss) / (value - next_value)
+    return None
+
+
+def _print_table(rows: list[dict[str, Any]], runs: list[dict[str, Any]], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    steps, seeds = runs[0]["settings"]["steps"], len(runs) // len(rows)
+    title = f"{steps} steps, {seeds} seeds, before: {runs[0]['held_out']['before']:.3f}"
+    table = Table(title=title, title_justify="left")
+    headings = ("optimizer", "lr", "held-out loss", "steps to AdamW's loss", "optimizer state", "share of a step")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(
+            row["optimizer"],
+            f"{row['lr']:g}",
+            f"{row['held_out_loss']:.3f} ± {row['spread']:.3f}",
+            f"{row['steps_to_first']:.0f}" if row["steps_to_first"] is not None else "not reached",
+            f"{row['state_bytes'] / 1e6:.2f} MB",
+            f"{row['optimizer_share']:.1%}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Curves: {out / 'curves.png'}; figures: {out / 'result.json'}; adapters: {out / 'runs'}/*/adapter\n"
+        "Next: lora-rite train --data your.jsonl --out runs/first [--model HUB_ID_OR_FOLDER]",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Held-out loss and training loss over steps: a thin line a seed, a thick one for the mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    before = runs[0]["held_out"]["before"]
+    for color, entry in zip(("tab:gray", "tab:blue"), ENTRIES, strict=True):
+        own = [run for run in runs if run["label"] == entry.label]
+        label = f"{entry.label}, lr {entry.lr:g}"
+        held_out = [[before] + [e["held_out_loss"] for e in run["held_out_losses"]] for run in own]
+        steps = [0] + [e["step"] for e in own[0]["held_out_losses"]]
+        training = [_smoothed([e["loss"] for e in run["losses"]]) for run in own]
+        for axis, x, curves in ((axes[0], steps, held_out), (axes[1], range(1, len(training[0]) + 1), training)):
+            for curve in curves:
+                axis.plot(x, curve, color=color, linewidth=0.7, alpha=0.5)
+            mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            axis.plot(x, mean, color=color, linewidth=2, label=label)
+    for axis, title in zip(axes, ("held-out loss", "training loss (running mean of 10 steps)"), strict=True):
+        axis.set(title=title, xlabel="step", ylabel="nat a token")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _smoothed(values: list[float], width: int = 10) -> list[float]:
+    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]

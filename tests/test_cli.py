@@ -1,0 +1,212 @@
+"""The command line, on the embedded model, in this process and offline."""
+
+import json
+import re
+
+import pytest
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("jsonargparse")
+
+import torch  # noqa: E402
+
+from lora_rite.cli import main  # noqa: E402
+from lora_rite.finetune import demo as demo_module  # noqa: E402
+from lora_rite.finetune import train as train_module  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+OPTIONS = {"--steps": 3, "--batch_size": 2, "--max_length": 32, "--rank": 4, "--lr": 0.01}
+SMALL = [str(word) for option in OPTIONS.items() for word in option] + ["--no_progress"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"text": f"int add_{i}(int a, int b) {{ return a + b + {i}; }}\n" * 3}) for i in range(20)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+@pytest.mark.parametrize("optimizer", ["lora-rite", "adamw"])
+def test_train_writes_an_adapter_and_the_figures(optimizer, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("train", "--data", data, "--out", out, "--optimizer", optimizer, "--eval_every", 1, *SMALL) == 0
+    printed = capsys.readouterr().out
+    assert "held-out loss" in printed
+    assert "perplexity" in printed
+    result = json.loads((out / "result.json").read_text())
+    assert result["settings"]["optimizer"] == optimizer
+    assert [entry["step"] for entry in result["losses"]] == [1, 2, 3]
+    assert [entry["step"] for entry in result["held_out_losses"]] == [1, 2, 3]
+    assert result["held_out"]["after"] < result["held_out"]["before"]
+    assert result["held_out_losses"][-1]["held_out_loss"] == result["held_out"]["after"]
+    assert result["versions"]["torch"] == torch.__version__
+    assert 0 < result["seconds"]["optimizer_share"] < 1
+    assert result["optimizer"]["name"] == {"lora-rite": "LoRARite", "adamw": "AdamW"}[optimizer]
+    if optimizer == "lora-rite":
+        assert result["optimizer"]["report"]["pairs_preconditioned"] == result["optimizer"]["report"]["pairs"] == 35
+        assert "lora_rite/damped_share" in result["log"][1]
+    network, _ = train_module.load_model("tiny")
+    network = peft.PeftModel.from_pretrained(network, str(out / "adapter"))
+    loaded = [p for n, p in network.named_parameters() if "lora_B" in n]
+    assert all(p.any() for p in loaded)
+
+
+def test_a_stopped_run_resumes_bitwise_and_a_finished_one_is_not_run_again(data, tmp_path, capsys, monkeypatch):
+    words = ["train", "--data", data, *SMALL[2:], "--steps", 6, "--save_every", 2]
+    assert run(*words, "--out", tmp_path / "whole") == 0
+    saves = []
+    original = train_module.write_json
+    monkeypatch.setattr(train_module, "write_json", lambda path, value: (saves.append(path), original(path, value)))
+    from transformers import Trainer
+
+    save = Trainer._save_checkpoint
+
+    def save_and_stop(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save_and_stop)
+    assert run(*words, "--out", tmp_path / "parts") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not (tmp_path / "parts" / "result.json").exists()
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save)
+    assert run(*words, "--out", tmp_path / "parts") == 2
+    assert "choose another --out, or --resume" in capsys.readouterr().err
+    assert run(*words, "--out", tmp_path / "parts", "--resume", "--rank", 8) == 2
+    assert "rank: 4 → 8" in capsys.readouterr().err
+    assert run(*words, "--out", tmp_path / "parts", "--resume") == 0
+    whole, parts = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")
+    )
+    assert whole == parts
+    whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
+    assert whole["losses"] == parts["losses"]
+    written = len(saves)
+    assert run(*words, "--out", tmp_path / "parts", "--resume") == 0
+    assert len(saves) == written
+
+
+def test_config_file_and_optimizer_args(data, tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text(
+        f"data: {data}\noptimizer_args:\n  damping: 3.0\n  row_equilibration: false\nsteps: 2\nrank: 2\nlr: 1e-3\n"
+        "batch_size: 2\nmax_length: 32\nprogress: false\n"
+    )
+    out = tmp_path / "run"
+    assert run("train", "--config", config, "--out", out, "--steps", 1) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["settings"]["lr"] == 1e-3
+    assert result["optimizer"]["options"]["damping"] == 3.0
+    assert result["optimizer"]["options"]["row_equilibration"] is False
+    assert len(result["losses"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "missing.jsonl"], "cannot read missing.jsonl"),
+        (["--rank", "0"], "--rank must be at least 1, got 0"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--lr", "-1"], "--lr must be a finite number"),
+        (["--lr", ".nan"], "--lr must be a finite number"),
+        (["--warmup", "2"], "--warmup must be between 0 and 1"),
+        (["--holdout", "0"], "--holdout"),
+        (["--seed", "-1"], "--seed"),
+        (["--model", "no/such-model"], "cannot load --model no/such-model"),
+        (["--target_modules", "nothing_like_it"], "--target_modules nothing_like_it"),
+        (["--resume"], "holds no run to resume"),
+        (["--optimizer_args", '{"lr": 1}'], "give the learning rate by --lr"),
+        (["--optimizer_args", '{"dampin": 1}'], "--optimizer_args .*dampin"),
+        (["--optimizer_args", '{"damping": -1}'], "damping must be a finite number"),
+        (["--scheduler", "cosinus"], "--scheduler cosinus"),
+        (["--report_to", "nowhere"], "--report_to nowhere"),
+    ],
+)
+def test_errors_are_one_line_that_names_the_option(words, message, data, tmp_path, capsys):
+    options = {"--data": data, "--out": tmp_path / "run", **OPTIONS}
+    words = [*(w for option in options.items() if option[0] not in words for w in option), "--no_progress", *words]
+    assert run("train", *words) != 0
+    error = capsys.readouterr().err.strip()
+    assert re.search(message, error)
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("lora-rite train: error: ")
+
+
+def test_unknown_options_are_refused(data, tmp_path, capsys):
+    config = tmp_path / "bad.yaml"
+    config.write_text("learing_rate: 1\n")
+    number = tmp_path / "number.yaml"
+    number.write_text("rank: 8.5\n")
+    cases = [
+        (["--learning_rate", 1], "learning_rate"),
+        (["--config", config], "learing_rate"),
+        (["--config", number], "rank"),
+        (["--lr", "fast"], "lr"),
+        (["--optimizer", "sgd"], "optimizer"),
+    ]
+    for words, name in cases:
+        assert run("train", "--data", data, "--out", tmp_path / "run", *words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("lora-rite: error: ")
+        assert name in line
+    assert run("fine-tune") == 2
+    assert "fine-tune" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="cannot read"):
+        run("train", "--data", tmp_path / "missing.txt", "--out", tmp_path / "run", "--debug")
+
+
+def test_pairs(tmp_path, data, capsys):
+    assert run("pairs", "--target_modules", "[q_proj, v_proj]", "--rank", 2) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("10 pairs\n")
+    assert "layers.0.self_attn.q_proj.lora_A.default.weight (2, 192)" in printed
+    network = train_module.attach_adapter(train_module.load_model("tiny")[0], rank=2)
+    network.save_pretrained(str(tmp_path / "adapter"))
+    assert run("pairs", "--adapter", tmp_path / "adapter") == 0
+    assert capsys.readouterr().out.startswith("35 pairs\n")
+    assert run("pairs", "--adapter", tmp_path) == 2
+    assert "adapter_config.json" in capsys.readouterr().err
+
+
+def test_demo(tmp_path, capsys, monkeypatch):
+    """Ten steps instead of 200: what it writes, that it replaces itself and nothing else."""
+    small = {"steps": 10, "batch_size": 2, "max_length": 32, "rank": 4}
+    monkeypatch.setattr(demo_module, "CHARACTERS", {"train": 20_000, "validation": 4_000, "held_out": 4_000})
+    monkeypatch.setattr(demo_module, "EVAL_EVERY", 5)
+    for _ in range(2):
+        result = demo_module.demo(tmp_path / "demo", seeds=1, progress=False, settings=small)
+    printed = capsys.readouterr().out
+    assert "LoRA-RITE" in printed
+    assert "curves.png" in printed
+    assert (tmp_path / "demo" / "curves.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "demo" / "result.json").read_text())["table"] == result["table"]
+    assert [row["optimizer"] for row in result["table"]] == ["AdamW", "LoRA-RITE"]
+    before = {run["held_out"]["before"] for run in result["runs"]}
+    assert len(before) == 1
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    assert run("demo", "--out", mine) == 2
+    assert (mine / "thesis.txt").read_text() == "precious"
+
+
+def test_demo_data_is_split_by_file_without_overlap(tmp_path):
+    info = demo_module.write_data(tmp_path)
+    texts = {}
+    for name in ("train", "validation", "held_out"):
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        texts[name] = [json.loads(line)["text"] for line in lines]
+        assert len(lines) == info["files"][name] > 10
+        assert sum(map(len, texts[name])) == info["characters"][name]
+    everything = [text for group in texts.values() for text in group]
+    assert len(set(everything)) == len(everything)

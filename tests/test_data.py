@@ -1,0 +1,93 @@
+"""Reading, splitting and cutting of training text."""
+
+import json
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from lora_rite.finetune.data import IGNORED, Example, read_examples, split, windows
+
+
+class Letters:
+    """A tokenizer of one token a character."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __call__(self, text, add_special_tokens, verbose):
+        assert not add_special_tokens
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def test_formats(tmp_path):
+    lines = [{"text": "one"}, "", {"prompt": "2+2=", "completion": "4"}]
+    assert read_examples(write(tmp_path / "a.jsonl", *lines)) == [Example("", "one"), Example("2+2=", "4")]
+    assert read_examples(write(tmp_path / "a.txt", "def f():", "    pass")) == [Example("", "def f():\n    pass")]
+    (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x\xc3\xa9"}\r\n')
+    assert read_examples(tmp_path / "bom.jsonl") == [Example("", "xé")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "bad.jsonl:2: not a JSON object"),
+        ("[1]", "bad.jsonl:2: expected a JSON object, got a list"),
+        ({"txt": "x"}, r"""bad.jsonl:2: expected "text", or "prompt" and "completion"; got \['txt'\]"""),
+        ({"prompt": "x"}, "bad.jsonl:2: expected"),
+        ({"text": 3}, 'bad.jsonl:2: "text" must be a string, got a int'),
+        ({"text": None}, "got a NoneType"),
+        ({"text": " "}, 'bad.jsonl:2: "text" is empty'),
+        ({"prompt": "x", "completion": ""}, '"completion" is empty'),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    with pytest.raises(ValueError, match=message):
+        read_examples(write(tmp_path / "bad.jsonl", {"text": "fine"}, line))
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read .*missing.jsonl"):
+        read_examples(tmp_path / "missing.jsonl")
+    with pytest.raises(ValueError, match="has no text"):
+        read_examples(write(tmp_path / "empty.jsonl", ""))
+    (tmp_path / "binary.txt").write_bytes(b"abc\xff")
+    with pytest.raises(ValueError, match=r"not UTF-8 text: .* at byte 3"):
+        read_examples(tmp_path / "binary.txt")
+
+
+def test_split_is_reproducible_and_without_overlap():
+    examples = [Example("", str(i % 40)) for i in range(50)]  # ten of them twice
+    one, again, other = (split(examples, 0.25, seed) for seed in (0, 0, 1))
+    assert one == again
+    assert one != other
+    assert not set(one.train) & set(one.held_out)
+    assert len(one.train) + len(one.held_out) == 50
+    assert len(set(one.held_out)) == 10
+    text = "".join(f"line {i}\n" for i in range(100))
+    train, held_out = split([Example("", text)], 0.1, 0)
+    assert train[0].completion + held_out[0].completion == text
+    assert held_out[0].completion.startswith("\n")
+    with pytest.raises(ValueError, match="--validation"):
+        split([Example("a", "b")], 0.1, 0)
+
+
+def test_windows():
+    rows = windows([Example("", "abcdef"), Example("", "gh")], Letters(), 5)
+    assert [row["input_ids"] for row in rows] == [[1, 97, 98, 99, 100], [101, 102, 2, 1, 103], [104, 2]]
+    assert all(row["labels"] == row["input_ids"] for row in rows)
+    assert all(len(row["attention_mask"]) == len(row["input_ids"]) for row in rows)
+    (row,) = windows([Example("ab", "c")], Letters(), 5)
+    assert row["input_ids"] == [1, 97, 98, 99, 2]
+    assert row["labels"] == [IGNORED, IGNORED, IGNORED, 99, 2]
+
+
+def test_windows_without_loss_are_dropped_or_refused():
+    rows = windows([Example("a" * 9, "b"), Example("a", "b")], Letters(), 4)
+    assert len(rows) == 1
+    with pytest.raises(ValueError, match="no token carries loss within 4 tokens"):
+        windows([Example("a" * 9, "b")], Letters(), 4)
