@@ -11,10 +11,10 @@ def decay(t, beta):
     return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
 
 
-def basis(y):
-    """Q (rows, r) with orthonormal columns (zero beyond the rank of Y) and T = QᵀY, by SVD."""
+def basis(y, null):
+    """Q (rows, r) with orthonormal columns, T = QᵀY and T⁺, by SVD; singular values up to ``null``·σ_max are 0."""
     u, s, vh = torch.linalg.svd(y, full_matrices=False)
-    live = (s > 1e-11 * s[0]).double() if s[0] > 0 else torch.zeros_like(s)
+    live = (s > null * s[0]).double() if s[0] > 0 else torch.zeros_like(s)
     return u * live, (s * live)[:, None] * vh, vh.mT * torch.where(live > 0, 1 / s, 0)
 
 
@@ -33,7 +33,7 @@ class Reference:
     def __init__(
         self, pairs, *, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, damping=0.0, row_equilibration=False,
         row_beta=0.99, relative_eps=0.0, clip_unmagnified_grad=1.0, update_skipping=0.0, update_capping=0.0,
-        apply_escape=False, balance_param=False, maximize=False,
+        apply_escape=False, balance_param=False, maximize=False, null=1e-11,
     ):  # fmt: skip
         self.__dict__.update({k: v for k, v in locals().items() if k != "self"})
         self.t = 0
@@ -46,8 +46,8 @@ class Reference:
         sign = -1 if self.maximize else 1
         work = []
         for (a, b), (g_a, g_b), damp_a in zip(self.pairs, gradients, self.damp_a, strict=True):
-            q_a, t_a, k_a = basis(a.mT)
-            q_b, t_b, k_b = basis(b)
+            q_a, t_a, k_a = basis(a.mT, self.null)
+            q_b, t_b, k_b = basis(b, self.null)
             if self.damping:
                 k_a, k_b = (self.damped(t_a, t_b, a.shape[1]), k_b) if damp_a else (k_a, self.damped(t_b, t_a, len(b)))
             work.append([[q_b, k_b, sign * g_a.mT @ k_b], [q_a, k_a, sign * g_b @ k_a]])

@@ -2,8 +2,8 @@
 
     python tools/sweep_demo.py            # about 10 minutes on 2 cores
 
-Same settings as `lora-rite demo`, another seed, the same grid of learning rates for each optimizer. Goes on where it was
-interrupted. Writes benchmarks/results/demo_sweep.json; the best rates belong into src/lora_rite/finetune/demo.py.
+Same settings as `lora-rite demo`, another seed, the same grid of learning rates for each optimizer. Finished runs are
+not run again. Writes benchmarks/results/demo_sweep.json; the best rates belong into src/lora_rite/finetune/demo.py.
 """
 
 import argparse

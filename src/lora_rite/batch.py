@@ -1,9 +1,9 @@
-"""Same-shape pairs computed together: gathered from parameters and state, measured, moved, written back.
+"""Pairs computed together: gathered from parameters and state, measured, moved, written back.
 
 ``measure`` and ``precondition`` only read, ``apply`` writes and cannot fail; the optimizer decides between them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,10 @@ from torch import Tensor
 from . import rite
 
 State = dict[str, Tensor]
+
+#: Tall products are done for factors of one shape together, up to this number of elements: on a GPU (64 MiB of float32
+#: a temporary), and on a CPU (1 MiB, so that temporaries stay in the cache).
+BATCH_ELEMENTS = (2**24, 2**18)
 
 
 class FactorPair(NamedTuple):
@@ -37,11 +41,6 @@ def tall(tensors: Sequence[Tensor], rank_first: bool, dtype: torch.dtype) -> Ten
     flat = [t.flatten(1) for t in tensors]
     stacked = (flat[0][None] if len(flat) == 1 else torch.stack(flat)).to(dtype)
     return stacked.mT if rank_first else stacked
-
-
-def untall(x: Tensor, rank_first: bool, shape: torch.Size) -> list[Tensor]:
-    """The inverse of :func:`tall`."""
-    return list((x.mT if rank_first else x).reshape(-1, *shape).unbind())
 
 
 def new_state(pair: FactorPair) -> tuple[State, State]:
@@ -83,57 +82,53 @@ def _new_factor_state(p: Tensor, rank_first: bool, damped: Tensor, dtype: torch.
     }
 
 
-class Side:
-    """One factor of each pair of a batch, with what ``measure`` finds for it (p pairs, r×r matrices (p, r, r))."""
+class Chunk:
+    """Factors of one shape, dtype and orientation: a run of the batch's factors, on which tall products are done."""
 
-    inverse: Tensor  # D: ḡ = g·D, and the step is M·Dᵀ
-    squares: Tensor  # ḡᵀ·ḡ, before clipping
-    kept: Tensor  # (p, 1, 1) False where update_skipping drops the gradient
-    second_moment: Tensor
-    escaped_mass: Tensor
-    whiten: Tensor  # ḡ to S
+    def __init__(self, run: slice, params: list[Tensor], states: list[State], rank_first: bool, dtype: torch.dtype):
+        self.run, self.params, self.states, self.rank_first, self.dtype = run, params, states, rank_first, dtype
+        self.rows = params[0].numel() // states[0]["second_moment"].shape[0]
 
-    def __init__(self, params: list[Tensor], states: list[State], rank_first: bool, dtype: torch.dtype):
-        self.params, self.states, self.rank_first, self.dtype = params, states, rank_first, dtype
-        self.algebra = algebra_dtype(params[0].device)
+    def tall(self, tensors: Sequence[Tensor]) -> Tensor:
+        """(p, rows, r) from factors (r, n, …) or (m, r, …); a view where there is one tensor of the work dtype."""
+        return tall(tensors, self.rank_first, self.dtype)
 
     def gradient(self) -> Tensor:
         return self.tall([p.grad for p in self.params])  # type: ignore[misc]
 
-    def tall(self, tensors: list[Tensor]) -> Tensor:
-        return tall(tensors, self.rank_first, self.dtype)
-
     def state(self, key: str) -> list[Tensor]:
         return [state[key] for state in self.states]
 
-    def small(self, key: str) -> Tensor:
-        """State of r×r or less, (p, …), in the algebra dtype."""
-        return torch.stack(self.state(key)).to(self.algebra)
+    def put(self, tensors: list[Tensor], value: Tensor) -> None:
+        """Writes (p, rows, r) into factors, or into state of their shape."""
+        flat = value.mT if self.rank_first else value
+        torch._foreach_copy_(tensors, list(flat.reshape(-1, *tensors[0].shape).unbind()))
 
-    def put(self, key: str, value: Tensor) -> None:
-        torch._foreach_copy_(self.state(key), list(value.unbind()))
-
-    def put_tall(self, tensors: list[Tensor], value: Tensor) -> None:
-        torch._foreach_copy_(tensors, untall(value, self.rank_first, tensors[0].shape))
-
-    def tall_rows(self) -> Tensor:
-        """The row moment, (p, rows, 1)."""
-        return torch.stack(self.state("row_moment"))[..., None]
-
-    def unchanged(self) -> Tensor:
-        """(p,) whether each factor is still what the last step left: its row sum is, to rounding. False for NaN."""
-        x = self.tall(self.params)
-        tolerance = 128 * torch.finfo(x.dtype).eps * x.shape[1] ** 0.5
-        lengths = torch.linalg.vector_norm(self.small("coordinates"), dim=-2)
-        difference = (x.sum(1) - torch.stack(self.state("checksum"))).abs()
-        return (difference <= tolerance * lengths).all(-1)
+    def write(self, x: Tensor, positions: list[int]) -> Tensor:
+        """Sets the factors to x, rounded to their dtype. Returns x as it is now, (p, rows, r) in the work dtype."""
+        p = self.params[0]
+        if p.dtype not in (torch.bfloat16, torch.float16):
+            self.put(self.params, x.to(p.dtype))
+            return x.to(p.dtype).to(self.dtype)
+        # in the parameter's own layout, so that the noise belongs to elements whatever the batch
+        flat = (x.mT if self.rank_first else x).contiguous()
+        key = rounding_key(torch.stack(self.state("step")), positions).to(p.device)
+        rounded = rite.stochastic_round(flat, p.dtype, key)
+        torch._foreach_copy_(self.params, list(rounded.reshape(-1, *p.shape).unbind()))
+        return (rounded.mT if self.rank_first else rounded).to(self.dtype)
 
 
 class Batch:
-    """Pairs of one group, of the same shapes, dtypes and device.
+    """Pairs of one group, rank, dtype and device. r×r algebra is done for all their factors together, those of A first
+    and then those of B; tall products in chunks of factors of the same shape.
 
     ``fresh`` takes the states of pairs that have none yet; the optimizer keeps them when it commits.
     """
+
+    inverse: Tensor  # D of each factor: ḡ = g·D, and the step is M·Dᵀ
+    second_moment: Tensor
+    escaped_mass: Tensor
+    whiten: Tensor  # g to S
 
     def __init__(
         self,
@@ -142,158 +137,191 @@ class Batch:
         states: dict[Tensor, State],
         fresh: dict[Tensor, State],
     ):
-        self.group, self.pairs = group, pairs
         for pair in pairs:
             if pair.a not in fresh and not states.get(pair.a):
                 fresh[pair.a], fresh[pair.b] = new_state(pair)
-        dtype = work_dtype(*pairs[0][:2])
-        self.a, self.b = (
-            Side(params, [fresh.get(p) or states[p] for p in params], rank_first, dtype)
-            for params, rank_first in (([p.a for p in pairs], True), ([p.b for p in pairs], False))
+        self.group = group
+        # same shapes side by side, so that chunks are runs
+        self.pairs = sorted(
+            pairs, key=lambda pair: (*pair.a.shape, *pair.b.shape, str(pair.a.dtype), str(pair.b.dtype))
         )
-        self.device = pairs[0].a.device
-        step = torch.stack(self.a.state("step")).to(self.a.algebra) + 1
-        beta1, beta2 = group["betas"]
+        self.factors = [pair.a for pair in self.pairs] + [pair.b for pair in self.pairs]
+        self.positions = [pair.position for pair in self.pairs] + [pair.position + 1 for pair in self.pairs]
+        self.states = [fresh.get(p) or states[p] for p in self.factors]
+        self.device, self.dtype = pairs[0].a.device, work_dtype(*pairs[0][:2])
+        self.algebra = algebra_dtype(self.device)
+        self.chunks = list(self._chunks())
+        step = torch.stack([state["step"] for state in self.states]).to(self.algebra) + 1
         self.decays = [
             rite.bias_corrected_decay(step, float(beta))[:, None, None].to(self.device)
-            for beta in (beta1, beta2, group["row_beta"])
+            for beta in (*group["betas"], group["row_beta"])
         ]
-        self.lr = group["lr"]
-        if isinstance(self.lr, Tensor):
-            self.lr = self.lr.detach().reshape(()).to(self.device, dtype)
+        rows = [p.numel() // pairs[0].a.shape[0] for p in self.factors]
+        self.rows = torch.tensor(rows, dtype=self.algebra, device=self.device)[:, None, None]
+        lr = group["lr"]
+        self.lr = torch.as_tensor(lr, dtype=self.algebra).detach().reshape(()).to(self.device)
+
+    def _chunks(self) -> Iterator[Chunk]:
+        begin, n = 0, len(self.pairs)
+        limit = BATCH_ELEMENTS[self.device.type == "cpu"]
+        for end in range(1, 2 * n + 1):
+            first = self.factors[begin]
+            alike = (
+                end < 2 * n
+                and end != n
+                and (self.factors[end].shape, self.factors[end].dtype)
+                == (
+                    first.shape,
+                    first.dtype,
+                )
+            )
+            if not alike or (end + 1 - begin) * first.numel() > limit:
+                run = slice(begin, end)
+                yield Chunk(run, self.factors[run], self.states[run], begin < n, self.dtype)
+                begin = end
+
+    def small(self, key: str) -> Tensor:
+        """State of r×r or less of all factors, (2p, …), in the algebra dtype."""
+        return torch.stack([state[key] for state in self.states]).to(self.algebra)
+
+    def put_small(self, key: str, value: Tensor) -> None:
+        torch._foreach_copy_([state[key] for state in self.states], list(value.unbind()))
+
+    def partners(self, x: Tensor) -> Tensor:
+        """What belongs to the other factor of each pair."""
+        return x.roll(len(self.pairs), 0)
 
     def measure(self) -> Tensor:
-        """Unmagnified gradients of both sides. Returns the sum of their squares, a scalar."""
+        """Unmagnified gradients. Returns the sum of their squares, a scalar."""
         self._invert()
-        group, a, b = self.group, self.a, self.b
-        total = torch.zeros((), dtype=a.algebra, device=self.device)
-        for side in (a, b):
-            side.squares = rite.unmagnified_gram(side.gradient(), side.inverse)
-            side.kept = torch.ones_like(self.decays[0], dtype=torch.bool)
-            if group["update_skipping"]:
-                mean_square = _trace(side.squares) / side.params[0].numel()
-                side.kept = ~(mean_square > group["update_skipping"] ** 2)[:, None, None]
-                side.squares = side.squares * side.kept
-            total = total + _trace(side.squares).sum()
-        return total
+        self.squares = torch.cat([rite.unmagnified_gram(c.gradient(), self.inverse[c.run]) for c in self.chunks])
+        self.kept = torch.ones_like(self.rows, dtype=torch.bool)
+        if self.group["update_skipping"]:
+            mean_square = _trace(self.squares) / (self.rows * self.squares.shape[-1])
+            self.kept = ~(mean_square > self.group["update_skipping"] ** 2)
+            self.squares = self.squares * self.kept
+        return _trace(self.squares).sum()
 
     def _invert(self) -> None:
-        """T⁺ of the other factor, for both sides; damped for one of them."""
-        group, a, b = self.group, self.a, self.b
-        a.inverse, b.inverse = b.small("basis"), a.small("basis")
-        t_a, t_b = a.small("coordinates"), b.small("coordinates")
+        """T⁺ of the other factor for each; damped for one side of each pair."""
+        n, damping = len(self.pairs), self.group["damping"]
+        self.coordinates = self.small("coordinates")
+        self.inverse = self.partners(self.small("basis"))
         self.sigma_over_delta: Tensor | None = None  # (p, r)
-        if group["damping"]:
-            a_damped = torch.stack(a.state("damped"))[:, None, None]
-            rows_a, rows_b = (side.params[0].numel() // t_a.shape[-1] for side in (a, b))
-            lr = torch.as_tensor(self.lr, dtype=t_a.dtype, device=self.device)
-            delta = group["damping"] * lr * torch.where(a_damped, rows_a, rows_b).to(t_a.dtype).sqrt()
-            damped, sigma = rite.damped_inverse(torch.where(a_damped, t_a, t_b), torch.where(a_damped, t_b, t_a), delta)
+        if damping:
+            t, damps_a = self.coordinates, torch.stack([s["damped"] for s in self.states[:n]])[:, None, None]
+            delta = damping * self.lr * torch.where(damps_a, self.rows[:n], self.rows[n:]).sqrt()
+            y, x = torch.where(damps_a, t[:n], t[n:]), torch.where(damps_a, t[n:], t[:n])
+            damped, sigma = rite.damped_inverse(y, x, delta)
+            for_a, for_b = self.inverse[:n], self.inverse[n:]
+            self.inverse = torch.cat([torch.where(damps_a, for_a, damped), torch.where(damps_a, damped, for_b)])
             self.sigma_over_delta = sigma / delta[..., 0]
-            a.inverse, b.inverse = torch.where(a_damped, a.inverse, damped), torch.where(a_damped, damped, b.inverse)
+
+    def precondition(self, norm: Tensor) -> None:
+        """Second moments and preconditioners, from the norm of all unmagnified gradients together."""
+        group, clip = self.group, self.group["clip_unmagnified_grad"]
+        scale = clip / norm.to(self.device).clamp_min(clip) if clip else 1.0
+        self.second_moment, self.escaped_mass, root = rite.second_moment(
+            self.small("second_moment"),
+            self.small("escaped_mass")[:, None, None],
+            self.squares * scale**2 / self.rows,
+            self.decays[1],
+            eps=group["eps"],
+            relative_eps=group["relative_eps"],
+        )
+        self.whiten = self.inverse @ root * (self.kept * (scale * (-1.0 if group["maximize"] else 1.0)))
+
+    def finite(self) -> Tensor:
+        """(p,) whether everything that ``apply`` will use is finite in the dtype of the state."""
+        matrices = torch.stack([self.second_moment, self.whiten, self.inverse]).to(self.dtype)
+        return matrices.isfinite().flatten(2).all(-1).all(0).reshape(2, -1).all(0)
+
+    def unchanged(self) -> Tensor:
+        """(p,) whether both factors are what the last step left: their row sums are, to rounding. False for NaN."""
+        same = []
+        lengths = torch.linalg.vector_norm(self.coordinates, dim=-2)
+        for c in self.chunks:
+            tolerance = 128 * torch.finfo(self.dtype).eps * c.rows**0.5
+            difference = (c.tall(c.params).sum(1) - torch.stack(c.state("checksum"))).abs()
+            same.append((difference <= tolerance * lengths[c.run]).all(-1))
+        return torch.cat(same).reshape(2, -1).all(0)
+
+    def apply(self) -> None:
+        """Moves the factors, measures their new bases, carries the second moments over."""
+        old = rite.Basis(self.small("basis"), self.coordinates, self.small("warm_basis"))
+        carry = self.decays[0] * self.small("transport").mT
+        results = [self._move(c, old, carry) for c in self.chunks]
+        gram_z, cross, warm, checksum = (torch.cat(parts) for parts in zip(*results, strict=True))
+        basis, c = rite.orthonormalise(warm, gram_z, torch.finfo(self.dtype).eps)
+        transport = self.partners(c.mT @ cross @ old.basis)
+        moved = rite.transport(self.second_moment, transport)
+        if self.group["apply_escape"]:
+            self.escaped_mass = self.escaped_mass + rite.escaped_mass(self.second_moment, moved)
+        if self.group["balance_param"]:
+            basis, checksum = self._balance(basis, checksum)
+        new = {
+            "basis": basis.basis, "coordinates": basis.coordinates, "warm_basis": basis.warm, "second_moment": moved,
+            "escaped_mass": self.escaped_mass[:, 0, 0], "transport": transport, "checksum": checksum,
+        }  # fmt: skip
+        for key, value in new.items():
+            self.put_small(key, value)
+        torch._foreach_add_([state["step"] for state in self.states], 1)
+
+    def _move(self, c: Chunk, old: rite.Basis, carry: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The step of a chunk. Returns zᵀz, zᵀ·X_old, K_w and the row sums of the factors after it, z = X·K_w."""
+        group, work = self.group, lambda m: m[c.run].to(c.dtype)
+        s = rite.times(c.gradient(), work(self.whiten))
+        rest = work(1 - self.decays[0])
+        if group["row_equilibration"]:
+            row_moment = torch.stack(c.state("row_moment"))[..., None]
+            factors, row_moment = rite.equilibrate_rows(s, row_moment, work(self.decays[2]))
+            torch._foreach_copy_(c.state("row_moment"), list(row_moment[..., 0].unbind()))
+            rest = rest * factors
+        m = rite.times(c.tall(c.state("first_moment")), work(carry)).addcmul_(s, rest)
+        c.put(c.state("first_moment"), m)
+        norm = torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True).to(self.algebra)
+        step = self.lr * self.inverse[c.run].mT
+        if group["update_capping"]:
+            step = step / (norm / (c.rows * m.shape[-1]) ** 0.5 / group["update_capping"]).clamp_min(1)
+        x = c.tall(c.params)
+        x_old = x.clone() if len(c.params) == 1 else x
+        if group["weight_decay"]:
+            x = x * (1 - self.lr * group["weight_decay"]).to(c.dtype)
+        x_new = rite.minus_times(x, m, step.to(c.dtype))
+        rounding = torch.finfo(c.params[0].dtype).eps
+        basis = rite.Basis(*(matrix[c.run] for matrix in old))
+        # what the state keeps is what is measured: rounded first
+        warm = rite.warm_basis(basis, step, norm, rounding).to(c.dtype)
+        x_new = c.write(x_new, self.positions[c.run])
+        z = rite.times(x_new, warm)
+        return (
+            rite.gram(z, z, self.algebra), rite.gram(z, x_old, self.algebra), warm.to(self.algebra), x_new.sum(1),
+        )  # fmt: skip
+
+    def _balance(self, basis: rite.Basis, checksum: Tensor) -> tuple[rite.Basis, Tensor]:
+        """Both factors rescaled to the same Frobenius norm; as they are where one is zero or lr is 0."""
+        norms = torch.linalg.matrix_norm(basis.coordinates, keepdim=True)
+        others = self.partners(norms)
+        ratio = ((others + 1e-6) / (norms + 1e-6)).sqrt()  # 1e-6 as in the authors' code
+        ratio = torch.where((norms > 0) & (others > 0) & (self.lr != 0), ratio, 1)
+        sums = []
+        for c in self.chunks:
+            x = c.tall(c.params) * ratio[c.run].to(c.dtype)
+            sums.append(c.write(x, self.positions[c.run]).sum(1))
+        return rite.Basis(basis.basis / ratio, basis.coordinates * ratio, basis.warm / ratio), torch.cat(sums)
 
     def dead(self) -> list[bool]:
         """Whether both factors are zero: such a pair has no gradient and never gets one."""
-        return [not (a.any() or b.any()) for a, b, _ in self.pairs]
+        return [not (pair.a.any() or pair.b.any()) for pair in self.pairs]
 
     def update_square(self) -> Tensor:
         """‖δB·A‖² + ‖B·δA‖² of the step that the present first moments make, summed over pairs, a scalar.
 
         δB·A = −lr·M_B·(T_A·D_B)ᵀ·Q_Aᵀ, and Q_A is orthonormal."""
         self._invert()
-        total = torch.zeros((), dtype=self.a.algebra, device=self.device)
-        for side, other in ((self.a, self.b), (self.b, self.a)):
-            seen = side.small("transport").mT @ (other.small("coordinates") @ side.inverse).mT
-            m = side.tall(side.state("first_moment")) @ seen.to(side.dtype)
-            total = total + (self.lr * m).square().sum()
-        return total
-
-    def precondition(self, norm: Tensor) -> None:
-        """Second moments and preconditioners, from the norm of all unmagnified gradients together."""
-        group, clip = self.group, self.group["clip_unmagnified_grad"]
-        scale = clip / norm.to(self.device).clamp_min(clip) if clip else 1.0
-        for side in (self.a, self.b):
-            rows = side.params[0].numel() // side.squares.shape[-1]
-            side.second_moment, side.escaped_mass, root = rite.second_moment(
-                side.small("second_moment"),
-                side.small("escaped_mass")[:, None, None],
-                side.squares * (scale**2 / rows),
-                self.decays[1],
-                eps=group["eps"],
-                relative_eps=group["relative_eps"],
-            )
-            sign = -1.0 if group["maximize"] else 1.0
-            side.whiten = side.inverse @ root * (side.kept * (sign * scale))
-
-    def finite(self) -> Tensor:
-        """(p,) whether everything that ``apply`` will use is finite in the dtype of the state."""
-        matrices = [m for side in (self.a, self.b) for m in (side.second_moment, side.whiten, side.inverse)]
-        return torch.stack([m.to(self.a.dtype).isfinite().flatten(1).all(-1) for m in matrices]).all(0)
-
-    def unchanged(self) -> Tensor:
-        """(p,) whether both factors are what the last step left."""
-        return self.a.unchanged() & self.b.unchanged()
-
-    def apply(self) -> None:
-        """Moves the factors, measures their new bases, carries the second moments over."""
-        a, b = self.a, self.b
-        old = [side.tall(side.params) for side in (a, b)]
-        old = [x.clone() if len(self.pairs) == 1 else x for x in old]
-        new = [self._move(side, x) for side, x in zip((a, b), old, strict=True)]
-        if self.group["balance_param"]:
-            new = self._balance(new)
-        transports = []
-        for i, (side, x_old, x_new) in enumerate(zip((a, b), old, new, strict=True)):
-            self._write(side, x_new, keys=[pair.position + i for pair in self.pairs])
-            x_new = side.tall(side.params)  # as rounded
-            q_old = x_old @ side.small("basis").to(side.dtype)
-            basis, z, c = rite.rebase(x_new, x_new - x_old, side.small("warm_basis"))
-            transports.append(c.mT @ rite.gram(z, q_old, side.algebra))
-            for key, value in zip(("basis", "coordinates", "warm_basis"), basis, strict=True):
-                side.put(key, value)
-            side.put("checksum", x_new.sum(1))
-        for side, p in zip((a, b), reversed(transports), strict=True):
-            moved = rite.transport(side.second_moment, p)
-            if self.group["apply_escape"]:
-                side.escaped_mass = side.escaped_mass + rite.escaped_mass(side.second_moment, moved)
-            side.put("second_moment", moved)
-            side.put("escaped_mass", side.escaped_mass[:, 0, 0])
-            side.put("transport", p)
-            torch._foreach_add_(side.state("step"), 1)
-
-    def _move(self, side: Side, x: Tensor) -> Tensor:
-        """The factor after the step; writes the first and the row moment."""
-        group, dtype = self.group, side.dtype
-        beta1, _, row_beta = self.decays
-        s = side.gradient() @ side.whiten.to(dtype)
-        if group["row_equilibration"]:
-            s, rows = rite.equilibrate_rows(s, side.tall_rows(), row_beta.to(dtype))
-            side.put("row_moment", rows[..., 0])
-        m = side.tall(side.state("first_moment")) @ (beta1 * side.small("transport").mT).to(dtype)
-        m = m + (1 - beta1).to(dtype) * s
-        side.put_tall(side.state("first_moment"), m)
-        if group["update_capping"]:
-            rms = m.square().mean((-2, -1), keepdim=True).sqrt()
-            m = m / (rms / group["update_capping"]).clamp_min(1)
-        x_new = x - self.lr * (m @ side.inverse.mT.to(dtype))
-        return x_new - self.lr * group["weight_decay"] * x if group["weight_decay"] else x_new
-
-    def _balance(self, new: list[Tensor]) -> list[Tensor]:
-        """Both factors rescaled to the same Frobenius norm; as they are where one is zero or lr is 0."""
-        norm_a, norm_b = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in new)
-        ratio = ((norm_b + 1e-6) / (norm_a + 1e-6)).sqrt()  # 1e-6 as in the authors' code
-        ratio = torch.where((norm_a > 0) & (norm_b > 0) & torch.as_tensor(self.lr != 0), ratio, 1)
-        return [new[0] * ratio, new[1] / ratio]
-
-    def _write(self, side: Side, x: Tensor, keys: list[int]) -> None:
-        if side.params[0].dtype in (torch.bfloat16, torch.float16):
-            # in the parameter's own layout, so that noise belongs to elements whatever the batch
-            key = rounding_key(torch.stack(side.state("step")), keys)
-            flat = torch.stack(untall(x, side.rank_first, side.params[0].shape))
-            rounded = rite.stochastic_round(flat, side.params[0].dtype, key.to(self.device))
-            torch._foreach_copy_(side.params, list(rounded.unbind()))
-        else:
-            side.put_tall(side.params, x)
+        seen = self.small("transport").mT @ (self.partners(self.coordinates) @ self.inverse).mT * self.lr
+        moments = [rite.times(c.tall(c.state("first_moment")), seen[c.run].to(c.dtype)) for c in self.chunks]
+        return sum((m.square().sum() for m in moments), torch.zeros((), device=self.device))
 
 
 def rounding_key(steps: Tensor, positions: list[int]) -> Tensor:
@@ -302,4 +330,5 @@ def rounding_key(steps: Tensor, positions: list[int]) -> Tensor:
 
 
 def _trace(m: Tensor) -> Tensor:
-    return m.diagonal(dim1=-2, dim2=-1).sum(-1)
+    """(p, 1, 1) traces of (p, r, r)."""
+    return m.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]

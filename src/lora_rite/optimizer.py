@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from . import rite
-from .batch import Batch, FactorPair, State, new_state, rounding_key
+from .batch import Batch, FactorPair, State, new_state, rounding_key, work_dtype
 from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError
 from .pairs import check_order, check_pair, overlapping_storage, param_groups
 
 #: Keyword arguments that make LoRARite compute the step of the authors' PyTorch code.
 PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
 
-#: Pairs of one shape are computed together up to this number of elements (4 MiB of float32 a temporary).
-BATCH_ELEMENTS = 2**20
 #: Non-finite gradients in so many steps in a row are an error.
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -268,7 +266,7 @@ class LoRARite(torch.optim.Optimizer):
         return batches
 
     def _alike(self, wanted: Callable[[Tensor, Tensor], bool]) -> Iterator[tuple[dict[str, Any], list[FactorPair]]]:
-        """Pairs (A, B) that are wanted, by group, shape, dtype and device, in bounded numbers."""
+        """Pairs (A, B) that are wanted, by group, rank, dtype of the arithmetic and device."""
         position = 0
         for number, group in enumerate(self.param_groups):
             params = group["params"]
@@ -279,13 +277,10 @@ class LoRARite(torch.optim.Optimizer):
                     continue
                 if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1]:
                     check_pair(a, b, *_names(self.param_groups)[number][k : k + 2])
-                alike.setdefault((a.shape, b.shape, a.dtype, b.dtype, a.device), []).append(
-                    FactorPair(a, b, position + k)
-                )
+                pair = FactorPair(a, b, position + k)
+                alike.setdefault((a.shape[0], work_dtype(a, b), a.device), []).append(pair)
             position += len(params)
-            for pairs in alike.values():
-                size = max(1, BATCH_ELEMENTS // (pairs[0].a.numel() + pairs[0].b.numel()))
-                yield from ((group, pairs[i : i + size]) for i in range(0, len(pairs), size))
+            yield from ((group, pairs) for pairs in alike.values())
 
     def _flags(self, batches: list[Batch], others: list[dict[str, Any]]) -> tuple[list[bool], list[bool]]:
         """Whether each pair and then each AdamW group is finite, and whether each pair is what the last step left; the
@@ -323,13 +318,15 @@ class LoRARite(torch.optim.Optimizer):
         names = self._names_by_position()
         suspects = [p for pair, ok in zip(pairs, finite, strict=False) if not ok for p in pair[:2]]
         suspects += [p for group in others for p in group["params"] if p.grad is not None]
-        bad = [p for p in suspects if p.grad is not None and not p.grad.isfinite().all()] or suspects
+        bad = [p for p in suspects if p.grad is not None and not p.grad.isfinite().all()]
+        what = "non-finite gradient" if bad else "overflow from the gradient"
+        bad = bad or suspects
         positions = {p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))}
         name = names[positions[bad[0]]]
         self._skipped_in_a_row += 1
         for group in self.param_groups:
             group["skipped"] += 1
-        message = f"non-finite gradient of {name}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}"
+        message = f"{what} of {name}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}"
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
                 f"{message}, {self._skipped_in_a_row} steps in a row: lower the learning rate, or look for the first "

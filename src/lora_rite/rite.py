@@ -40,6 +40,18 @@ def bias_corrected_decay(step: Tensor, beta: float) -> Tensor:
     return beta * (1 - beta ** (step - 1)) / (1 - beta**step) if beta else torch.zeros_like(step)
 
 
+def times(x: Tensor, k: Tensor) -> Tensor:
+    """x·k, tall times (p, r, r), in the memory layout of x: A is stored (r, n), and its products stay so."""
+    return x @ k if x.is_contiguous() else (k.mT @ x.mT).mT
+
+
+def minus_times(x: Tensor, y: Tensor, k: Tensor) -> Tensor:
+    """x − y·k, tall, in the memory layout of y."""
+    if y.is_contiguous():
+        return torch.baddbmm(x, y, k, alpha=-1)
+    return torch.baddbmm(x.mT, k.mT, y.mT, alpha=-1).mT
+
+
 def gram(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """xᵀ·y, (p, r, r), of tall x and y, in the algebra dtype."""
     return (x.mT @ y).to(dtype)
@@ -58,50 +70,51 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def initial_basis(x: Tensor, dtype: torch.dtype) -> Basis:
-    """The basis of an arbitrary factor: scaled to 1, then three passes of :func:`rebase`, each of which makes the Gram
+    """The basis of an arbitrary factor: scaled to 1, then made orthonormal three times, each of which makes the Gram
     matrix better conditioned (one pass is exact up to a condition number of about eps^-½)."""
     eye = torch.eye(x.shape[-1], dtype=dtype, device=x.device).expand(*x.shape[:-2], -1, -1)
     scale = x.abs().amax((-2, -1), keepdim=True).to(dtype)
     warm = eye / torch.where(scale == 0, 1, scale)
     for _ in range(3):
-        warm = _shrink(warm, x, None)
-    return _orthonormalise(warm, x)[0]
+        z = times(x, warm.to(x.dtype))
+        w, u = eigh(gram(z, z, dtype))
+        s = w.maximum(w[..., -1:] * (10 * torch.finfo(x.dtype).eps)).sqrt()
+        warm = torch.where((w[..., -1:] <= 0)[..., None], warm, warm @ (u / s[..., None, :])).to(x.dtype).to(dtype)
+    z = times(x, warm.to(x.dtype))
+    return orthonormalise(warm, gram(z, z, dtype), torch.finfo(x.dtype).eps)[0]
 
 
-def rebase(x: Tensor, change: Tensor, warm: Tensor) -> tuple[Basis, Tensor, Tensor]:
-    """The basis of X after a step that changed it by ``change``, measured in the previous (warm) basis.
+def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: float) -> Tensor:
+    """K_w for the factor after a step X − M·``step``, before that is taken: from r×r matrices alone.
 
-    Returns (basis, z, c) with Q = z·c, z (p, rows, r) tall in the work dtype, c (p, r, r).
+    In it, neither X, nor the step (``step`` (p, r, r) = lr·Dᵀ, of which M has the Frobenius norm ``norm`` (p, 1, 1)),
+    nor the rounding of X (relative size ``rounding``) is longer than 1, so neither is the factor after the step.
     """
-    return _orthonormalise(_shrink(warm, x, change), x)
+    x, moved = old.coordinates @ old.warm, step @ old.warm
+    size = torch.linalg.matrix_norm(old.coordinates, keepdim=True)
+    noise = (rounding * size) * old.warm
+    f = 2 * (x.mT @ x + norm**2 * (moved.mT @ moved) + noise.mT @ noise)
+    empty = (f.diagonal(dim1=-2, dim2=-1).amax(-1) <= 0)[..., None, None]
+    eye = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
+    root = torch.linalg.cholesky_ex(torch.where(empty, eye, f + _jitter(f)))[0]
+    return torch.linalg.solve_triangular(root.mT, old.warm, upper=True, left=False)
 
 
-def _shrink(warm: Tensor, x: Tensor, change: Tensor | None) -> Tensor:
-    """A warm basis in which the Gram matrix of [X; change] is the identity (near-null directions are shrunk less)."""
-    work_eps = torch.finfo(x.dtype).eps
-    k = warm.to(x.dtype)
-    z = x @ k
-    f = gram(z, z, warm.dtype)
-    if change is not None:
-        dz = change @ k
-        f = f + gram(dz, dz, warm.dtype)
-    w, u = eigh(f)
-    largest = w[..., -1:]
-    s = w.maximum(largest * (10 * work_eps)).sqrt()
-    shrunk = warm @ (u / s[..., None, :])
-    # The next step reads the warm basis back from the state in the work dtype: what is measured there must be the same.
-    return torch.where((largest <= 0)[..., None], warm, shrunk).to(x.dtype).to(warm.dtype)
+def _jitter(f: Tensor) -> Tensor:
+    """A multiple of the identity that makes a positive semidefinite f numerically definite."""
+    trace = f.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    return torch.eye(f.shape[-1], dtype=f.dtype, device=f.device) * (trace * (10 * torch.finfo(f.dtype).eps))
 
 
-def _orthonormalise(warm: Tensor, x: Tensor) -> tuple[Basis, Tensor, Tensor]:
-    z = x @ warm.to(x.dtype)
-    w, u = eigh(gram(z, z, warm.dtype))
+def orthonormalise(warm: Tensor, gram_z: Tensor, work_eps: float) -> tuple[Basis, Tensor]:
+    """The basis of X from K_w and the Gram matrix of z = X·K_w; also c (p, r, r) with Q = z·c."""
+    w, u = eigh(gram_z)
     # Below 1e4 eps a direction is rounding noise: at most a hundredth of the last step, and damped anyway.
-    live = w > w[..., -1:] * (1e4 * torch.finfo(x.dtype).eps)
+    live = w > w[..., -1:] * (1e4 * work_eps)
     s = torch.where(live, w, 1).sqrt()
     c = u * torch.where(live, 1 / s, 0)[..., None, :]
     t = torch.where(live, s, 0)[..., None] * (u.mT @ torch.linalg.inv_ex(warm).inverse)
-    return Basis(warm @ c, t, warm), z, c
+    return Basis(warm @ c, t, warm), c
 
 
 def damped_inverse(y: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,16 +134,12 @@ def damped_inverse(y: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]
 
 
 def unmagnified_gram(gradient: Tensor, inverse: Tensor) -> Tensor:
-    """ḡᵀ·ḡ (p, r, r) of the unmagnified gradient ḡ = g·D (Eq. 7), not finite where g is not.
+    """ḡᵀ·ḡ (p, r, r) of the unmagnified gradient ḡ = g·D (Eq. 7); not finite where g is not, or beyond about 1e18.
 
-    ḡ is formed before its Gram matrix is (Dᵀ(gᵀg)D loses twice the digits), from g scaled to 1, so that no finite
-    gradient overflows or vanishes when it is squared.
+    ḡ is formed before its Gram matrix is: Dᵀ(gᵀg)D loses twice the digits.
     """
-    tiny = torch.finfo(torch.float32).tiny ** 0.5  # keeps D/scale finite
-    scale = gradient.abs().amax((-2, -1), keepdim=True).to(inverse.dtype)
-    divisor = scale.clamp_min(tiny)
-    unmagnified = gradient @ (inverse / divisor).to(gradient.dtype)
-    return gram(unmagnified, unmagnified, inverse.dtype) * divisor**2 + 0 * scale
+    unmagnified = times(gradient, inverse.to(gradient.dtype))
+    return gram(unmagnified, unmagnified, inverse.dtype)
 
 
 def second_moment(
@@ -150,14 +159,17 @@ def second_moment(
 
 
 def equilibrate_rows(s: Tensor, row_moment: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    """Divides each row of s (p, rows, r) by the root of the average of its mean square, and restores the norm of s.
+    """A factor for each row of s (p, rows, r): one over the root of the average of its mean square, times what restores
+    the Frobenius norm of s.
 
-    Returns (s, row_moment (p, rows, 1)). Norms of rows do not see rotations of the basis: exactly invariant.
+    Returns (factors (p, rows, 1), row_moment (p, rows, 1)). Norms of rows do not see rotations of the basis: exactly
+    invariant.
     """
-    row_moment = decay * row_moment + (1 - decay) * s.square().mean(-1, keepdim=True)
-    even = s / (row_moment.sqrt() + 1e-12)
-    norm, even_norm = (torch.linalg.vector_norm(t, dim=(-2, -1), keepdim=True) for t in (s, even))
-    return even * (norm / even_norm.clamp_min(1e-30)), row_moment
+    squares = (s * s).mean(-1, keepdim=True)
+    row_moment = decay * row_moment + (1 - decay) * squares
+    factors = 1 / (row_moment.sqrt() + 1e-12)
+    even = (squares * factors.square()).sum(-2, keepdim=True)
+    return factors * (squares.sum(-2, keepdim=True) / even.clamp_min(1e-30)).sqrt(), row_moment
 
 
 def transport(moment: Tensor, p: Tensor) -> Tensor:
