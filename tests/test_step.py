@@ -88,7 +88,7 @@ def test_w_does_not_depend_on_the_scale_of_the_factors(scale):
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.float32, 1e-2)], ids=["f64", "f32"])
 def test_low_rank_gradients_from_zero_are_bounded_and_invariant(rank, dtype, tolerance):
-    """Inverting rounding noise blows up here (test below); r = 8 directions, gradients of rank 1 and 2, B = 0 at start."""
+    """Inverting rounding noise blows up here (test below): r = 8, gradients of rank 1 or 2, B = 0 at start."""
     r, n, m, lr, steps = 8, 50, 40, 1e-2, 30
     gradients = [gradients_of_w(steps, m, n, rank=rank, seed=1)]
     plain = factors(r, n, m, zero_b=True, dtype=dtype)
