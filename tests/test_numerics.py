@@ -432,7 +432,7 @@ def test_state_is_small():
         sum(t.numel() * t.element_size() for state in o.state.values() for t in state.values()) for o in optimizers
     )
     assert ours == optimizers[0].report()["state_bytes"]
-    formula = sum(4 * (m + n) * 17 + 40 * 16**2 + 2 * (4 + 4 + 1) + 8 * 16 for n, m in shapes)
+    formula = sum(4 * (m + n) * 17 + 40 * 16**2 + 2 * (4 + 4 + 4 + 1) + 8 * 16 for n, m in shapes)
     assert ours == formula
     assert ours <= 0.55 * adamw
 

@@ -116,9 +116,9 @@ def test_rounding_noise_is_not_taken_for_a_direction():
         assert w(train([pair], [gradients], lr=1e-2)[0][0]).norm() < 5
 
 
-def least_squares(steps=200, **options):
+def least_squares(seed, steps=200, **options):
     """Loss before and after training W towards a target of rank 2 from 2 samples a step, r = 8."""
-    g = torch.Generator().manual_seed(4)
+    g = torch.Generator().manual_seed(seed)
     n, m = 50, 40
     target = torch.randn(m, 2, generator=g) @ torch.randn(2, n, generator=g) / n**0.5
     a, b = (torch.nn.Parameter(x.float()) for x in factors(8, n, m, zero_b=True))
@@ -133,11 +133,11 @@ def least_squares(steps=200, **options):
     return before, loss_of(probe).item()
 
 
-def test_damping_learns_where_the_published_step_diverges():
-    before, ours = least_squares()
-    _, published = least_squares(**PUBLISHED)
-    assert ours < 0.5 * before
-    assert not published < 10 * before
+def test_learns_where_the_published_step_diverges():
+    """The published step is chaotic here: it diverges with four of these five seeds (LOG.md), so the worst counts."""
+    ours, published = ([least_squares(seed, **options) for seed in range(4, 9)] for options in ({}, PUBLISHED))
+    assert all(after < 0.25 * before for before, after in ours)
+    assert max(after / before for before, after in published) > 10
 
 
 def test_warm_up_from_lr_zero_with_b_zero():

@@ -47,9 +47,9 @@ def new_state(pair: FactorPair) -> tuple[State, State]:
     """The state of A and of B before their first step. Memory: 4(m+n)(r+1) + 40r² bytes a pair, and some scalars, in
     float32; twice that in float64.
 
-    Under each factor: ``step`` of the pair; ``first_moment`` (the factor's shape), ``second_moment`` (r, r) and
-    ``transport`` (r, r) in the basis of the other factor, ``row_moment`` (rows,), ``escaped_mass``; ``basis``,
-    ``coordinates``, ``warm_basis`` (r, r) of the factor itself (:class:`lora_rite.rite.Basis`); ``checksum`` (r,), the
+    Under each factor: ``step`` of the pair; ``first_moment`` (the factor's shape) and its Frobenius norm
+    ``moment_norm``, ``second_moment`` (r, r) and ``transport`` (r, r), in the basis of the other factor;
+    ``row_moment`` (rows,); ``escaped_mass``; ``basis``, ``coordinates``, ``warm_basis`` (r, r) of the factor itself (:class:`lora_rite.rite.Basis`); ``checksum`` (r,), the
     sum of its rows, by which a change from outside is noticed; ``damped``, whether T⁺ of this factor is damped: of the
     one that starts at zero, else of B.
     """
@@ -73,6 +73,7 @@ def _new_factor_state(p: Tensor, rank_first: bool, damped: Tensor, dtype: torch.
         "second_moment": torch.zeros(r, r, **like),
         "row_moment": torch.zeros(rows, **like),
         "escaped_mass": torch.zeros((), **like),
+        "moment_norm": torch.zeros((), **like),
         "transport": torch.eye(r, **like),
         "basis": basis.basis[0].to(dtype),
         "coordinates": basis.coordinates[0].to(dtype),
@@ -129,6 +130,7 @@ class Batch:
     second_moment: Tensor
     escaped_mass: Tensor
     whiten: Tensor  # g to S
+    moment_norm: Tensor  # a bound of ‖M‖ after the step
 
     def __init__(
         self,
@@ -230,6 +232,9 @@ class Batch:
             relative_eps=group["relative_eps"],
         )
         self.whiten = self.inverse @ root * (self.kept * (scale * (-1.0 if group["maximize"] else 1.0)))
+        square = _trace(root @ (self.squares * scale**2) @ root)  # ‖S‖²; equilibration of rows leaves it as it is
+        last = self.small("moment_norm")[:, None, None]
+        self.moment_norm = self.decays[0] * last + (1 - self.decays[0]) * square.clamp_min(0).sqrt()
 
     def finite(self) -> Tensor:
         """(p,) whether everything that ``apply`` will use is finite in the dtype of the state."""
@@ -249,10 +254,17 @@ class Batch:
     def apply(self) -> None:
         """Moves the factors, measures their new bases, carries the second moments over."""
         old = rite.Basis(self.small("basis"), self.coordinates, self.small("warm_basis"))
+        rest = 1 - self.decays[0]
         carry = self.decays[0] * self.small("transport").mT
-        results = [self._move(c, old, carry) for c in self.chunks]
-        gram_z, cross, warm, checksum = (torch.cat(parts) for parts in zip(*results, strict=True))
-        basis, c = rite.orthonormalise(warm, gram_z, torch.finfo(self.dtype).eps)
+        step = self.lr * self.inverse.mT
+        rounding = [torch.finfo(p.dtype).eps for p in self.factors]
+        noise = torch.tensor(rounding, dtype=self.algebra, device=self.device)[:, None, None]
+        # what the state keeps is what is measured: rounded to the work dtype first
+        warm = rite.warm_basis(old, step, self.moment_norm, noise).to(self.dtype)
+        matrices = [m.to(self.dtype) for m in (self.whiten, carry, rest, self.decays[2], step)] + [warm]
+        results = [self._move(c, *(m[c.run] for m in matrices)) for c in self.chunks]
+        gram_z, cross, checksum, moment_norm = (torch.cat(parts) for parts in zip(*results, strict=True))
+        basis, c = rite.orthonormalise(warm.to(self.algebra), gram_z, torch.finfo(self.dtype).eps)
         transport = self.partners(c.mT @ cross @ old.basis)
         moved = rite.transport(self.second_moment, transport)
         if self.group["apply_escape"]:
@@ -262,41 +274,37 @@ class Batch:
         new = {
             "basis": basis.basis, "coordinates": basis.coordinates, "warm_basis": basis.warm, "second_moment": moved,
             "escaped_mass": self.escaped_mass[:, 0, 0], "transport": transport, "checksum": checksum,
+            "moment_norm": moment_norm,
         }  # fmt: skip
         for key, value in new.items():
             self.put_small(key, value)
         torch._foreach_add_([state["step"] for state in self.states], 1)
 
-    def _move(self, c: Chunk, old: rite.Basis, carry: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The step of a chunk. Returns zᵀz, zᵀ·X_old, K_w and the row sums of the factors after it, z = X·K_w."""
-        group, work = self.group, lambda m: m[c.run].to(c.dtype)
-        s = rite.times(c.gradient(), work(self.whiten))
-        rest = work(1 - self.decays[0])
+    def _move(
+        self, c: Chunk, whiten: Tensor, carry: Tensor, rest: Tensor, row_decay: Tensor, step: Tensor, warm: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The step of a chunk, X − M·step. Returns zᵀz and zᵀ·X_old, where z = X·K_w after the step, the row sums of the
+        factors, and ‖M‖. The arguments are (p, r, r) or (p, 1, 1), in the work dtype."""
+        group = self.group
+        s = rite.times(c.gradient(), whiten)
         if group["row_equilibration"]:
             row_moment = torch.stack(c.state("row_moment"))[..., None]
-            factors, row_moment = rite.equilibrate_rows(s, row_moment, work(self.decays[2]))
+            factors, row_moment = rite.equilibrate_rows(s, row_moment, row_decay)
             torch._foreach_copy_(c.state("row_moment"), list(row_moment[..., 0].unbind()))
             rest = rest * factors
-        m = rite.times(c.tall(c.state("first_moment")), work(carry)).addcmul_(s, rest)
+        m = rite.times(c.tall(c.state("first_moment")), carry).addcmul_(s, rest)
         c.put(c.state("first_moment"), m)
-        norm = torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True).to(self.algebra)
-        step = self.lr * self.inverse[c.run].mT
+        norm = torch.linalg.vector_norm(m, dim=(-2, -1))
         if group["update_capping"]:
-            step = step / (norm / (c.rows * m.shape[-1]) ** 0.5 / group["update_capping"]).clamp_min(1)
+            rms = norm[:, None, None] / (c.rows * m.shape[-1]) ** 0.5
+            step = step / (rms / group["update_capping"]).clamp_min(1)
         x = c.tall(c.params)
         x_old = x.clone() if len(c.params) == 1 else x
         if group["weight_decay"]:
             x = x * (1 - self.lr * group["weight_decay"]).to(c.dtype)
-        x_new = rite.minus_times(x, m, step.to(c.dtype))
-        rounding = torch.finfo(c.params[0].dtype).eps
-        basis = rite.Basis(*(matrix[c.run] for matrix in old))
-        # what the state keeps is what is measured: rounded first
-        warm = rite.warm_basis(basis, step, norm, rounding).to(c.dtype)
-        x_new = c.write(x_new, self.positions[c.run])
+        x_new = c.write(rite.minus_times(x, m, step), self.positions[c.run])
         z = rite.times(x_new, warm)
-        return (
-            rite.gram(z, z, self.algebra), rite.gram(z, x_old, self.algebra), warm.to(self.algebra), x_new.sum(1),
-        )  # fmt: skip
+        return rite.gram(z, z, self.algebra), rite.gram(z, x_old, self.algebra), x_new.sum(1), norm
 
     def _balance(self, basis: rite.Basis, checksum: Tensor) -> tuple[rite.Basis, Tensor]:
         """Both factors rescaled to the same Frobenius norm; as they are where one is zero or lr is 0."""

@@ -84,11 +84,12 @@ def initial_basis(x: Tensor, dtype: torch.dtype) -> Basis:
     return orthonormalise(warm, gram(z, z, dtype), torch.finfo(x.dtype).eps)[0]
 
 
-def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: float) -> Tensor:
+def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: Tensor) -> Tensor:
     """K_w for the factor after a step X − M·``step``, before that is taken: from r×r matrices alone.
 
-    In it, neither X, nor the step (``step`` (p, r, r) = lr·Dᵀ, of which M has the Frobenius norm ``norm`` (p, 1, 1)),
-    nor the rounding of X (relative size ``rounding``) is longer than 1, so neither is the factor after the step.
+    In it, neither X, nor the step (``step`` (p, r, r) = lr·Dᵀ; ``norm`` (p, 1, 1) bounds the Frobenius norm of M), nor
+    the rounding of X (its relative size ``rounding`` (p, 1, 1)) is longer than 1, so neither is the factor after the
+    step.
     """
     x, moved = old.coordinates @ old.warm, step @ old.warm
     size = torch.linalg.matrix_norm(old.coordinates, keepdim=True)
