@@ -49,9 +49,9 @@ def new_state(pair: FactorPair) -> tuple[State, State]:
 
     Under each factor: ``step`` of the pair; ``first_moment`` (the factor's shape) and its Frobenius norm
     ``moment_norm``, ``second_moment`` (r, r) and ``transport`` (r, r), in the basis of the other factor;
-    ``row_moment`` (rows,); ``escaped_mass``; ``basis``, ``coordinates``, ``warm_basis`` (r, r) of the factor itself (:class:`lora_rite.rite.Basis`); ``checksum`` (r,), the
-    sum of its rows, by which a change from outside is noticed; ``damped``, whether T⁺ of this factor is damped: of the
-    one that starts at zero, else of B.
+    ``row_moment`` (rows,); ``escaped_mass``; ``basis``, ``coordinates``, ``warm_basis`` (r, r) of the factor itself
+    (:class:`lora_rite.rite.Basis`); ``checksum`` (r,), the sum of its rows, by which a change from outside is noticed;
+    ``damped``, whether T⁺ of this factor is damped: of the one that starts at zero, else of B.
     """
     dtype = work_dtype(pair.a, pair.b)
     a_zero, b_zero = (~p.any() for p in pair[:2])
@@ -283,7 +283,7 @@ class Batch:
     def _move(
         self, c: Chunk, whiten: Tensor, carry: Tensor, rest: Tensor, row_decay: Tensor, step: Tensor, warm: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The step of a chunk, X − M·step. Returns zᵀz and zᵀ·X_old, where z = X·K_w after the step, the row sums of the
+        """The step of a chunk, X − M·step. Returns zᵀz and zᵀ·X_old (z = X·K_w after the step), the row sums of the
         factors, and ‖M‖. The arguments are (p, r, r) or (p, 1, 1), in the work dtype."""
         group = self.group
         s = rite.times(c.gradient(), whiten)
