@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .errors import LoRARiteValueError
 from .optimizer import LoRARite
 
 #: (in, out) of the linear maps of one layer, and the number of layers: what an adapter on all of them has.
@@ -92,6 +93,8 @@ def bench_step(
         within rounds), ``state_bytes``, ``extra_bytes`` (peak of what a step allocates and does not keep), and
         ``synchronisations`` of the host with the device in a step. ``parameters``: number of elements.
     """
+    if (layers is not None and layers < 1) or rank < 1 or rounds < 1:
+        raise LoRARiteValueError(f"layers, rank and rounds must be at least 1, got {layers}, {rank}, {rounds}")
     maps, depth = SHAPES[model]
     shapes = maps * (depth if layers is None else layers)
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -142,6 +145,36 @@ def bench_step(
         "rows": rows,
         "not_installed": missing,
     }  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows of :func:`bench_step` as text, ratios first."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+
+    settings = result["settings"]
+    out = Table(title="{model}, {layers} layers, {pairs} pairs, rank {rank}, {dtype}, {device}".format(**settings))
+    headings = ("optimizer", "× fused AdamW", "ms", "quartiles", "state ÷ AdamW's", "extra ÷ parameters", "syncs")
+    for i, heading in enumerate(headings):
+        out.add_column(heading, justify="right" if i else "left")
+    adamw = next(row["state_bytes"] for row in result["rows"] if row["optimizer"] == "AdamW (fused)")
+    for row in result["rows"]:
+        low, high = row["quartiles"]
+        out.add_row(
+            row["optimizer"],
+            f"{row['ratio']:.2f}",
+            f"{1e3 * row['seconds']:.2f}",
+            f"{1e3 * low:.2f} – {1e3 * high:.2f}",
+            f"{row['state_bytes'] / adamw:.3f}",
+            f"{row['extra_bytes'] / result['parameter_bytes']:.2f}",
+            str(row["synchronisations"]),
+        )
+    text = StringIO()
+    Console(file=text, width=120).print(out)
+    missing = f"Not installed: {', '.join(result['not_installed'])}\n" if result["not_installed"] else ""
+    return text.getvalue() + missing
 
 
 def _set_gradients(adapter: Adapter, gradients: list[torch.Tensor]) -> None:
