@@ -221,6 +221,22 @@ def test_unknown_keys_and_kinds():
         LoRARite(flat(), foreach=True)
 
 
+def test_groups_of_another_optimizer_and_numbers_of_numpy():
+    import copy
+
+    import numpy as np
+
+    optimizer = LoRARite(flat(), lr=np.float32(0.01))
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=5)
+    again = LoRARite(copy.deepcopy(optimizer.param_groups))
+    assert again.param_groups[0]["max_lr"] == 0.1
+    pair = named()
+    with pytest.raises(ValueError, match="rank mismatch"):
+        LoRARite([{"params": pair[::-1], "kind": "lora"}])
+    with pytest.raises(ValueError, match="comes before"):
+        LoRARite([{"params": named(r=2, n=5, m=5)[::-1], "kind": "lora"}])
+
+
 def test_unusable_tensors():
     """A12."""
     a, b = flat()
@@ -301,8 +317,8 @@ def test_names_of_other_libraries(a_name, b_name):
 
 
 def test_a_diagonal_between_the_factors_goes_to_adamw():
-    """AdaLoRA and KaSA: ΔW = B·diag·A has not the invariance of a product."""
-    for between in ("layer.lora_E.default", "layer.lora_diag.default"):
+    """AdaLoRA, KaSA, LyCORIS' Tucker form: ΔW = B·diag·A has not the invariance of a product."""
+    for between in ("layer.lora_E.default", "layer.lora_diag.default", "layer.lora_mid.weight"):
         pairing = find_pairs([*named(), (between, parameter(2, 1)), *named("plain")])
         assert [p.a_name for p in pairing.pairs] == ["plain.lora_A.default.weight"]
         assert between in str(pairing)

@@ -78,10 +78,16 @@ def test_missing_gradients(missing):
     for pairs in (params, alone):
         for (a, b), g in zip(pairs, gradients_of_w(3, 7, 9, seed=5), strict=True):
             set_gradients(a, b, g)
-    params[0][0].grad = None if missing != (0, 1) else params[0][0].grad
-    params[0][1].grad = None if missing != (0, 0) else params[0][1].grad
+    for side in (0, 1) if missing is None else missing[1:]:
+        params[0][side].grad = None
     alone_optimizer.param_groups[0]["params"] = [p for pair in alone[1:] for p in pair]
-    optimizer.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    said = [str(w.message) for w in caught]
+    assert [m.startswith("parameter 0 and its partner: one has a gradient") for m in said] == [True] * (
+        missing is not None
+    )
     alone_optimizer.step()
     assert optimizer.report()["pairs_preconditioned"] == 2
     assert equal([p.detach() for p in params[0]], frozen[0])
@@ -92,6 +98,7 @@ def test_missing_gradients(missing):
     before = snapshot(params, optimizer)
     optimizer.step()
     assert equal(snapshot(params, optimizer), before)
+    assert optimizer.report()["pairs_preconditioned"] == 0
 
 
 def test_zero_gradients():
@@ -376,6 +383,89 @@ def test_a_factor_changed_from_outside_starts_anew_with_a_warning():
         advance(params, optimizer)
     assert optimizer.state[params[0][0]]["step"] == 1
     assert optimizer.state[params[1][0]]["step"] == 4
+
+
+@pytest.mark.parametrize("change", ["scaled", "permuted", "antisymmetric"])
+def test_changes_that_keep_sums_are_noticed(change):
+    """The checksum has signs that look random: neither a permutation of rows nor a sum of zero hides a change."""
+    params, optimizer = start()
+    with torch.no_grad():
+        rows = torch.randn(3, 4)
+        params[0][1].copy_(torch.cat([rows, -rows, torch.zeros(1, 4)]))
+    advance(params, optimizer, 1)
+    b = params[0][1].data
+    with torch.no_grad():
+        if change == "permuted":
+            b.copy_(b.roll(1, 0))
+        else:
+            b.mul_(100) if change == "antisymmetric" else b.mul_(1.01)
+    with pytest.warns(UserWarning, match="changed from outside"):
+        advance(params, optimizer)
+
+
+def test_a_changed_shape_is_an_error_before_anything_is_written():
+    """Zero columns keep every sum (B28)."""
+    params, optimizer = start()
+    advance(params, optimizer, 3)
+    a = params[1][0]
+    a.data = torch.cat([a.data, torch.zeros(4, 2)], 1)
+    a.grad = torch.ones_like(a)
+    before = snapshot(params, optimizer)
+    with pytest.raises(ValueError, match=r"parameter 2 changed its shape from \(4, 9\) to \(4, 11\)"):
+        optimizer.step()
+    assert equal(snapshot(params, optimizer), before)
+
+
+def test_a_sparse_gradient_is_an_error():
+    params, optimizer = start()
+    for a, b in params:
+        a.grad, b.grad = torch.ones_like(a), torch.ones_like(b).to_sparse()
+    with pytest.raises(ValueError, match="gradient of parameter 1 is sparse"):
+        optimizer.step()
+
+
+def test_values_whose_sum_overflows_are_an_error():
+    params, optimizer = start()
+    with torch.no_grad():
+        params[0][0].fill_(3e38)
+    for a, b in params:
+        a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    with pytest.raises(NonFiniteError, match="parameter 0 is too large"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 3), (16, 1, 1), (16, 8, 4), (64, 20, 300)])
+@pytest.mark.parametrize("zero_b", [False, True], ids=["dense", "zero_b"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranks_above_the_dimensions_learn(shape, zero_b, dtype):
+    """A has a null space that never goes away; rounding noise in it must not be taken for a direction (A8). Least
+    squares, 150 steps."""
+    r, n, m = shape
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
+    target, a = draw(m, n) / n**0.5, torch.nn.Parameter(draw(r, n) / n**0.5)
+    b = torch.nn.Parameter(torch.zeros(m, r, dtype=dtype) if zero_b else 0.1 * draw(m, r))
+    optimizer = LoRARite([("x.lora_A.w", a), ("x.lora_B.w", b)], lr=1e-2)
+    losses = []
+    for t in range(150):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - t / 150)
+        optimizer.zero_grad()
+        loss = (draw(8, n) @ (b @ a - target).mT).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.1 * sum(losses[:10])
+    assert max(a.abs().max(), b.abs().max()) < 50
+
+
+def test_a_factor_that_starts_at_zero_is_damped_whichever_it_is():
+    """Swapping the roles of A and B (W transposed) gives the transposed run."""
+    a, b = factors(4, 9, 7, zero_b=True)
+    gradients = gradients_of_w(10, 7, 9)
+    (one,), _ = train([(a, b)], [gradients], lr=1e-2)
+    (other,), optimizer = train([(b.mT.contiguous(), a.mT.contiguous())], [gradients.mT], lr=1e-2)
+    assert relative(w(other).mT, w(one)) < 1e-10
+    assert [bool(optimizer.state[p]["damped"]) for p in other] == [True, False]
 
 
 def test_closure():

@@ -128,7 +128,13 @@ def test_foreign_states_are_refused_and_nothing_is_loaded():
     regrouped["param_groups"].insert(1, half)
     larger = copy.deepcopy(state_dict)
     larger["state"][0]["first_moment"] = torch.zeros(8, 9)
+    partial = copy.deepcopy(state_dict)
+    del partial["state"][3]["transport"]
+    widowed = copy.deepcopy(state_dict)
+    del widowed["state"][3]
     cases = [
+        (partial, "state of l1.lora_B.weight is incomplete: it has no transport"),
+        (widowed, "state of l1.lora_A.weight or of its partner is missing"),
         (renamed(state_dict, "l1", "l7"), r"l1.lora_A.weight is not in the state; .*; l7.*and 1 more"),
         (regrouped, "group"),
         (larger, r"state of l0.lora_A.weight is for shape \(8, 9\), the parameter has \(4, 9\)"),

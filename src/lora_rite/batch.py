@@ -26,6 +26,13 @@ class FactorPair(NamedTuple):
     position: int
 
 
+#: The keys of a factor's state, see :func:`new_state`.
+STATE_KEYS = (
+    "step", "first_moment", "moment_norm", "second_moment", "row_moment", "escaped_mass", "transport", "basis",
+    "coordinates", "warm_basis", "checksum", "damped",
+)  # fmt: skip
+
+
 def work_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where a factor is float64, float32 otherwise: the dtype of all arithmetic and of the state."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -50,7 +57,7 @@ def new_state(pair: FactorPair) -> tuple[State, State]:
     Under each factor: ``step`` of the pair; ``first_moment`` (the factor's shape) and its Frobenius norm
     ``moment_norm``, ``second_moment`` (r, r) and ``transport`` (r, r), in the basis of the other factor;
     ``row_moment`` (rows,); ``escaped_mass``; ``basis``, ``coordinates``, ``warm_basis`` (r, r) of the factor itself
-    (:class:`lora_rite.rite.Basis`); ``checksum`` (r,), the sum of its rows, by which a change from outside is noticed;
+    (:class:`lora_rite.rite.Basis`); ``checksum`` (r,), by which a change from outside is noticed;
     ``damped``, whether T⁺ of this factor is damped: of the one that starts at zero, else of B.
     """
     dtype = work_dtype(pair.a, pair.b)
@@ -78,7 +85,7 @@ def _new_factor_state(p: Tensor, rank_first: bool, damped: Tensor, dtype: torch.
         "basis": basis.basis[0].to(dtype),
         "coordinates": basis.coordinates[0].to(dtype),
         "warm_basis": basis.warm[0].to(dtype),
-        "checksum": x[0].sum(0),
+        "checksum": rite.checksum(x)[0],
         "damped": damped,
     }
 
@@ -242,12 +249,12 @@ class Batch:
         return matrices.isfinite().flatten(2).all(-1).all(0).reshape(2, -1).all(0)
 
     def unchanged(self) -> Tensor:
-        """(p,) whether both factors are what the last step left: their row sums are, to rounding. False for NaN."""
+        """(p,) whether both factors are what the last step left: their checksums are, to rounding. False for NaN."""
         same = []
         lengths = torch.linalg.vector_norm(self.coordinates, dim=-2)
         for c in self.chunks:
             tolerance = 128 * torch.finfo(self.dtype).eps * c.rows**0.5
-            difference = (c.tall(c.params).sum(1) - torch.stack(c.state("checksum"))).abs()
+            difference = (rite.checksum(c.tall(c.params)) - torch.stack(c.state("checksum"))).abs()
             same.append((difference <= tolerance * lengths[c.run]).all(-1))
         return torch.cat(same).reshape(2, -1).all(0)
 
@@ -257,14 +264,16 @@ class Batch:
         rest = 1 - self.decays[0]
         carry = self.decays[0] * self.small("transport").mT
         step = self.lr * self.inverse.mT
-        rounding = [torch.finfo(p.dtype).eps for p in self.factors]
+        # (of bfloat16 without the margin: a quarter of the factor is no noise)
+        work_eps = torch.finfo(self.dtype).eps
+        rounding = [max(work_eps, torch.finfo(p.dtype).eps / rite.NOISE) for p in self.factors]
         noise = torch.tensor(rounding, dtype=self.algebra, device=self.device)[:, None, None]
         # what the state keeps is what is measured: rounded to the work dtype first
         warm = rite.warm_basis(old, step, self.moment_norm, noise).to(self.dtype)
         matrices = [m.to(self.dtype) for m in (self.whiten, carry, rest, self.decays[2], step)] + [warm]
         results = [self._move(c, *(m[c.run] for m in matrices)) for c in self.chunks]
         gram_z, cross, checksum, moment_norm = (torch.cat(parts) for parts in zip(*results, strict=True))
-        basis, c = rite.orthonormalise(warm.to(self.algebra), gram_z, torch.finfo(self.dtype).eps)
+        basis, c = rite.orthonormalise(warm.to(self.algebra), gram_z, self.rows)
         transport = self.partners(c.mT @ cross @ old.basis)
         moved = rite.transport(self.second_moment, transport)
         if self.group["apply_escape"]:
@@ -283,7 +292,7 @@ class Batch:
     def _move(
         self, c: Chunk, whiten: Tensor, carry: Tensor, rest: Tensor, row_decay: Tensor, step: Tensor, warm: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The step of a chunk, X − M·step. Returns zᵀz and zᵀ·X_old (z = X·K_w after the step), the row sums of the
+        """The step of a chunk, X − M·step. Returns zᵀz and zᵀ·X_old (z = X·K_w after the step), the checksums of the
         factors, and ‖M‖. The arguments are (p, r, r) or (p, 1, 1), in the work dtype."""
         group = self.group
         s = rite.times(c.gradient(), whiten)
@@ -304,7 +313,7 @@ class Batch:
             x = x * (1 - self.lr * group["weight_decay"]).to(c.dtype)
         x_new = c.write(rite.minus_times(x, m, step), self.positions[c.run])
         z = rite.times(x_new, warm)
-        return rite.gram(z, z, self.algebra), rite.gram(z, x_old, self.algebra), x_new.sum(1), norm
+        return rite.gram(z, z, self.algebra), rite.gram(z, x_old, self.algebra), rite.checksum(x_new), norm
 
     def _balance(self, basis: rite.Basis, checksum: Tensor) -> tuple[rite.Basis, Tensor]:
         """Both factors rescaled to the same Frobenius norm; as they are where one is zero or lr is 0."""
@@ -315,7 +324,7 @@ class Batch:
         sums = []
         for c in self.chunks:
             x = c.tall(c.params) * ratio[c.run].to(c.dtype)
-            sums.append(c.write(x, self.positions[c.run]).sum(1))
+            sums.append(rite.checksum(c.write(x, self.positions[c.run])))
         return rite.Basis(basis.basis / ratio, basis.coordinates * ratio, basis.warm / ratio), torch.cat(sums)
 
     def dead(self) -> list[bool]:
@@ -328,6 +337,9 @@ class Batch:
         δB·A = −lr·M_B·(T_A·D_B)ᵀ·Q_Aᵀ, and Q_A is orthonormal."""
         self._invert()
         seen = self.small("transport").mT @ (self.partners(self.coordinates) @ self.inverse).mT * self.lr
+        if cap := self.group["update_capping"]:
+            rms = self.small("moment_norm")[:, None, None] / (self.rows * seen.shape[-1]).sqrt()
+            seen = seen / (rms / cap).clamp_min(1)
         moments = [rite.times(c.tall(c.state("first_moment")), seen[c.run].to(c.dtype)) for c in self.chunks]
         return sum((m.square().sum() for m in moments), torch.zeros((), device=self.device))
 

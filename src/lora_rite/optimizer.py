@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from . import rite
-from .batch import Batch, FactorPair, State, new_state, rounding_key, work_dtype
+from .batch import STATE_KEYS, Batch, FactorPair, State, new_state, rounding_key, work_dtype
 from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError
 from .pairs import check_order, check_pair, overlapping_storage, param_groups
 
@@ -21,6 +22,8 @@ PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0,
 #: Non-finite gradients in so many steps in a row are an error.
 MAX_SKIPPED_IN_A_ROW = 3
 
+_SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+ADAMW_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 _ATTACH = "attach an adapter first (peft.get_peft_model), and pass model.named_parameters()"
 _NON_NEGATIVE = (
     "weight_decay", "damping", "relative_eps", "clip_unmagnified_grad", "update_skipping", "update_capping",
@@ -129,7 +132,7 @@ class LoRARite(torch.optim.Optimizer):
         given: Any = params if isinstance(params, Tensor) else list(params)
         if isinstance(given, list) and not given:
             raise LoRARiteValueError(f"no LoRA pairs: params is empty; {_ATTACH}")
-        self._statistics, self._skipped_in_a_row = _Statistics(), 0
+        self._statistics, self._skipped_in_a_row, self._warned_one_sided = _Statistics(), 0, False
         super().__init__(given, defaults)
         if not any(group["kind"] == "lora" for group in self.param_groups):
             raise LoRARiteValueError(f"no LoRA pairs among the trainable parameters; {_ATTACH}")
@@ -137,7 +140,7 @@ class LoRARite(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {"lr": None})
-        self._statistics, self._skipped_in_a_row = _Statistics(), 0
+        self._statistics, self._skipped_in_a_row, self._warned_one_sided = _Statistics(), 0, False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_adamw": self._adamw}
@@ -150,7 +153,7 @@ class LoRARite(torch.optim.Optimizer):
         """
         if not isinstance(param_group, dict):
             raise LoRARiteTypeError(f"param_group must be a dict, but got {type(param_group).__name__}")
-        unknown = set(param_group) - {"params", "param_names", "kind", "initial_lr", *self.defaults}
+        unknown = set(param_group) - {"params", "param_names", "kind", *_SCHEDULERS_KEYS, *self.defaults}
         if unknown:
             raise LoRARiteValueError(f"unknown key {sorted(unknown)[0]!r} in a parameter group")
         if isinstance(param_group["params"], set):
@@ -261,36 +264,60 @@ class LoRARite(torch.optim.Optimizer):
             self._skip(pairs, others, finite)
             return None
         self._skipped_in_a_row = 0
-        if batches:
-            self._statistics.add(batches, norm)
+        self._statistics.add(batches, norm)
         return batches
 
     def _alike(self, wanted: Callable[[Tensor, Tensor], bool]) -> Iterator[tuple[dict[str, Any], list[FactorPair]]]:
         """Pairs (A, B) that are wanted, by group, rank, dtype of the arithmetic and device."""
-        position = 0
+        position, one_sided = 0, []
         for number, group in enumerate(self.param_groups):
             params = group["params"]
             alike: dict[Any, list[FactorPair]] = {}
             for k in range(0, len(params) if group["kind"] == "lora" else 0, 2):
                 a, b = params[k : k + 2]
                 if not wanted(a, b):
+                    if (a.grad is None) != (b.grad is None):
+                        one_sided.append(position + k)
                     continue
-                if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1]:
-                    check_pair(a, b, *_names(self.param_groups)[number][k : k + 2])
+                if self._altered(a) or self._altered(b):
+                    self._explain(a, b, _names(self.param_groups)[number][k : k + 2])
                 pair = FactorPair(a, b, position + k)
                 alike.setdefault((a.shape[0], work_dtype(a, b), a.device), []).append(pair)
             position += len(params)
             yield from ((group, pairs) for pairs in alike.values())
+        if one_sided and not self._warned_one_sided:
+            self._warned_one_sided = True
+            warnings.warn(
+                f"{self._names_by_position()[one_sided[0]]} and its partner: one has a gradient and the other none, so "
+                f"neither is moved ({len(one_sided)} such pairs; this is said once)",
+                stacklevel=6,
+            )
+
+    def _altered(self, p: Tensor) -> bool:
+        """Whether p cannot be stepped: its shape is not what its state was made for, or its gradient is sparse."""
+        state = self.state.get(p)
+        sparse = p.grad is not None and p.grad.layout != torch.strided
+        return p.ndim < 2 or sparse or (bool(state) and state["first_moment"].shape != p.shape)
+
+    def _explain(self, a: Tensor, b: Tensor, names: list[str]) -> None:
+        check_pair(a, b, *names)
+        for p, name in zip((a, b), names, strict=True):
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise LoRARiteValueError(f"the gradient of {name} is sparse: use dense gradients (sparse=False)")
+            if self._altered(p):
+                raise LoRARiteValueError(
+                    f"{name} changed its shape from {tuple(self.state[p]['first_moment'].shape)} to {tuple(p.shape)}: "
+                    "make a new optimizer, or remove the state of both factors (optimizer.state.pop) to start anew"
+                )
 
     def _flags(self, batches: list[Batch], others: list[dict[str, Any]]) -> tuple[list[bool], list[bool]]:
         """Whether each pair and then each AdamW group is finite, and whether each pair is what the last step left; the
         one host synchronisation of a step."""
         finite = [batch.finite() for batch in batches]
         for group in others:
-            if gradients := [p.grad for p in group["params"] if p.grad is not None]:
-                finite.append(torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all()[None])
-            else:
-                finite.append(torch.ones(1, dtype=torch.bool))
+            gradients = [p.grad for p in group["params"] if p.grad is not None and p.grad.numel()]
+            largest = torch._foreach_norm(gradients, torch.inf) if gradients else [torch.zeros(())]
+            finite.append(torch.stack([n.to(largest[0].device) for n in largest]).isfinite().all()[None])
         flags = finite + [batch.unchanged() for batch in batches]
         if not flags:
             return [], []
@@ -305,6 +332,8 @@ class LoRARite(torch.optim.Optimizer):
             for p, name in zip(pair[:2], names[pair.position :], strict=False):
                 if not p.isfinite().all():
                     raise NonFiniteError(f"parameter {name} contains NaN or Inf: restore a checkpoint")
+                if pair.a in fresh:  # a state that was made in this step
+                    raise NonFiniteError(f"parameter {name} is too large: sums of its values overflow")
             fresh[pair.a], fresh[pair.b] = new_state(pair)
         first = names[changed[0].position]
         warnings.warn(
@@ -420,9 +449,12 @@ class _Statistics:
     def add(self, batches: list[Batch], norm: Tensor) -> None:
         clips = [batch.group["clip_unmagnified_grad"] for batch in batches]
         smallest = min((clip for clip in clips if clip), default=math.inf)
+        self.pairs = sum(len(batch.pairs) for batch in batches)
+        if not batches:
+            return
         self.steps += 1
         self.clipped = self.clipped.to(norm.device) + (norm > smallest)
-        self.norm, self.pairs = norm, sum(len(batch.pairs) for batch in batches)
+        self.norm = norm
         self.sigma_over_delta = [b.sigma_over_delta for b in batches if b.sigma_over_delta is not None]
 
     def summary(self) -> dict[str, Any]:
@@ -448,7 +480,7 @@ def _adamw_step(group: dict[str, Any], states: dict[Tensor, State], offset: int)
     for _, p in params:
         if not states[p]:
             dtype = torch.float32 if p.dtype in low else p.dtype
-            moments = {key: torch.zeros_like(p, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: torch.zeros_like(p, dtype=dtype) for key in ADAMW_STATE_KEYS[1:]}
             states[p].update(step=torch.zeros(()), **moments)
     work = [p.float() if p.dtype in low else p for _, p in params]
     adamw(
@@ -499,11 +531,22 @@ def _match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> di
         saved = [{**saved[home[g[0]]], "params": [ids[n] for n in g], "param_names": list(g)} for g in names]
     for group, saved_group, group_names in zip(groups, saved, names, strict=False):
         for p, saved_id, name in zip(group["params"], saved_group["params"], group_names, strict=False):
-            moment = state_dict["state"].get(saved_id, {}).get("first_moment")
-            if moment is not None and moment.shape != p.shape:
+            state = state_dict["state"].get(saved_id)
+            if not state:
+                continue
+            kinds = STATE_KEYS if group["kind"] == "lora" else ADAMW_STATE_KEYS
+            if missing := [key for key in kinds if key not in state]:
+                raise LoRARiteValueError(f"the state of {name} is incomplete: it has no {', '.join(missing)}")
+            moment = state[kinds[1]]
+            if moment.shape != p.shape:
                 raise LoRARiteValueError(
                     f"the state of {name} is for shape {tuple(moment.shape)}, the parameter has {tuple(p.shape)}"
                 )
+        if group["kind"] == "lora":
+            ids = saved_group["params"]
+            for a, b, name in zip(ids[::2], ids[1::2], group_names[::2], strict=False):
+                if bool(state_dict["state"].get(a)) != bool(state_dict["state"].get(b)):
+                    raise LoRARiteValueError(f"the state of {name} or of its partner is missing")
     return {**state_dict, "param_groups": saved}
 
 
@@ -552,4 +595,4 @@ def _check_hyperparameters(values: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

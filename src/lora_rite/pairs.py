@@ -21,8 +21,8 @@ FACTOR_NAMES = {
     "lora_down": "lora_up",  # diffusers, sd-scripts, LyCORIS
     "lora_a": "lora_b",  # torchtune
 }
-#: A parameter of this name beside A and B stands between them: ΔW = B·diag·A, which has not the invariance of B·A.
-BETWEEN_NAMES = ("lora_E", "lora_diag")
+#: A parameter of this name beside A and B stands between them: ΔW = B·(it)·A, which has not the invariance of B·A.
+BETWEEN_NAMES = ("lora_E", "lora_diag", "lora_mid")
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
             f"rank mismatch {a.shape[0]} vs {b.shape[1]}: {a_name} has shape {tuple(a.shape)}, {b_name} "
             f"{tuple(b.shape)}, and should have (r, n) and (m, r){hint}"
         )
+    if _partner(a_name) == b_name and not _is_a(a_name):
+        raise LoRARiteValueError(f"{a_name} comes before {b_name}: a group of kind lora is A, B, A, B, …")
     if a.device != b.device:
         raise LoRARiteValueError(f"{a_name} is on {a.device} and {b_name} on {b.device}: move the pair to one device")
 

@@ -15,10 +15,18 @@ Paper: Yen et al., "LoRA Done RITE", arXiv 2410.20625, Algorithm 1.
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+#: Directions of X·K_w with less than this share of the largest eigenvalue of its Gram matrix are rounding noise or less
+#: than a thirtieth of the last step: they count as null.
+LIVE = 1e-3
+#: The rounding noise of X·K_w along a direction in which X is null, in units of the rounding of X, with a margin: K_w
+#: is rounded too, where it is largest.
+NOISE = 32
 
 
 class Basis(NamedTuple):
@@ -81,7 +89,7 @@ def initial_basis(x: Tensor, dtype: torch.dtype) -> Basis:
         s = w.maximum(w[..., -1:] * (10 * torch.finfo(x.dtype).eps)).sqrt()
         warm = torch.where((w[..., -1:] <= 0)[..., None], warm, warm @ (u / s[..., None, :])).to(x.dtype).to(dtype)
     z = times(x, warm.to(x.dtype))
-    return orthonormalise(warm, gram(z, z, dtype), torch.finfo(x.dtype).eps)[0]
+    return orthonormalise(warm, gram(z, z, dtype), torch.full_like(scale, x.shape[-2]))[0]
 
 
 def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: Tensor) -> Tensor:
@@ -93,7 +101,7 @@ def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: Tensor) -> Tens
     """
     x, moved = old.coordinates @ old.warm, step @ old.warm
     size = torch.linalg.matrix_norm(old.coordinates, keepdim=True)
-    noise = (rounding * size) * old.warm
+    noise = (NOISE * rounding * size) * old.warm
     f = 2 * (x.mT @ x + norm**2 * (moved.mT @ moved) + noise.mT @ noise)
     empty = (f.diagonal(dim1=-2, dim2=-1).amax(-1) <= 0)[..., None, None]
     eye = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
@@ -107,15 +115,30 @@ def _jitter(f: Tensor) -> Tensor:
     return torch.eye(f.shape[-1], dtype=f.dtype, device=f.device) * (trace * (10 * torch.finfo(f.dtype).eps))
 
 
-def orthonormalise(warm: Tensor, gram_z: Tensor, work_eps: float) -> tuple[Basis, Tensor]:
-    """The basis of X from K_w and the Gram matrix of z = X·K_w; also c (p, r, r) with Q = z·c."""
+def orthonormalise(warm: Tensor, gram_z: Tensor, rows: Tensor) -> tuple[Basis, Tensor]:
+    """The basis of X from K_w, the Gram matrix of z = X·K_w and the number of rows of X, (p, 1, 1), which bounds its
+    rank; also c (p, r, r) with Q = z·c."""
     w, u = eigh(gram_z)
-    # Below 1e4 eps a direction is rounding noise: at most a hundredth of the last step, and damped anyway.
-    live = w > w[..., -1:] * (1e4 * work_eps)
+    r = w.shape[-1]
+    live = (w > w[..., -1:] * LIVE) & (torch.arange(r, 0, -1, device=w.device) <= rows[..., 0])
     s = torch.where(live, w, 1).sqrt()
     c = u * torch.where(live, 1 / s, 0)[..., None, :]
     t = torch.where(live, s, 0)[..., None] * (u.mT @ torch.linalg.inv_ex(warm).inverse)
-    return Basis(warm @ c, t, warm), c
+    basis = warm @ c
+    if w.device.type != "cpu" or not live.all():  # (asking costs nothing on a CPU)
+        basis = torch.where(live.all(-1)[..., None, None], basis, _pseudo_inverse(t, live))
+    return Basis(basis, t, warm), c
+
+
+def _pseudo_inverse(t: Tensor, live: Tensor) -> Tensor:
+    """T⁺ where the first rows of T are zero. (There warm·c is a right inverse too, but with parts of the size 1/eps in
+    the null space of T, into which the other factor would move.)"""
+    finite = t.isfinite().all(-1).all(-1)[..., None, None]
+    q, root = torch.linalg.qr(torch.where(finite, t, 0).flip(-2).mT)  # T's live rows first: Tᵀ = Q·[R 0]
+    mask = live.flip(-1).to(t.dtype)
+    root = root * mask[..., None, :] + torch.diag_embed(1 - mask)
+    inverse = torch.linalg.solve_triangular(root.mT, q * mask[..., None, :], upper=False, left=False)
+    return torch.where(finite, inverse.flip(-1), torch.nan)
 
 
 def damped_inverse(y: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,6 +209,17 @@ def escaped_mass(old: Tensor, new: Tensor) -> Tensor:
     lost = eigh(old)[0] - eigh(new)[0]
     trace = (old - new).diagonal(dim1=-2, dim2=-1).sum(-1)
     return lost.amax(-1).clamp_min(0).minimum(trace.clamp_min(0))[..., None, None]
+
+
+def checksum(x: Tensor) -> Tensor:
+    """The sum of the rows of x (p, rows, r) with signs that look random: (p, r)."""
+    return (_signs(x.shape[1], x.dtype, x.device) @ x)[:, 0]
+
+
+@lru_cache(maxsize=64)
+def _signs(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(1, n) of ±1."""
+    return (1 - 2 * (_hash(torch.arange(n, device=device)) & 1)).to(dtype)[None]
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, key: Tensor) -> Tensor:
