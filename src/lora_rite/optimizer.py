@@ -54,7 +54,7 @@ class LoRARite(torch.optim.Optimizer):
         eps: added to the root of the eigenvalues of V.
         weight_decay: decoupled, on both factors.
         damping: how many steps' worth of W must lie along a direction of B·A before the factor opposite to the zero one
-            follows it. 0 is the published step, which diverges where the gradient's rank is below r.
+            follows it. 0 is the published step.
         row_equilibration: divide each row of the preconditioned gradient by its running root mean square.
         row_beta: decay of that mean square.
         relative_eps: eps in units of √λ_max(V): makes the step independent of the gradient's scale.
@@ -82,6 +82,8 @@ class LoRARite(torch.optim.Optimizer):
 
         - the orthonormal basis comes from Gram matrices in the previous basis instead of a QR decomposition (every
           orthonormal basis gives the same step), and the state holds no tall basis;
+        - directions of a factor that are rounding noise count as null instead of being inverted (there they make W blow
+          up where the gradient's rank, or n, is below r);
         - negative eigenvalues of V that are rounding noise are 0 (there: NaN, and the update vanishes);
         - ``weight_decay`` of the group is honoured; ``balance_param`` does nothing where lr is 0 or a factor is zero;
         - a gradient with NaN or Inf skips the step instead of entering the state; a pair without gradient is passed
