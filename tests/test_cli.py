@@ -107,6 +107,28 @@ def test_config_file_and_optimizer_args(data, tmp_path):
     assert len(result["losses"]) == 1
 
 
+def test_the_other_options(data, tmp_path):
+    """bfloat16, accumulation, dropout, weight decay, another schedule, a reporter, a validation file, text as data."""
+    pytest.importorskip("tensorboard")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(json.loads(line)["text"] for line in data.read_text().splitlines()))
+    out = tmp_path / "run"
+    words = ["--bf16", "--accumulation", 2, "--dropout", 0.1, "--weight_decay", 0.1, "--scheduler", "linear"]
+    words += ["--report_to", "tensorboard", "--validation", data, "--alpha", 8, "--warmup", 0, "--seed", 3]
+    assert run("train", "--data", text, "--out", out, *words, *SMALL) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert [round(entry["learning_rate"], 5) for entry in result["losses"]] == [0.01, 0.00667, 0.00333]
+    assert result["optimizer"]["options"]["weight_decay"] == 0.1
+    assert result["settings"]["alpha"] == 8
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (out / "checkpoints").rglob("events.out.tfevents.*")
+    tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    assert {"train/loss", "train/lora_rite/damped_share"} <= set(tags)
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["lora_dropout"]) == (8, 0.1)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -329,7 +329,7 @@ def test_a_diagonal_between_the_factors_goes_to_adamw():
 def test_param_groups_of_parts():
     q, k = named("q"), named("k")
     optimizer = LoRARite([*param_groups(q, lr=1e-3), *param_groups(k, lr=1e-2, damping=0.0)])
-    assert [(g["lr"], g["damping"]) for g in optimizer.param_groups] == [(1e-3, 10.0), (1e-2, 0.0)]
+    assert [(g["lr"], g["damping"]) for g in optimizer.param_groups] == [(1e-3, 20.0), (1e-2, 0.0)]
     assert optimizer.report()["pairs"] == 2
 
 

@@ -105,7 +105,7 @@ class LoRARite(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
-        damping: float = 10.0,
+        damping: float = 20.0,
         row_equilibration: bool = True,
         row_beta: float = 0.99,
         relative_eps: float = 1e-3,
