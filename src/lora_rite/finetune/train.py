@@ -118,6 +118,7 @@ def train(
             weight_decay=weight_decay,
             max_grad_norm=0.0 if optimizer == "lora-rite" else 1.0,  # LoRA-RITE clips by itself, invariantly
             bf16=bf16,
+            use_cpu=not torch.accelerator.is_available(),
             seed=seed,
             logging_steps=1,
             logging_nan_inf_filter=False,
