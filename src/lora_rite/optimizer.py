@@ -22,7 +22,8 @@ PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0,
 #: Non-finite gradients in so many steps in a row are an error.
 MAX_SKIPPED_IN_A_ROW = 3
 
-_SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+_SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+_SHARDED = "is sharded (a DTensor, as of FSDP2): LoRARite needs whole factors; train with DDP, or on one device"
 ADAMW_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 _ATTACH = "attach an adapter first (peft.get_peft_model), and pass model.named_parameters()"
 _NON_NEGATIVE = (
@@ -155,7 +156,7 @@ class LoRARite(torch.optim.Optimizer):
         """
         if not isinstance(param_group, dict):
             raise LoRARiteTypeError(f"param_group must be a dict, but got {type(param_group).__name__}")
-        unknown = set(param_group) - {"params", "param_names", "kind", *_SCHEDULERS_KEYS, *self.defaults}
+        unknown = set(param_group) - {"params", "param_names", "kind", *_SCHEDULER_KEYS, *self.defaults}
         if unknown:
             raise LoRARiteValueError(f"unknown key {sorted(unknown)[0]!r} in a parameter group")
         if isinstance(param_group["params"], set):
@@ -296,12 +297,15 @@ class LoRARite(torch.optim.Optimizer):
             )
 
     def _altered(self, p: Tensor) -> bool:
-        """Whether p cannot be stepped: its shape is not what its state was made for, or its gradient is sparse."""
+        """Whether p cannot be stepped: sharded, of another shape than its state was made for, or a sparse gradient."""
         state = self.state.get(p)
         sparse = p.grad is not None and p.grad.layout != torch.strided
-        return p.ndim < 2 or sparse or (bool(state) and state["first_moment"].shape != p.shape)
+        return p.ndim < 2 or sparse or _is_sharded(p) or (bool(state) and state["first_moment"].shape != p.shape)
 
     def _explain(self, a: Tensor, b: Tensor, names: list[str]) -> None:
+        for p, name in zip((a, b), names, strict=True):
+            if _is_sharded(p):
+                raise LoRARiteValueError(f"{name} {_SHARDED}")
         check_pair(a, b, *names)
         for p, name in zip((a, b), names, strict=True):
             if p.grad is not None and p.grad.layout != torch.strided:
@@ -568,6 +572,8 @@ def _check_tensors(named: list[tuple[str, Any]]) -> None:
             raise LoRARiteTypeError(f"{name} is a {type(p).__name__}, not a tensor")
         if not p.is_floating_point():
             raise LoRARiteTypeError(f"{name} is of {p.dtype}: only real floating-point parameters can be trained")
+        if _is_sharded(p):
+            raise LoRARiteValueError(f"{name} {_SHARDED}")
         if p.is_meta or p.layout != torch.strided:
             what = "on the meta device" if p.is_meta else f"of layout {p.layout}"
             raise LoRARiteValueError(f"{name} is {what}: LoRARite needs dense parameters with values")
@@ -594,6 +600,10 @@ def _check_hyperparameters(values: dict[str, Any]) -> None:
     for key in ("row_equilibration", "apply_escape", "balance_param", "maximize"):
         if not isinstance(values[key], bool):
             raise LoRARiteValueError(f"{key} must be True or False, got {values[key]!r}")
+
+
+def _is_sharded(p: Tensor) -> bool:
+    return hasattr(p, "device_mesh")  # a DTensor, without importing torch.distributed
 
 
 def _is_number(value: Any) -> bool:
