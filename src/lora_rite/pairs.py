@@ -129,8 +129,8 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
     for name, p in ((a_name, a), (b_name, b)):
         if p.ndim < 2 or p.numel() == 0:
             raise LoRARiteValueError(
-                f"{name} has shape {tuple(p.shape)}; a factor is a non-empty matrix or convolution (FSDP1 and DeepSpeed "
-                "ZeRO flatten and split them: LoRARite needs them whole)"
+                f"{name} has shape {tuple(p.shape)}; a factor is a non-empty matrix or convolution (FSDP1 and "
+                "DeepSpeed ZeRO flatten and split them: LoRARite needs them whole)"
             )
     if a.shape[0] != b.shape[1] or b[0, 0].numel() != 1:
         hint = ""
