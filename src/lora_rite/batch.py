@@ -13,6 +13,9 @@ from . import rite
 
 State = dict[str, Tensor]
 
+#: Parameters of these dtypes are computed with in float32 and rounded stochastically.
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
 #: Tall products are done for factors of one shape together, up to this number of elements: on a GPU (64 MiB of float32
 #: a temporary), and on a CPU (1 MiB, so that temporaries stay in the cache).
 BATCH_ELEMENTS = (2**24, 2**18)
@@ -115,15 +118,15 @@ class Chunk:
     def write(self, x: Tensor, positions: list[int]) -> Tensor:
         """Sets the factors to x, rounded to their dtype. Returns x as it is now, (p, rows, r) in the work dtype."""
         p = self.params[0]
-        if p.dtype not in (torch.bfloat16, torch.float16):
-            self.put(self.params, x.to(p.dtype))
-            return x.to(p.dtype).to(self.dtype)
-        # in the parameter's own layout, so that the noise belongs to elements whatever the batch
-        flat = (x.mT if self.rank_first else x).contiguous()
-        key = rounding_key(torch.stack(self.state("step")), positions).to(p.device)
-        rounded = rite.stochastic_round(flat, p.dtype, key)
-        torch._foreach_copy_(self.params, list(rounded.reshape(-1, *p.shape).unbind()))
-        return (rounded.mT if self.rank_first else rounded).to(self.dtype)
+        if p.dtype in LOW_PRECISION:
+            # in the parameter's own layout, so that the noise belongs to elements whatever the batch
+            flat = (x.mT if self.rank_first else x).contiguous()
+            key = rounding_key(torch.stack(self.state("step")), positions).to(p.device)
+            rounded = rite.stochastic_round(flat, p.dtype, key)
+            x = rounded.mT if self.rank_first else rounded
+        x = x.to(p.dtype)
+        self.put(self.params, x)
+        return x.to(self.dtype)
 
 
 class Batch:
@@ -175,15 +178,8 @@ class Batch:
         limit = BATCH_ELEMENTS[self.device.type == "cpu"]
         for end in range(1, 2 * n + 1):
             first = self.factors[begin]
-            alike = (
-                end < 2 * n
-                and end != n
-                and (self.factors[end].shape, self.factors[end].dtype)
-                == (
-                    first.shape,
-                    first.dtype,
-                )
-            )
+            other = self.factors[end] if end not in (n, 2 * n) else None  # no chunk has factors of both sides
+            alike = other is not None and (other.shape, other.dtype) == (first.shape, first.dtype)
             if not alike or (end + 1 - begin) * first.numel() > limit:
                 run = slice(begin, end)
                 yield Chunk(run, self.factors[run], self.states[run], begin < n, self.dtype)
@@ -206,16 +202,17 @@ class Batch:
         self.squares = torch.cat([rite.unmagnified_gram(c.gradient(), self.inverse[c.run]) for c in self.chunks])
         self.kept = torch.ones_like(self.rows, dtype=torch.bool)
         if self.group["update_skipping"]:
-            mean_square = _trace(self.squares) / (self.rows * self.squares.shape[-1])
+            mean_square = rite.trace(self.squares) / (self.rows * self.squares.shape[-1])
             self.kept = ~(mean_square > self.group["update_skipping"] ** 2)
             self.squares = self.squares * self.kept
-        return _trace(self.squares).sum()
+        return rite.trace(self.squares).sum()
 
     def _invert(self) -> None:
         """T⁺ of the other factor for each; damped for one side of each pair."""
         n, damping = len(self.pairs), self.group["damping"]
         self.coordinates = self.small("coordinates")
-        self.inverse = self.partners(self.small("basis"))
+        self.basis = self.small("basis")
+        self.inverse = self.partners(self.basis)
         self.sigma_over_delta: Tensor | None = None  # (p, r)
         if damping:
             t, damps_a = self.coordinates, torch.stack([s["damped"] for s in self.states[:n]])[:, None, None]
@@ -239,7 +236,7 @@ class Batch:
             relative_eps=group["relative_eps"],
         )
         self.whiten = self.inverse @ root * (self.kept * (scale * (-1.0 if group["maximize"] else 1.0)))
-        square = _trace(root @ (self.squares * scale**2) @ root)  # ‖S‖²; equilibration of rows leaves it as it is
+        square = rite.trace(root @ (self.squares * scale**2) @ root)  # ‖S‖²; equilibration of rows leaves it as it is
         last = self.small("moment_norm")[:, None, None]
         self.moment_norm = self.decays[0] * last + (1 - self.decays[0]) * square.clamp_min(0).sqrt()
 
@@ -260,7 +257,7 @@ class Batch:
 
     def apply(self) -> None:
         """Moves the factors, measures their new bases, carries the second moments over."""
-        old = rite.Basis(self.small("basis"), self.coordinates, self.small("warm_basis"))
+        old = rite.Basis(self.basis, self.coordinates, self.small("warm_basis"))
         rest = 1 - self.decays[0]
         carry = self.decays[0] * self.small("transport").mT
         step = self.lr * self.inverse.mT
@@ -304,9 +301,7 @@ class Batch:
         m = rite.times(c.tall(c.state("first_moment")), carry).addcmul_(s, rest)
         c.put(c.state("first_moment"), m)
         norm = torch.linalg.vector_norm(m, dim=(-2, -1))
-        if group["update_capping"]:
-            rms = norm[:, None, None] / (c.rows * m.shape[-1]) ** 0.5
-            step = step / (rms / group["update_capping"]).clamp_min(1)
+        step = self._capped(step, norm[:, None, None], c.rows)
         x = c.tall(c.params)
         x_old = x.clone() if len(c.params) == 1 else x
         if group["weight_decay"]:
@@ -314,6 +309,12 @@ class Batch:
         x_new = c.write(rite.minus_times(x, m, step), self.positions[c.run])
         z = rite.times(x_new, warm)
         return rite.gram(z, z, self.algebra), rite.gram(z, x_old, self.algebra), rite.checksum(x_new), norm
+
+    def _capped(self, step: Tensor, norm: Tensor, rows: Tensor | int) -> Tensor:
+        """``step`` (p, r, r), smaller where M (of that many rows, with Frobenius norm ``norm`` (p, 1, 1)) has a root
+        mean square above update_capping."""
+        cap = self.group["update_capping"]
+        return step / (norm / (rows * step.shape[-1]) ** 0.5 / cap).clamp_min(1) if cap else step
 
     def _balance(self, basis: rite.Basis, checksum: Tensor) -> tuple[rite.Basis, Tensor]:
         """Both factors rescaled to the same Frobenius norm; as they are where one is zero or lr is 0."""
@@ -337,9 +338,7 @@ class Batch:
         δB·A = −lr·M_B·(T_A·D_B)ᵀ·Q_Aᵀ, and Q_A is orthonormal."""
         self._invert()
         seen = self.small("transport").mT @ (self.partners(self.coordinates) @ self.inverse).mT * self.lr
-        if cap := self.group["update_capping"]:
-            rms = self.small("moment_norm")[:, None, None] / (self.rows * seen.shape[-1]).sqrt()
-            seen = seen / (rms / cap).clamp_min(1)
+        seen = self._capped(seen, self.small("moment_norm")[:, None, None], self.rows)
         moments = [rite.times(c.tall(c.state("first_moment")), seen[c.run].to(c.dtype)) for c in self.chunks]
         return sum((m.square().sum() for m in moments), torch.zeros((), device=self.device))
 
@@ -347,8 +346,3 @@ class Batch:
 def rounding_key(steps: Tensor, positions: list[int]) -> Tensor:
     """The keys (p,) of the rounding noise: by step and by the position of the parameter in the optimizer."""
     return steps.to(torch.int64) * 0x1000003 + torch.tensor(positions, device=steps.device)
-
-
-def _trace(m: Tensor) -> Tensor:
-    """(p, 1, 1) traces of (p, r, r)."""
-    return m.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]

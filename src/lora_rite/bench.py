@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import LoRARiteValueError
-from .optimizer import LoRARite
+from .optimizer import LoRARite, state_bytes
 
 #: (in, out) of the linear maps of one layer, and the number of layers: what an adapter on all of them has.
 #: From the models' public configurations.
@@ -123,7 +123,6 @@ def bench_step(
         _set_gradients(adapter, gradients)
         with _Watch() as watch:
             optimizer.step()
-        states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
         quartiles = statistics.quantiles(seconds[name], n=4) if rounds > 1 else [seconds[name][0]] * 3
         rows.append(
             {
@@ -131,7 +130,7 @@ def bench_step(
                 "seconds": statistics.median(seconds[name]),
                 "quartiles": [quartiles[0], quartiles[2]],
                 "ratio": statistics.median(ratios),
-                "state_bytes": sum(t.numel() * t.element_size() for t in states),
+                "state_bytes": state_bytes(optimizer),
                 "extra_bytes": watch.peak,
                 "synchronisations": watch.synchronisations,
             }

@@ -8,6 +8,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError('LoRARiteCallback needs transformers: pip install "lora-rite[finetune]"') from error
 
+from .hf import unwrap
 from .optimizer import LoRARite
 
 _FIGURES = ("damped_share", "sigma_over_delta", "clip_rate", "gradient_norm", "update_norm", "skipped")
@@ -27,7 +28,7 @@ class LoRARiteCallback(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer = _unwrap(kwargs.get("optimizer"))
+        optimizer = unwrap(kwargs.get("optimizer"))
         if not isinstance(optimizer, LoRARite):
             self._warn(f"the optimizer is {type(optimizer).__name__}, not LoRARite")
             return
@@ -45,7 +46,7 @@ class LoRARiteCallback(TrainerCallback):
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        optimizer = _unwrap(kwargs.get("optimizer"))
+        optimizer = unwrap(kwargs.get("optimizer"))
         if logs is None or "loss" not in logs or not isinstance(optimizer, LoRARite):
             return
         report = optimizer.report()
@@ -57,10 +58,3 @@ class LoRARiteCallback(TrainerCallback):
     @staticmethod
     def _warn(message: str) -> None:
         warnings.warn(f"LoRARiteCallback: {message}", stacklevel=3)
-
-
-def _unwrap(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of accelerate."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer

@@ -47,3 +47,10 @@ class LoRARiteFactory:
                 )
             kwargs["lr"] = training_args.learning_rate
         return create_lora_rite(model, **kwargs)
+
+
+def unwrap(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of accelerate."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

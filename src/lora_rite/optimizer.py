@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from . import rite
-from .batch import STATE_KEYS, Batch, FactorPair, State, new_state, rounding_key, work_dtype
+from .batch import LOW_PRECISION, STATE_KEYS, Batch, FactorPair, State, new_state, rounding_key, work_dtype
 from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError
 from .pairs import check_order, check_pair, overlapping_storage, param_groups
 
@@ -396,7 +396,6 @@ class LoRARite(torch.optim.Optimizer):
         lora = [group["params"] for group in self.param_groups if group["kind"] == "lora"]
         ranks = [params[k].shape[0] for params in lora for k in range(0, len(params), 2)]
         states = [state for state in self.state.values() if "basis" in state]
-        everything = [t for state in self.state.values() for t in state.values() if isinstance(t, Tensor)]
         batches = [
             Batch(group, pairs, self.state, {}) for group, pairs in self._alike(lambda a, b: bool(self.state.get(a)))
         ]
@@ -404,7 +403,7 @@ class LoRARite(torch.optim.Optimizer):
             "pairs": len(ranks),
             "ranks": {rank: ranks.count(rank) for rank in sorted(set(ranks))},
             "other_parameters": sum(len(g["params"]) for g in self.param_groups if g["kind"] == "adamw"),
-            "state_bytes": sum(t.numel() * t.element_size() for t in everything),
+            "state_bytes": state_bytes(self),
             "steps": max((int(state["step"]) for state in states), default=0),
             "skipped": self.param_groups[0]["skipped"],
             "dead_pairs": sum(int(dead) for batch in batches for dead in batch.dead()),
@@ -441,6 +440,12 @@ class LoRARite(torch.optim.Optimizer):
                     self.state[p][key] = value.detach().to(device, copy=True)
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all state tensors of an optimizer."""
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def _have_gradients(a: Tensor, b: Tensor) -> bool:
     return a.grad is not None and b.grad is not None
 
@@ -453,11 +458,11 @@ class _Statistics:
         self.sigma_over_delta: list[Tensor] = []
 
     def add(self, batches: list[Batch], norm: Tensor) -> None:
-        clips = [batch.group["clip_unmagnified_grad"] for batch in batches]
-        smallest = min((clip for clip in clips if clip), default=math.inf)
         self.pairs = sum(len(batch.pairs) for batch in batches)
         if not batches:
             return
+        clips = [batch.group["clip_unmagnified_grad"] for batch in batches]
+        smallest = min((clip for clip in clips if clip), default=math.inf)
         self.steps += 1
         self.clipped = self.clipped.to(norm.device) + (norm > smallest)
         self.norm = norm
@@ -482,13 +487,12 @@ def _adamw_step(group: dict[str, Any], states: dict[Tensor, State], offset: int)
     params = [(offset + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
     if not params:
         return
-    low = (torch.bfloat16, torch.float16)
     for _, p in params:
         if not states[p]:
-            dtype = torch.float32 if p.dtype in low else p.dtype
+            dtype = torch.float32 if p.dtype in LOW_PRECISION else p.dtype
             moments = {key: torch.zeros_like(p, dtype=dtype) for key in ADAMW_STATE_KEYS[1:]}
             states[p].update(step=torch.zeros(()), **moments)
-    work = [p.float() if p.dtype in low else p for _, p in params]
+    work = [p.float() if p.dtype in LOW_PRECISION else p for _, p in params]
     adamw(
         work,
         [p.grad.to(w.dtype) for (_, p), w in zip(params, work, strict=True)],  # type: ignore[union-attr]

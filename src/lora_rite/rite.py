@@ -65,16 +65,29 @@ def gram(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.mT @ y).to(dtype)
 
 
-def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (ascending) and eigenvectors of symmetric matrices; all NaN for one that is not finite.
+def trace(m: Tensor) -> Tensor:
+    """(p, 1, 1) traces of (p, r, r)."""
+    return m.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
-    LAPACK is not asked about NaN: some sizes raise, others return plausible numbers.
+
+def finite(m: Tensor) -> Tensor:
+    """(p, 1, 1) whether all elements of (p, r, r) are finite.
+
+    LAPACK is not asked about others (some sizes raise, some return plausible numbers); what comes of them is NaN.
     """
+    return m.isfinite().all(-1).all(-1)[..., None, None]
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (ascending) and eigenvectors of symmetric matrices; all NaN for one that is not finite."""
     matrix = (matrix + matrix.mT) / 2
-    finite = matrix.isfinite().all(-1).all(-1)[..., None, None]
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    values, vectors = torch.linalg.eigh(torch.where(finite, matrix, eye))
-    return torch.where(finite[..., 0], values, torch.nan), torch.where(finite, vectors, torch.nan)
+    good = finite(matrix)
+    values, vectors = torch.linalg.eigh(torch.where(good, matrix, _eye_like(matrix)))
+    return torch.where(good[..., 0], values, torch.nan), torch.where(good, vectors, torch.nan)
+
+
+def _eye_like(m: Tensor) -> Tensor:
+    return torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
 
 
 def initial_basis(x: Tensor, dtype: torch.dtype) -> Basis:
@@ -104,15 +117,10 @@ def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: Tensor) -> Tens
     noise = (NOISE * rounding * size) * old.warm
     f = 2 * (x.mT @ x + norm**2 * (moved.mT @ moved) + noise.mT @ noise)
     empty = (f.diagonal(dim1=-2, dim2=-1).amax(-1) <= 0)[..., None, None]
-    eye = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
-    root = torch.linalg.cholesky_ex(torch.where(empty, eye, f + _jitter(f)))[0]
+    eye = _eye_like(f)
+    jitter = eye * (trace(f) * (10 * torch.finfo(f.dtype).eps))  # makes f, positive semidefinite, numerically definite
+    root = torch.linalg.cholesky_ex(torch.where(empty, eye, f + jitter))[0]
     return torch.linalg.solve_triangular(root.mT, old.warm, upper=True, left=False)
-
-
-def _jitter(f: Tensor) -> Tensor:
-    """A multiple of the identity that makes a positive semidefinite f numerically definite."""
-    trace = f.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    return torch.eye(f.shape[-1], dtype=f.dtype, device=f.device) * (trace * (10 * torch.finfo(f.dtype).eps))
 
 
 def orthonormalise(warm: Tensor, gram_z: Tensor, rows: Tensor) -> tuple[Basis, Tensor]:
@@ -133,12 +141,12 @@ def orthonormalise(warm: Tensor, gram_z: Tensor, rows: Tensor) -> tuple[Basis, T
 def _pseudo_inverse(t: Tensor, live: Tensor) -> Tensor:
     """T⁺ where the first rows of T are zero. (There warm·c is a right inverse too, but with parts of the size 1/eps in
     the null space of T, into which the other factor would move.)"""
-    finite = t.isfinite().all(-1).all(-1)[..., None, None]
-    q, root = torch.linalg.qr(torch.where(finite, t, 0).flip(-2).mT)  # T's live rows first: Tᵀ = Q·[R 0]
+    good = finite(t)
+    q, root = torch.linalg.qr(torch.where(good, t, 0).flip(-2).mT)  # T's live rows first: Tᵀ = Q·[R 0]
     mask = live.flip(-1).to(t.dtype)
     root = root * mask[..., None, :] + torch.diag_embed(1 - mask)
     inverse = torch.linalg.solve_triangular(root.mT, q * mask[..., None, :], upper=False, left=False)
-    return torch.where(finite, inverse.flip(-1), torch.nan)
+    return torch.where(good, inverse.flip(-1), torch.nan)
 
 
 def damped_inverse(y: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,12 +157,12 @@ def damped_inverse(y: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]
     σ = 0, also for δ = 0.
     """
     s = y @ x.mT
-    finite = s.isfinite().all(-1).all(-1)[..., None, None]
-    u, sigma, vh = torch.linalg.svd(torch.where(finite, s, 0))
+    good = finite(s)
+    u, sigma, vh = torch.linalg.svd(torch.where(good, s, 0))
     noise = sigma[..., :1] * (s.shape[-1] * torch.finfo(s.dtype).eps)
     # σ/(σ² + δ²), written so that no square can vanish
     f = torch.where(sigma > noise, 1 / (sigma + delta[..., 0] ** 2 / sigma), 0)
-    return torch.where(finite, x.mT @ vh.mT @ (f[..., None] * u.mT), torch.nan), sigma
+    return torch.where(good, x.mT @ vh.mT @ (f[..., None] * u.mT), torch.nan), sigma
 
 
 def unmagnified_gram(gradient: Tensor, inverse: Tensor) -> Tensor:
@@ -207,8 +215,7 @@ def escaped_mass(old: Tensor, new: Tensor) -> Tensor:
     old, new (p, r, r); returns (p, 1, 1).
     """
     lost = eigh(old)[0] - eigh(new)[0]
-    trace = (old - new).diagonal(dim1=-2, dim2=-1).sum(-1)
-    return lost.amax(-1).clamp_min(0).minimum(trace.clamp_min(0))[..., None, None]
+    return lost.amax(-1)[..., None, None].clamp_min(0).minimum(trace(old - new).clamp_min(0))
 
 
 def checksum(x: Tensor) -> Tensor:

@@ -252,18 +252,15 @@ def held_out_loss(model: Any, rows: list[dict[str, list[int]]], collator: Any, b
 
 def describe_optimizer(optimizer: Any) -> dict[str, Any]:
     """Name, settings of the first group, bytes of state, and LoRARite's report."""
-    import torch
+    from ..hf import unwrap
+    from ..optimizer import LoRARite, state_bytes
 
-    from .. import LoRARite
-
-    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
-        optimizer = optimizer.optimizer
-    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    optimizer = unwrap(optimizer)
     options = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
     return {
         "name": type(optimizer).__name__,
         "options": {k: v for k, v in options.items() if isinstance(v, (int, float, str, bool, list, tuple))},
-        "state_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "state_bytes": state_bytes(optimizer),
         **({"report": optimizer.report()} if isinstance(optimizer, LoRARite) else {}),
     }
 
