@@ -129,11 +129,11 @@ def test_foreign_states_are_refused_and_nothing_is_loaded():
     larger = copy.deepcopy(state_dict)
     larger["state"][0]["first_moment"] = torch.zeros(8, 9)
     partial = copy.deepcopy(state_dict)
-    del partial["state"][3]["transport"]
+    del partial["state"][3]["matrices"]
     widowed = copy.deepcopy(state_dict)
     del widowed["state"][3]
     cases = [
-        (partial, "state of l1.lora_B.weight is incomplete: it has no transport"),
+        (partial, "state of l1.lora_B.weight is incomplete: it has no matrices"),
         (widowed, "state of l1.lora_A.weight or of its partner is missing"),
         (renamed(state_dict, "l1", "l7"), r"l1.lora_A.weight is not in the state; .*; l7.*and 1 more"),
         (regrouped, "group"),

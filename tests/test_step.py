@@ -6,7 +6,6 @@ from problems import factors, gradients_of_w, random_matrix, regauged, relative,
 from reference import Reference
 
 from lora_rite import PUBLISHED, LoRARite
-from lora_rite import batch as batch_module
 
 R, N, M = 4, 18, 13
 OFF = {"damping": 0.0, "row_equilibration": False, "relative_eps": 0.0}
@@ -198,4 +197,3 @@ def test_batched_equals_one_by_one(elements, monkeypatch):
     got, _ = train(start[::-1], gradients[::-1], lr=0.01)
     for pair, other in zip(got[::-1], expected, strict=True):
         assert relative(w(pair), w(other)) < 1e-10
-    assert batch_module.tall([torch.zeros(2, 3)], True, torch.float32).shape == (1, 3, 2)

@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from contextlib import contextmanager
+from itertools import accumulate, chain
 from numbers import Real
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from . import rite
-from .batch import LOW_PRECISION, STATE_KEYS, Batch, FactorPair, State, new_state, rounding_key, work_dtype
+from .batch import LOW_PRECISION, STATE_KEYS, Batch, FactorPair, State, new_state, rank_of, rounding_key, work_dtype
 from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError
 from .pairs import check_order, check_pair, overlapping_storage, param_groups
 
@@ -23,13 +24,13 @@ PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0,
 MAX_SKIPPED_IN_A_ROW = 3
 
 _SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+_LAYOUT_KEYS = ("blocks", "interleaved")
 _SHARDED = "is sharded (a DTensor, as of FSDP2): LoRARite needs whole factors; train with DDP, or on one device"
 ADAMW_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 _ATTACH = "attach an adapter first (peft.get_peft_model), and pass model.named_parameters()"
 _NON_NEGATIVE = (
     "weight_decay", "damping", "relative_eps", "clip_unmagnified_grad", "update_skipping", "update_capping",
 )  # fmt: skip
-_SMALL_STATE = ("second_moment", "escaped_mass", "transport", "basis", "coordinates", "warm_basis", "step", "damped")
 
 
 class LoRARite(torch.optim.Optimizer):
@@ -66,6 +67,10 @@ class LoRARite(torch.optim.Optimizer):
         apply_escape: add the mass of V that the new basis does not see (ρ of Algorithm 1) to its eigenvalues.
         balance_param: rescale both factors to equal Frobenius norms after each step.
         maximize: ascend instead of descend.
+        capturable: never let the host wait for the device in a step, so that a CUDA graph can hold it: a step with a
+            non-finite gradient, or with a factor that was changed from outside, is skipped on the device, and
+            ``report()`` says so. r×r matrices are decomposed by Jacobi rotations then. Take a first step before the
+            capture, and give ``lr`` as a tensor if it is to change. One value for all groups.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: for the trainable parameters that are not factors (they
             become ``lr``, ``betas``, … of a group of kind "adamw", so that schedulers act on it too). Without
             ``adamw_lr`` such parameters are an error: LoRA-RITE's learning rate does not suit them.
@@ -116,6 +121,7 @@ class LoRARite(torch.optim.Optimizer):
         apply_escape: bool = False,
         balance_param: bool = False,
         maximize: bool = False,
+        capturable: bool = False,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
@@ -126,7 +132,7 @@ class LoRARite(torch.optim.Optimizer):
             "row_equilibration": row_equilibration, "row_beta": row_beta, "relative_eps": relative_eps,
             "clip_unmagnified_grad": clip_unmagnified_grad, "update_skipping": update_skipping,
             "update_capping": update_capping, "apply_escape": apply_escape, "balance_param": balance_param,
-            "maximize": maximize, "skipped": 0,
+            "maximize": maximize, "capturable": capturable, "skipped": 0,
         }  # fmt: skip
         _check_hyperparameters(defaults)
         self._adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
@@ -156,7 +162,7 @@ class LoRARite(torch.optim.Optimizer):
         """
         if not isinstance(param_group, dict):
             raise LoRARiteTypeError(f"param_group must be a dict, but got {type(param_group).__name__}")
-        unknown = set(param_group) - {"params", "param_names", "kind", *_SCHEDULER_KEYS, *self.defaults}
+        unknown = set(param_group) - {"params", "param_names", "kind", *_LAYOUT_KEYS, *_SCHEDULER_KEYS, *self.defaults}
         if unknown:
             raise LoRARiteValueError(f"unknown key {sorted(unknown)[0]!r} in a parameter group")
         if isinstance(param_group["params"], set):
@@ -205,9 +211,9 @@ class LoRARite(torch.optim.Optimizer):
                     "model.named_parameters()"
                 )
             for (a_name, a), (b_name, b) in zip(params[::2], params[1::2], strict=True):
-                if not named:
+                if not named and not set(_LAYOUT_KEYS) & set(group):
                     check_order(a, b, a_name, b_name)
-                check_pair(a, b, a_name, b_name)
+                check_pair(a, b, a_name, b_name, **_layout_options(group))
         elif kind == "adamw":
             for key, value in self._adamw.items():
                 group.setdefault(key, value)
@@ -224,6 +230,7 @@ class LoRARite(torch.optim.Optimizer):
 
     # --------------------------------------------------------------------------------------------------------- step
 
+    @torch.compiler.disable  # one graph for all of it would be made anew with every change of the pairs
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         """One step. Everything that can fail is computed before anything is written.
@@ -237,38 +244,52 @@ class LoRARite(torch.optim.Optimizer):
                 loss = closure()
         others = [group for group in self.param_groups if group["kind"] == "adamw"]
         fresh: dict[Tensor, State] = {}
-        batches = self._measure(fresh, others)
-        if batches is None:
-            return loss
-        self.state.update(fresh)
-        for batch in batches:
-            batch.apply()
+        with _full_precision():
+            measured = self._measure(fresh, others)
+            if measured is None:
+                return loss
+            batches, ok = measured
+            self.state.update(fresh)
+            for batch in batches:
+                batch.apply(ok)
         offset = 0
         for group in self.param_groups:
             if group["kind"] == "adamw":
-                _adamw_step(group, self.state, offset)
+                _adamw_step(group, self.state, offset, ok)
             offset += len(group["params"])
         return loss
 
-    def _measure(self, fresh: dict[Tensor, State], others: list[dict[str, Any]]) -> list[Batch] | None:
-        """All batches, measured; None where the step is to be skipped. Reads parameters, gradients and state only."""
+    def _measure(
+        self, fresh: dict[Tensor, State], others: list[dict[str, Any]]
+    ) -> tuple[list[Batch], Tensor | None] | None:
+        """All batches, measured, and, where the device is to decide, whether the step is taken; None where it is to be
+        skipped. Reads parameters, gradients and state only."""
         batches = [Batch(group, pairs, self.state, fresh) for group, pairs in self._alike(_have_gradients)]
         squares = [batch.measure() for batch in batches]
         norm = sum((s.to(squares[0].device) for s in squares[1:]), squares[0]).sqrt() if batches else torch.zeros(())
         for batch in batches:
             batch.precondition(norm)
-        finite, unchanged = self._flags(batches, others)
+        finite = [batch.finite() for batch in batches] + [_finite_gradients(group) for group in others]
+        unchanged = [batch.unchanged() for batch in batches]
         pairs = [pair for batch in batches for pair in batch.pairs]
-        changed = [pair for pair, same in zip(pairs, unchanged, strict=True) if not same]
-        if changed:
-            self._restart(changed, fresh)
-            return self._measure(fresh, others)
-        if not all(finite):
-            self._skip(pairs, others, finite)
+        flags = _joined(finite + unchanged)
+        ok = flags.all()
+        if self.param_groups[0]["capturable"]:
+            self._statistics.add(batches, norm, ok)
+            self._statistics.skip(pairs, flags, ok)
+            return batches, ok
+        if not ok:  # the one host synchronisation of a step
+            good, changed = _read(pairs, flags)
+            if changed:
+                self._restart(changed, fresh)
+                return self._measure(fresh, others)
+            self._skipped_in_a_row += 1
+            self._count_skipped(1)
+            self._complain(pairs, others, good, self._skipped_in_a_row)
             return None
         self._skipped_in_a_row = 0
-        self._statistics.add(batches, norm)
-        return batches
+        self._statistics.add(batches, norm, ok)
+        return batches, None
 
     def _alike(self, wanted: Callable[[Tensor, Tensor], bool]) -> Iterator[tuple[dict[str, Any], list[FactorPair]]]:
         """Pairs (A, B) that are wanted, by group, rank, dtype of the arithmetic and device."""
@@ -283,9 +304,9 @@ class LoRARite(torch.optim.Optimizer):
                         one_sided.append(position + k)
                     continue
                 if self._altered(a) or self._altered(b):
-                    self._explain(a, b, _names(self.param_groups)[number][k : k + 2])
+                    self._explain(group, a, b, _names(self.param_groups)[number][k : k + 2])
                 pair = FactorPair(a, b, position + k)
-                alike.setdefault((a.shape[0], work_dtype(a, b), a.device), []).append(pair)
+                alike.setdefault((rank_of(group, a), work_dtype(a, b), a.device), []).append(pair)
             position += len(params)
             yield from ((group, pairs) for pairs in alike.values())
         if one_sided and not self._warned_one_sided:
@@ -302,11 +323,11 @@ class LoRARite(torch.optim.Optimizer):
         sparse = p.grad is not None and p.grad.layout != torch.strided
         return p.ndim < 2 or sparse or _is_sharded(p) or (bool(state) and state["first_moment"].shape != p.shape)
 
-    def _explain(self, a: Tensor, b: Tensor, names: list[str]) -> None:
+    def _explain(self, group: dict[str, Any], a: Tensor, b: Tensor, names: list[str]) -> None:
         for p, name in zip((a, b), names, strict=True):
             if _is_sharded(p):
                 raise LoRARiteValueError(f"{name} {_SHARDED}")
-        check_pair(a, b, *names)
+        check_pair(a, b, *names, **_layout_options(group))
         for p, name in zip((a, b), names, strict=True):
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise LoRARiteValueError(f"the gradient of {name} is sparse: use dense gradients (sparse=False)")
@@ -315,21 +336,6 @@ class LoRARite(torch.optim.Optimizer):
                     f"{name} changed its shape from {tuple(self.state[p]['first_moment'].shape)} to {tuple(p.shape)}: "
                     "make a new optimizer, or remove the state of both factors (optimizer.state.pop) to start anew"
                 )
-
-    def _flags(self, batches: list[Batch], others: list[dict[str, Any]]) -> tuple[list[bool], list[bool]]:
-        """Whether each pair and then each AdamW group is finite, and whether each pair is what the last step left; the
-        one host synchronisation of a step."""
-        finite = [batch.finite() for batch in batches]
-        for group in others:
-            gradients = [p.grad for p in group["params"] if p.grad is not None and p.grad.numel()]
-            largest = torch._foreach_norm(gradients, torch.inf) if gradients else [torch.zeros(())]
-            finite.append(torch.stack([n.to(largest[0].device) for n in largest]).isfinite().all()[None])
-        flags = finite + [batch.unchanged() for batch in batches]
-        if not flags:
-            return [], []
-        values = torch.cat([flag.to(flags[0].device) for flag in flags]).tolist()
-        pairs = sum(len(batch.pairs) for batch in batches)
-        return values[: pairs + len(others)], values[pairs + len(others) :]
 
     def _restart(self, changed: list[FactorPair], fresh: dict[Tensor, State]) -> None:
         """New states for pairs that were changed since the last step."""
@@ -340,7 +346,7 @@ class LoRARite(torch.optim.Optimizer):
                     raise NonFiniteError(f"parameter {name} contains NaN or Inf: restore a checkpoint")
                 if pair.a in fresh:  # a state that was made in this step
                     raise NonFiniteError(f"parameter {name} is too large: sums of its values overflow")
-            fresh[pair.a], fresh[pair.b] = new_state(pair)
+            fresh[pair.a], fresh[pair.b] = new_state(self._group_at(pair.position), pair)
         first = names[changed[0].position]
         warnings.warn(
             f"{len(changed)} pairs were changed from outside since the last step "
@@ -349,7 +355,18 @@ class LoRARite(torch.optim.Optimizer):
             stacklevel=5,
         )
 
-    def _skip(self, pairs: list[FactorPair], others: list[dict[str, Any]], finite: list[bool]) -> None:
+    def _group_at(self, position: int) -> dict[str, Any]:
+        ends = accumulate(len(group["params"]) for group in self.param_groups)
+        return next(group for group, end in zip(self.param_groups, ends, strict=True) if position < end)
+
+    def _count_skipped(self, steps: int) -> None:
+        for group in self.param_groups:
+            group["skipped"] += steps
+
+    def _complain(
+        self, pairs: list[FactorPair], others: list[dict[str, Any]], finite: list[bool], in_a_row: int
+    ) -> None:
+        """Names the parameters that made a step be skipped: a warning, or an error where it were too many in a row."""
         names = self._names_by_position()
         suspects = [p for pair, ok in zip(pairs, finite, strict=False) if not ok for p in pair[:2]]
         suspects += [p for group in others for p in group["params"] if p.grad is not None]
@@ -358,13 +375,10 @@ class LoRARite(torch.optim.Optimizer):
         bad = bad or suspects
         positions = {p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))}
         name = names[positions[bad[0]]]
-        self._skipped_in_a_row += 1
-        for group in self.param_groups:
-            group["skipped"] += 1
         message = f"{what} of {name}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}"
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
-                f"{message}, {self._skipped_in_a_row} steps in a row: lower the learning rate, or look for the first "
+                f"{message}, {in_a_row} steps in a row: lower the learning rate, or look for the first "
                 "non-finite loss. Parameters and state are those of the last good step"
             )
         warnings.warn(f"{message}: step skipped ({self.param_groups[0]['skipped']} so far)", stacklevel=4)
@@ -393,9 +407,15 @@ class LoRARite(torch.optim.Optimizer):
                                     moments make in one step at the present lr
         ==========================  ==========================================================================
         """
-        lora = [group["params"] for group in self.param_groups if group["kind"] == "lora"]
-        ranks = [params[k].shape[0] for params in lora for k in range(0, len(params), 2)]
-        states = [state for state in self.state.values() if "basis" in state]
+        self._settle()
+        lora = [group for group in self.param_groups if group["kind"] == "lora"]
+        ranks = [
+            rank_of(group, group["params"][k])
+            for group in lora
+            for k in range(0, len(group["params"]), 2)
+            for _ in range(group.get("blocks", 1))
+        ]
+        states = [state for state in self.state.values() if "matrices" in state]
         batches = [
             Batch(group, pairs, self.state, {}) for group, pairs in self._alike(lambda a, b: bool(self.state.get(a)))
         ]
@@ -404,14 +424,39 @@ class LoRARite(torch.optim.Optimizer):
             "ranks": {rank: ranks.count(rank) for rank in sorted(set(ranks))},
             "other_parameters": sum(len(g["params"]) for g in self.param_groups if g["kind"] == "adamw"),
             "state_bytes": state_bytes(self),
-            "steps": max((int(state["step"]) for state in states), default=0),
+            "steps": max((int(state["step"].max()) for state in states), default=0),
             "skipped": self.param_groups[0]["skipped"],
             "dead_pairs": sum(int(dead) for batch in batches for dead in batch.dead()),
             "update_norm": sum(float(batch.update_square()) for batch in batches) ** 0.5,
             **self._statistics.summary(),
         }
 
+    def _settle(self) -> None:
+        """With ``capturable``: takes over what the device has counted, and says what a step would have said."""
+        if self._statistics.flags is None:
+            return
+        pairs, flags = self._statistics.flags
+        in_a_row, skipped = self._statistics.counts[2:].tolist()
+        self._statistics.counts[3] = 0
+        self._count_skipped(int(skipped))
+        finite, changed = _read(pairs, flags)
+        if changed:
+            fresh: dict[Tensor, State] = {}
+            self._restart(changed, fresh)
+            for p, state in fresh.items():
+                for key, value in state.items():
+                    self.state[p][key].copy_(value)  # in place, where a graph finds it
+        if not all(finite):
+            self._complain(pairs, [g for g in self.param_groups if g["kind"] == "adamw"], finite, int(in_a_row))
+
     # ----------------------------------------------------------------------------------------------------- state dict
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; tensors, numbers and strings alone."""
+        if self._statistics.flags is not None:
+            self._count_skipped(int(self._statistics.counts[3]))
+            self._statistics.counts[3] = 0
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of LoRARite. State keeps its dtype (torch would cast it to the parameters'), and where
@@ -432,12 +477,12 @@ class LoRARite(torch.optim.Optimizer):
         finally:
             hook.remove()
         saved_ids = chain.from_iterable(group["params"] for group in matched["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for saved_id, p in zip(saved_ids, params, strict=True):
+        params = ((group, p) for group in self.param_groups for p in group["params"])
+        for saved_id, (group, p) in zip(saved_ids, params, strict=True):
             for key, value in matched["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
-                    device = value.device if key == "step" else p.device
-                    self.state[p][key] = value.detach().to(device, copy=True)
+                    on_host = key == "step" and group["kind"] == "adamw" and not group["capturable"]  # torch's rule
+                    self.state[p][key] = value.detach().to("cpu" if on_host else p.device, copy=True)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -450,40 +495,85 @@ def _have_gradients(a: Tensor, b: Tensor) -> bool:
     return a.grad is not None and b.grad is not None
 
 
+def _layout_options(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in _LAYOUT_KEYS if key in group}
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 products in float32: with TF32 or bfloat16 inside them, Gram matrices would keep three digits."""
+    backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _joined(flags: list[Tensor]) -> Tensor:
+    return torch.cat([flag.to(flags[0].device) for flag in flags] or [torch.ones(0, dtype=torch.bool)])
+
+
+def _read(pairs: list[FactorPair], flags: Tensor) -> tuple[list[bool], list[FactorPair]]:
+    """What is finite, pair by pair and then AdamW group by group, and the pairs that were changed from outside."""
+    values = flags.tolist()
+    n = len(values) - len(pairs)
+    return values[:n], [pair for pair, same in zip(pairs, values[n:], strict=True) if not same]
+
+
+def _finite_gradients(group: dict[str, Any]) -> Tensor:
+    """(1,) whether all gradients of a group are finite."""
+    gradients = [p.grad for p in group["params"] if p.grad is not None and p.grad.numel()]
+    largest = torch._foreach_norm(gradients, torch.inf) if gradients else [torch.zeros(())]
+    return torch.stack([n.to(largest[0].device) for n in largest]).isfinite().all()[None]
+
+
 class _Statistics:
     """Figures of the last step and counts since the start, on the device until somebody asks."""
 
     def __init__(self) -> None:
-        self.steps, self.clipped, self.pairs, self.norm = 0, torch.zeros(()), 0, torch.zeros(())
-        self.sigma_over_delta: list[Tensor] = []
+        self.pairs, self.norm = 0, torch.zeros(())
+        self.counts = torch.zeros(4)  # steps, those that were clipped; with capturable: skipped in a row, not yet told
+        self.products: list[tuple[Tensor, Tensor]] = []
+        self.flags: tuple[list[FactorPair], Tensor] | None = None
 
-    def add(self, batches: list[Batch], norm: Tensor) -> None:
-        self.pairs = sum(len(batch.pairs) for batch in batches)
+    def add(self, batches: list[Batch], norm: Tensor, ok: Tensor) -> None:
+        self.pairs = sum(batch.count for batch in batches)
         if not batches:
             return
         clips = [batch.group["clip_unmagnified_grad"] for batch in batches]
         smallest = min((clip for clip in clips if clip), default=math.inf)
-        self.steps += 1
-        self.clipped = self.clipped.to(norm.device) + (norm > smallest)
+        self.counts = self.counts.to(norm.device)
+        self.counts[:2] += torch.stack([ok, ok & (norm > smallest)])
         self.norm = norm
-        self.sigma_over_delta = [b.sigma_over_delta for b in batches if b.sigma_over_delta is not None]
+        self.products = [batch.product for batch in batches if batch.product is not None]
+
+    def skip(self, pairs: list[FactorPair], flags: Tensor, ok: Tensor) -> None:
+        """Counts a step that the device did not take."""
+        self.flags = pairs, flags
+        self.counts[2] = (self.counts[2] + 1) * ~ok
+        self.counts[3] += ~ok
 
     def summary(self) -> dict[str, Any]:
-        ratios = torch.cat([r.flatten().cpu() for r in self.sigma_over_delta]) if self.sigma_over_delta else None
+        singular = [torch.linalg.svdvals(s.cpu()) / delta[..., 0].cpu() for s, delta in self.products]
+        ratios = torch.cat([r.flatten() for r in singular]) if singular else None
         if ratios is not None:
             ratios = ratios.nan_to_num(0.0, posinf=torch.inf)  # 0/0: a zero factor at lr 0
         return {
             "pairs_preconditioned": self.pairs,
             "gradient_norm": float(self.norm),
-            "clip_rate": float(self.clipped) / max(self.steps, 1),
+            "clip_rate": float(self.counts[1] / self.counts[0].clamp_min(1)),
             "damped_share": float((ratios < 1).double().mean()) if ratios is not None else 0.0,
             "sigma_over_delta": float(ratios.median()) if ratios is not None else None,
         }
 
 
-def _adamw_step(group: dict[str, Any], states: dict[Tensor, State], offset: int) -> None:
+def _adamw_step(group: dict[str, Any], states: dict[Tensor, State], offset: int, ok: Tensor | None) -> None:
     """torch's AdamW on the parameters of a group; in float32 where they are of less precision, rounded
-    stochastically."""
+    stochastically. With ``ok``, a scalar, nothing where that is False."""
     params = [(offset + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
     if not params:
         return
@@ -491,7 +581,7 @@ def _adamw_step(group: dict[str, Any], states: dict[Tensor, State], offset: int)
         if not states[p]:
             dtype = torch.float32 if p.dtype in LOW_PRECISION else p.dtype
             moments = {key: torch.zeros_like(p, dtype=dtype) for key in ADAMW_STATE_KEYS[1:]}
-            states[p].update(step=torch.zeros(()), **moments)
+            states[p].update(step=torch.zeros((), device=p.device if group["capturable"] else "cpu"), **moments)
     work = [p.float() if p.dtype in LOW_PRECISION else p for _, p in params]
     adamw(
         work,
@@ -507,9 +597,11 @@ def _adamw_step(group: dict[str, Any], states: dict[Tensor, State], offset: int)
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=group["maximize"],
+        fused=ok is not None or None,
+        found_inf=None if ok is None else (~ok).to(torch.float32),
     )
     for (position, p), w in zip(params, work, strict=True):
-        if w is not p:
+        if w is not p:  # (values that the dtype has stay as they are, so an untouched w leaves p as it was)
             key = rounding_key(states[p]["step"][None], [position])
             p.copy_(rite.stochastic_round(w[None], p.dtype, key.to(p.device))[0])
 
@@ -601,7 +693,7 @@ def _check_hyperparameters(values: dict[str, Any]) -> None:
         raise LoRARiteValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
     if not _is_number(values["row_beta"]) or not 0 <= values["row_beta"] < 1:
         raise LoRARiteValueError(f"row_beta must be a number in [0, 1), got {values['row_beta']!r}")
-    for key in ("row_equilibration", "apply_escape", "balance_param", "maximize"):
+    for key in ("row_equilibration", "apply_escape", "balance_param", "maximize", "capturable"):
         if not isinstance(values[key], bool):
             raise LoRARiteValueError(f"{key} must be True or False, got {values[key]!r}")
 

@@ -124,21 +124,31 @@ def param_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: Any
     return groups
 
 
-def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:
-    """Raises LoRARiteValueError where A (r, n, …) and B (m, r, …) cannot be the factors of one product."""
+def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, interleaved: bool = False) -> None:
+    """Raises LoRARiteValueError where A (r, n, …) and B (m, r, …) cannot be the factors of one product; or, where they
+    hold several pairs, ``blocks``, A (blocks·r, n, …) and B (m, r·blocks) if ``interleaved``, else (blocks·m, r, …)."""
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1 or a.shape[:1].numel() % blocks:
+        raise LoRARiteValueError(
+            f"blocks={blocks!r} must be a whole number that divides the first dimension of {a_name}"
+        )
     for name, p in ((a_name, a), (b_name, b)):
         if p.ndim < 2 or p.numel() == 0:
             raise LoRARiteValueError(
                 f"{name} has shape {tuple(p.shape)}; a factor is a non-empty matrix or convolution (FSDP1 and "
                 "DeepSpeed ZeRO flatten and split them: LoRARite needs them whole)"
             )
-    if a.shape[0] != b.shape[1] or b[0, 0].numel() != 1:
+    rank = a.shape[0] // blocks
+    if (
+        b.shape[1] != (a.shape[0] if interleaved else rank)
+        or b[0, 0].numel() != 1
+        or (not interleaved and b.shape[0] % blocks)
+    ):
         hint = ""
         if a.ndim > 2 and a.shape[0] % b.shape[1] == 0:
             hint = " (a grouped convolution is not one product B·A and not supported)"
         raise LoRARiteValueError(
             f"rank mismatch {a.shape[0]} vs {b.shape[1]}: {a_name} has shape {tuple(a.shape)}, {b_name} "
-            f"{tuple(b.shape)}, and should have (r, n) and (m, r){hint}"
+            f"{tuple(b.shape)}, and should have (r, n) and (m, r){hint}{f', {blocks} times' * (blocks > 1)}"
         )
     if _partner(a_name) == b_name and not _is_a(a_name):
         raise LoRARiteValueError(f"{a_name} comes before {b_name}: a group of kind lora is A, B, A, B, …")

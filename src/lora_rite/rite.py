@@ -28,6 +28,13 @@ LIVE = 1e-3
 #: is rounded too, where it is largest.
 NOISE = 32
 
+#: So many rows of a factor are compared with what the last step left. (A change of other rows alone passes: the next
+#: basis is measured from the factor as it is.)
+CHECKED_ROWS = 1024
+
+#: Sweeps of Jacobi rotations over all pairs of columns, and one more for each bit of the rank.
+SWEEPS = 6
+
 
 class Basis(NamedTuple):
     """A tall factor X (rows, r) in terms of r×r matrices.
@@ -48,21 +55,23 @@ def bias_corrected_decay(step: Tensor, beta: float) -> Tensor:
     return beta * (1 - beta ** (step - 1)) / (1 - beta**step) if beta else torch.zeros_like(step)
 
 
-def times(x: Tensor, k: Tensor) -> Tensor:
+def times(x: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
     """x·k, tall times (p, r, r), in the memory layout of x: A is stored (r, n), and its products stay so."""
-    return x @ k if x.is_contiguous() else (k.mT @ x.mT).mT
+    if x.is_contiguous():
+        return torch.bmm(x, k, out=out)  # type: ignore[arg-type]
+    return torch.bmm(k.mT, x.mT, out=None if out is None else out.mT).mT  # type: ignore[arg-type]
 
 
-def minus_times(x: Tensor, y: Tensor, k: Tensor) -> Tensor:
-    """x − y·k, tall, in the memory layout of y."""
-    if y.is_contiguous():
-        return torch.baddbmm(x, y, k, alpha=-1)
-    return torch.baddbmm(x.mT, k.mT, y.mT, alpha=-1).mT
+def add_times_(x: Tensor, y: Tensor, k: Tensor, alpha: float = 1) -> Tensor:
+    """x ← x + alpha·y·k, in place, tall times (p, r, r), in the memory layout of x."""
+    if x.is_contiguous():
+        return x.baddbmm_(y, k, alpha=alpha)
+    return x.mT.baddbmm_(k.mT, y.mT, alpha=alpha).mT
 
 
-def gram(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """xᵀ·y, (p, r, r), of tall x and y, in the algebra dtype."""
-    return (x.mT @ y).to(dtype)
+def gram(x: Tensor, y: Tensor) -> Tensor:
+    """xᵀ·y, (p, r, r), of tall x and y."""
+    return torch.bmm(x.mT, y)
 
 
 def trace(m: Tensor) -> Tensor:
@@ -78,19 +87,68 @@ def finite(m: Tensor) -> Tensor:
     return m.isfinite().all(-1).all(-1)[..., None, None]
 
 
-def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigh(matrix: Tensor, jacobi: bool = False) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending) and eigenvectors of symmetric matrices; all NaN for one that is not finite."""
     matrix = (matrix + matrix.mT) / 2
     good = finite(matrix)
-    values, vectors = torch.linalg.eigh(torch.where(good, matrix, _eye_like(matrix)))
+    matrix = torch.where(good, matrix, _eye_like(matrix))
+    if jacobi:
+        rotated, vectors = _jacobi(matrix, symmetric=True)
+        values, order = rotated.diagonal(dim1=-2, dim2=-1).sort()
+        vectors = vectors.gather(-1, order[..., None, :].expand_as(vectors))
+    else:
+        values, vectors = torch.linalg.eigh(matrix)
     return torch.where(good[..., 0], values, torch.nan), torch.where(good, vectors, torch.nan)
+
+
+def _jacobi(matrix: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """Products of Jacobi rotations: V (p, r, r), orthogonal, such that B = ``matrix``·V has orthogonal columns
+    (one-sided, Hestenes: B = U·diag(σ)), or, if ``symmetric``, that B = Vᵀ·``matrix``·V is diagonal. Returns B, V.
+
+    r/2 rotations at a time: nothing but batched products and element-wise operations on the device, so that the host
+    never waits for it and a CUDA graph can hold it.
+    """
+    r = matrix.shape[-1]
+    both = torch.cat([matrix, _eye_like(matrix).expand_as(matrix)], -2)
+    identity = _eye_like(matrix).flatten().expand(*matrix.shape[:-2], -1)
+    for _ in range(SWEEPS + r.bit_length()):
+        for read, write in _rounds(r, matrix.device):
+            b = both[..., :r, :]
+            pp, qq, pq = (b if symmetric else b.mT @ b).flatten(-2)[..., read].chunk(3, -1)
+            half = (qq - pp) / 2
+            t = torch.where(half < 0, -pq, pq) / (half.abs() + torch.hypot(half, pq)).clamp_min(1e-30)
+            c = (1 + t * t).rsqrt()
+            s = t * c
+            values = torch.cat([c, c, s, -s], -1)
+            rotation = identity.scatter(-1, write.expand_as(values), values).unflatten(-1, (r, r))
+            both = both @ rotation
+            if symmetric:
+                both[..., :r, :] = rotation.mT @ both[..., :r, :]
+    b, v = both.split(r, -2)
+    return b, v
+
+
+@lru_cache(maxsize=64)
+def _rounds(r: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """A tournament in which each two columns meet once. For each round, where to read (p, p), (q, q), (p, q) in a
+    flattened Gram matrix, and where to write c, c, s, −s of the rotations into a flattened matrix."""
+    players = list(range(r + r % 2))
+    rounds = []
+    for _ in range(r - 1 + r % 2 if r > 1 else 0):
+        pairs = [sorted(pair) for pair in zip(players, reversed(players), strict=True)][: len(players) // 2]
+        pairs = [pair for pair in pairs if pair[1] < r]  # (with an odd number, one sits out)
+        ps, qs = torch.tensor(pairs, device=device).unbind(1)
+        read, write = [ps * r + ps, qs * r + qs, ps * r + qs], [ps * r + ps, qs * r + qs, ps * r + qs, qs * r + ps]
+        rounds.append((torch.cat(read), torch.cat(write)))
+        players = [players[0], players[-1], *players[1:-1]]
+    return rounds
 
 
 def _eye_like(m: Tensor) -> Tensor:
     return torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
 
 
-def initial_basis(x: Tensor, dtype: torch.dtype) -> Basis:
+def initial_basis(x: Tensor, dtype: torch.dtype, jacobi: bool = False) -> Basis:
     """The basis of an arbitrary factor: scaled to 1, then made orthonormal three times, each of which makes the Gram
     matrix better conditioned (one pass is exact up to a condition number of about eps^-½)."""
     eye = torch.eye(x.shape[-1], dtype=dtype, device=x.device).expand(*x.shape[:-2], -1, -1)
@@ -98,11 +156,11 @@ def initial_basis(x: Tensor, dtype: torch.dtype) -> Basis:
     warm = eye / torch.where(scale == 0, 1, scale)
     for _ in range(3):
         z = times(x, warm.to(x.dtype))
-        w, u = eigh(gram(z, z, dtype))
+        w, u = eigh(gram(z, z).to(dtype), jacobi)
         s = w.maximum(w[..., -1:] * (10 * torch.finfo(x.dtype).eps)).sqrt()
         warm = torch.where((w[..., -1:] <= 0)[..., None], warm, warm @ (u / s[..., None, :])).to(x.dtype).to(dtype)
     z = times(x, warm.to(x.dtype))
-    return orthonormalise(warm, gram(z, z, dtype), torch.full_like(scale, x.shape[-2]))[0]
+    return orthonormalise(warm, gram(z, z).to(dtype), torch.full_like(scale, x.shape[-2]), jacobi)[0]
 
 
 def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: Tensor) -> Tensor:
@@ -123,25 +181,32 @@ def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: Tensor) -> Tens
     return torch.linalg.solve_triangular(root.mT, old.warm, upper=True, left=False)
 
 
-def orthonormalise(warm: Tensor, gram_z: Tensor, rows: Tensor) -> tuple[Basis, Tensor]:
+def orthonormalise(warm: Tensor, gram_z: Tensor, rows: Tensor, jacobi: bool) -> tuple[Basis, Tensor, Tensor]:
     """The basis of X from K_w, the Gram matrix of z = X·K_w and the number of rows of X, (p, 1, 1), which bounds its
-    rank; also c (p, r, r) with Q = z·c."""
-    w, u = eigh(gram_z)
+    rank; also c (p, r, r) with Q = z·c, and K_w⁻¹."""
+    w, u = eigh(gram_z, jacobi)
     r = w.shape[-1]
     live = (w > w[..., -1:] * LIVE) & (torch.arange(r, 0, -1, device=w.device) <= rows[..., 0])
     s = torch.where(live, w, 1).sqrt()
     c = u * torch.where(live, 1 / s, 0)[..., None, :]
-    t = torch.where(live, s, 0)[..., None] * (u.mT @ torch.linalg.inv_ex(warm).inverse)
+    inverse = torch.linalg.inv_ex(warm).inverse
+    t = torch.where(live, s, 0)[..., None] * (u.mT @ inverse)
     basis = warm @ c
-    if w.device.type != "cpu" or not live.all():  # (asking costs nothing on a CPU)
-        basis = torch.where(live.all(-1)[..., None, None], basis, _pseudo_inverse(t, live))
-    return Basis(basis, t, warm), c
+    if jacobi or w.device.type != "cpu" or not live.all().tolist():  # (asking costs nothing on a CPU)
+        basis = torch.where(live.all(-1)[..., None, None], basis, _pseudo_inverse(t, live, jacobi))
+    return Basis(basis, t, warm), c, inverse
 
 
-def _pseudo_inverse(t: Tensor, live: Tensor) -> Tensor:
+def _pseudo_inverse(t: Tensor, live: Tensor, jacobi: bool) -> Tensor:
     """T⁺ where the first rows of T are zero. (There warm·c is a right inverse too, but with parts of the size 1/eps in
     the null space of T, into which the other factor would move.)"""
     good = finite(t)
+    if jacobi:
+        b, v = _jacobi(torch.where(good, t, 0))
+        square = b.square().sum(-2, keepdim=True)
+        rank = live.sum(-1, keepdim=True)[..., None]  # of the σ, the largest so many count
+        square = torch.where(square.argsort(-1, descending=True).argsort(-1) < rank, square, torch.inf)
+        return torch.where(good, (v / square) @ b.mT, torch.nan)
     q, root = torch.linalg.qr(torch.where(good, t, 0).flip(-2).mT)  # T's live rows first: Tᵀ = Q·[R 0]
     mask = live.flip(-1).to(t.dtype)
     root = root * mask[..., None, :] + torch.diag_embed(1 - mask)
@@ -149,33 +214,40 @@ def _pseudo_inverse(t: Tensor, live: Tensor) -> Tensor:
     return torch.where(good, inverse.flip(-1), torch.nan)
 
 
-def damped_inverse(y: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """D (p, r, r), the damped T_Y⁺ of the side X, from the coordinates of Y and X, and σ (p, r) of Y·Xᵀ, descending.
+def damped_inverse(s: Tensor, delta: Tensor, jacobi: bool = False) -> Tensor:
+    """V diag(σ/(σ² + δ²)) Uᵀ of S = U diag(σ) Vᵀ (p, r, r), for δ (p, 1, 1).
 
-    With S = T_Y·T_Xᵀ = U diag(σ) Vᵀ (σ are the singular values of BA itself), D = T_Xᵀ V diag(σ/(σ² + δ²)) Uᵀ: that is
-    T_Y⁻¹ times σ²/(σ² + δ²) along the singular directions of BA, invariant also where Y is rank-deficient. 0 where
-    σ = 0, also for δ = 0.
+    With S = T_Y·T_Xᵀ, whose σ are the singular values of BA itself, D = T_Xᵀ times this is T_Y⁻¹ times σ²/(σ² + δ²)
+    along the singular directions of BA: the damped T_Y⁺ of the side X, invariant also where Y is rank-deficient. 0
+    where σ = 0, also for δ = 0.
+
+    Sᵀ(SSᵀ + δ²)⁻¹ without the square, which would square the condition number: from the QR decomposition of [Sᵀ; δ].
+    δ is at least 1e-6·‖S‖ (in float64; eps^⅜), so that σ that are rounding noise count for little.
     """
-    s = y @ x.mT
     good = finite(s)
-    u, sigma, vh = torch.linalg.svd(torch.where(good, s, 0))
-    noise = sigma[..., :1] * (s.shape[-1] * torch.finfo(s.dtype).eps)
-    # σ/(σ² + δ²), written so that no square can vanish
-    f = torch.where(sigma > noise, 1 / (sigma + delta[..., 0] ** 2 / sigma), 0)
-    return torch.where(good, x.mT @ vh.mT @ (f[..., None] * u.mT), torch.nan), sigma
+    s = torch.where(good, s, 0)
+    r, eps = s.shape[-1], torch.finfo(s.dtype).eps
+    delta = delta.maximum(eps**0.375 * torch.linalg.matrix_norm(s, keepdim=True)).clamp_min(1e-30)
+    if jacobi:
+        b, v = _jacobi(s)
+        inverse = (v / (b.square().sum(-2, keepdim=True) + delta**2)) @ b.mT
+    else:
+        q, root = torch.linalg.qr(torch.cat([s.mT, delta * _eye_like(s)], -2))
+        inverse = torch.linalg.solve_triangular(root.mT, q[..., :r, :], upper=False, left=False)
+    return torch.where(good, inverse, torch.nan)
 
 
-def unmagnified_gram(gradient: Tensor, inverse: Tensor) -> Tensor:
+def unmagnified_gram(gradient: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
     """ḡᵀ·ḡ (p, r, r) of the unmagnified gradient ḡ = g·D (Eq. 7); not finite where g is not, or beyond about 1e18.
 
-    ḡ is formed before its Gram matrix is: Dᵀ(gᵀg)D loses twice the digits.
+    ḡ is formed (in ``out``) before its Gram matrix is: Dᵀ(gᵀg)D loses twice the digits.
     """
-    unmagnified = times(gradient, inverse.to(gradient.dtype))
-    return gram(unmagnified, unmagnified, inverse.dtype)
+    unmagnified = times(gradient, inverse, out)
+    return gram(unmagnified, unmagnified)
 
 
 def second_moment(
-    moment: Tensor, escaped: Tensor, squares: Tensor, decay: Tensor, *, eps: float, relative_eps: float
+    moment: Tensor, escaped: Tensor, squares: Tensor, decay: Tensor, *, eps: float, relative_eps: float, jacobi: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """V ← β₂ₜ·V + (1−β₂ₜ)·``squares``, ρ ← β₂ₜ·ρ, and the preconditioner U diag(1/(√(λ+ρ) + eps + …)) Uᵀ (Eq. 8).
 
@@ -184,24 +256,21 @@ def second_moment(
     """
     moment = decay * moment + (1 - decay) * squares
     escaped = decay * escaped
-    w, u = eigh(moment)
+    w, u = eigh(moment, jacobi)
     root = (w.clamp_min(0) + escaped[..., 0]).sqrt()
     inverse_root = 1 / (root + eps + relative_eps * root[..., -1:])
     return moment, escaped, (u * inverse_root[..., None, :]) @ u.mT
 
 
-def equilibrate_rows(s: Tensor, row_moment: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    """A factor for each row of s (p, rows, r): one over the root of the average of its mean square, times what restores
-    the Frobenius norm of s.
+def row_factors(squares: Tensor, row_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """A factor for each row of S (p, rows, r), from the sums of the squares of its rows and their averages over steps,
+    (p, rows, 1): one over the root of the latter. Returns the factors, and ‖S‖² and ‖factors∘S‖² (p, 1, 2).
 
-    Returns (factors (p, rows, 1), row_moment (p, rows, 1)). Norms of rows do not see rotations of the basis: exactly
-    invariant.
+    Norms of rows do not see rotations of the basis: exactly invariant.
     """
-    squares = (s * s).mean(-1, keepdim=True)
-    row_moment = decay * row_moment + (1 - decay) * squares
-    factors = 1 / (row_moment.sqrt() + 1e-12)
-    even = (squares * factors.square()).sum(-2, keepdim=True)
-    return factors * (squares.sum(-2, keepdim=True) / even.clamp_min(1e-30)).sqrt(), row_moment
+    moment = row_moment + 1e-24
+    sums = [squares.sum(-2, keepdim=True), (squares / moment).sum(-2, keepdim=True)]
+    return moment.rsqrt(), torch.cat(sums, -1)
 
 
 def transport(moment: Tensor, p: Tensor) -> Tensor:
@@ -209,18 +278,19 @@ def transport(moment: Tensor, p: Tensor) -> Tensor:
     return p @ moment @ p.mT
 
 
-def escaped_mass(old: Tensor, new: Tensor) -> Tensor:
+def escaped_mass(old: Tensor, new: Tensor, jacobi: bool = False) -> Tensor:
     """min(max_i (λ_i(V_old) − λ_i(V_new))₊, (tr V_old − tr V_new)₊): what the new basis no longer sees (d_λ of Alg. 1).
 
     old, new (p, r, r); returns (p, 1, 1).
     """
-    lost = eigh(old)[0] - eigh(new)[0]
+    lost = eigh(old, jacobi)[0] - eigh(new, jacobi)[0]
     return lost.amax(-1)[..., None, None].clamp_min(0).minimum(trace(old - new).clamp_min(0))
 
 
 def checksum(x: Tensor) -> Tensor:
-    """The sum of the rows of x (p, rows, r) with signs that look random: (p, r)."""
-    return (_signs(x.shape[1], x.dtype, x.device) @ x)[:, 0]
+    """The sum of the first rows of x (p, rows, r) with signs that look random: (p, r)."""
+    some = x[:, :CHECKED_ROWS]
+    return (_signs(some.shape[1], x.dtype, x.device) @ some)[:, 0]
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,321 @@
+"""What the device decides by itself (capturable, Jacobi rotations), full precision, several pairs in a parameter."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from problems import factors, gradients_of_w, random_matrix, regauged, relative, set_gradients, train, w
+
+from lora_rite import LoRARite, NonFiniteError, rite
+from lora_rite.bench import _Watch
+
+SHAPES = [(4, 9, 7), (4, 9, 7), (4, 18, 13), (3, 5, 6)]
+
+
+def start(seed=0, dtype=torch.float64, zero_b=True, adamw=False, **options):
+    """Named pairs of several shapes and ranks, and a bias for AdamW."""
+    params = {}
+    for i, shape in enumerate(SHAPES):
+        a, b = factors(*shape, zero_b=zero_b, seed=seed + i, dtype=dtype)
+        params |= {f"l{i}.lora_A.weight": torch.nn.Parameter(a), f"l{i}.lora_B.weight": torch.nn.Parameter(b)}
+    if adamw:
+        params["bias"] = torch.nn.Parameter(torch.ones(5, dtype=dtype))
+        options["adamw_lr"] = 0.1
+    return params, LoRARite(params.items(), lr=0.02, **options)
+
+
+def advance(params, optimizer, steps, seed=0):
+    for t in range(steps):
+        give_gradients(params, seed + t)
+        optimizer.step()
+
+
+def give_gradients(params, seed):
+    pairs = list(params.values())
+    for i, (_, n, m) in enumerate(SHAPES):
+        set_gradients(*pairs[2 * i : 2 * i + 2], gradients_of_w(1, m, n, seed=seed * 100 + i)[0])
+    if "bias" in params:
+        params["bias"].grad = torch.full_like(params["bias"], 0.1 * (seed % 3 - 1))
+
+
+def values(params, optimizer):
+    tensors = [p.detach() for p in params.values()]
+    return [t.clone() for t in tensors + [t for p in params.values() for t in optimizer.state[p].values()]]
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+OPTIONS = [{}, {"damping": 0.0, "relative_eps": 0.0, "row_equilibration": False}, {"apply_escape": True},
+           {"balance_param": True, "weight_decay": 0.1}]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["ours", "published", "escape", "balance"])
+@pytest.mark.parametrize("zero_b", [True, False])
+def test_capturable_equals_eager(options, zero_b):
+    (params, optimizer), (others, eager) = (
+        start(adamw=True, zero_b=zero_b, capturable=flag, **options) for flag in (True, False)
+    )
+    for run in ((params, optimizer), (others, eager)):
+        advance(*run, 30)
+    for p, other in zip(params.values(), others.values(), strict=True):
+        assert relative(p.detach(), other.detach()) < 1e-9
+    report, expected = optimizer.report(), eager.report()
+    for key, value in expected.items():
+        assert report[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value)
+
+
+def test_the_host_never_waits_with_capturable_and_once_without():
+    """B26."""
+    for capturable in (True, False):
+        params, optimizer = start(adamw=capturable, capturable=capturable)  # (torch's own AdamW reads its counters)
+        advance(params, optimizer, 2)
+        give_gradients(params, 3)
+        with _Watch() as watch:
+            optimizer.step()
+        assert watch.synchronisations == (0 if capturable else 1)
+
+
+def test_capturable_skips_on_the_device():
+    """Nothing changes, bit by bit; report() tells; three in a row are an error; steps go on as if it had not been."""
+    (params, optimizer), (others, eager) = (start(adamw=True, capturable=True) for _ in range(2))
+    for run in ((params, optimizer), (others, eager)):
+        advance(*run, 3)
+    for name in ("l1.lora_B.weight", "bias"):
+        before = values(params, optimizer)
+        give_gradients(params, 3)
+        params[name].grad.view(-1)[1] = torch.nan
+        optimizer.step()
+        assert equal(values(params, optimizer), before)
+        with pytest.warns(UserWarning, match=f"non-finite gradient of {name}: step skipped"):
+            report = optimizer.report()
+        assert report["clip_rate"] <= 1
+        advance(params, optimizer, 1, seed=3)
+        advance(others, eager, 1, seed=3)
+    assert equal(values(params, optimizer), values(others, eager))
+    assert report["skipped"] == 2
+    assert optimizer.state_dict()["param_groups"][0]["skipped"] == 2
+    for _ in range(3):
+        give_gradients(params, 3)
+        params["bias"].grad[0] = torch.inf
+        optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["skipped"] == 5
+    with pytest.raises(NonFiniteError, match="bias, 3 steps in a row"):
+        optimizer.report()
+
+
+def test_capturable_stands_still_after_a_change_from_outside_until_report():
+    params, optimizer = start(capturable=True)
+    advance(params, optimizer, 3)
+    with torch.no_grad():
+        params["l2.lora_A.weight"].mul_(2)
+    before = values(params, optimizer)
+    addresses = [t.data_ptr() for p in params.values() for t in optimizer.state[p].values()]
+    advance(params, optimizer, 1, seed=3)
+    assert equal(values(params, optimizer), before)
+    with pytest.warns(UserWarning, match=r"changed from outside.*l2.lora_A.weight"):
+        optimizer.report()
+    assert [t.data_ptr() for p in params.values() for t in optimizer.state[p].values()] == addresses
+    advance(params, optimizer, 1, seed=3)
+    assert not torch.equal(before[0], next(iter(params.values())))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_capturable_resumes_bitwise(saved):
+    (params, optimizer), (others, other) = (start(adamw=True, capturable=flag) for flag in (saved, not saved))
+    advance(params, optimizer, 3)
+    with torch.no_grad():
+        for p, q in zip(params.values(), others.values(), strict=True):
+            q.copy_(p)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for run in ((params, optimizer), (others, other)):
+        advance(*run, 2, seed=3)
+    assert equal(values(params, optimizer), values(others, other))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_compiled_step_is_the_same_and_compiles_nothing_anew():
+    """B25: 60 steps with changing lr and a skipped one. The step is not traced: it runs as it is."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    (params, optimizer), (others, plain) = start(), start()
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for t in range(60):
+        for o, ps, step in ((optimizer, params, compiled), (plain, others, plain.step)):
+            o.param_groups[0]["lr"] = 0.02 * (1 - t / 60)
+            give_gradients(ps, t)
+            if t == 30:
+                ps["l0.lora_A.weight"].grad[0, 0] = torch.nan
+            step()
+    assert equal(values(params, optimizer), values(others, plain))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    torch._dynamo.reset()
+
+
+def spectrum(r, low, dtype=torch.float64, p=3):
+    """Symmetric matrices (p, r, r) with eigenvalues from 1 down to 10^low."""
+    g = torch.Generator().manual_seed(r)
+    q = torch.linalg.qr(torch.randn(p, r, r, generator=g, dtype=torch.float64))[0]
+    return ((q * torch.logspace(0, low, r, dtype=torch.float64)) @ q.mT).to(dtype)
+
+
+@pytest.mark.parametrize("r", [1, 2, 3, 7, 16, 33, 64])
+@pytest.mark.parametrize("low", [0, -3, -6, -18])
+def test_jacobi_eigenvalues(r, low):
+    matrix = spectrum(r, low)
+    w_, u = rite.eigh(matrix, jacobi=True)
+    assert (w_ - rite.eigh(matrix)[0]).abs().max() < 1e-9
+    assert (u.mT @ u - torch.eye(r)).abs().max() < 1e-12
+    root = lambda w_, u: (u / (w_.clamp_min(0).sqrt() + 1e-3)[..., None, :]) @ u.mT  # as the preconditioner is made
+    assert relative(root(w_, u), root(*rite.eigh(matrix))) < 1e-4
+
+
+def test_jacobi_of_zero_rank_deficient_and_non_finite_matrices():
+    thin = torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrices = torch.cat([torch.zeros(1, 8, 8, dtype=torch.float64), thin @ thin.mT])
+    matrices = torch.cat([matrices, torch.full((1, 8, 8), torch.nan)])
+    w_, u = rite.eigh(matrices, jacobi=True)
+    assert torch.allclose(w_[:3], rite.eigh(matrices[:3])[0], atol=1e-13)
+    assert w_[3].isnan().all()
+    assert u[3].isnan().all()
+
+
+@pytest.mark.parametrize("delta", [0.0, 1e-5, 0.1, 10.0])
+@pytest.mark.parametrize("rank", [0, 2, 8])
+def test_damped_inverse(rank, delta):
+    """Both ways equal the formula by singular values; 0 where σ = 0, also for δ = 0."""
+    g = torch.Generator().manual_seed(rank)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    s = draw(3, 8, rank) @ draw(3, rank, 8)
+    u, sigma, vh = torch.linalg.svd(s)
+    least = torch.linalg.vector_norm(sigma, dim=-1, keepdim=True) * torch.finfo(s.dtype).eps ** 0.375
+    f = torch.where(sigma > 1e-10, sigma / (sigma**2 + least.clamp_min(delta) ** 2), 0)
+    expected = vh.mT @ (f[..., None] * u.mT)
+    for jacobi in (False, True):
+        got = rite.damped_inverse(s, torch.full((3, 1, 1), delta, dtype=torch.float64), jacobi)
+        assert (got - expected).norm() <= (1e-2 if delta == 0 else 1e-4 if delta < 1e-3 else 1e-9) * expected.norm()
+
+
+def test_float32_products_are_not_rounded_further(monkeypatch):
+    """TF32 (torch.set_float32_matmul_precision("high")), imitated where it would strike, does not reach the step."""
+    bmm, matmul = torch.bmm, torch.backends.cuda.matmul
+
+    def rounded_bmm(x, y, out=None):
+        if matmul.fp32_precision == "tf32" and x.dtype == torch.float32:
+            x, y = (
+                t.view(torch.int32).bitwise_and(~0x1FFF).view(torch.float32) for t in (x.contiguous(), y.contiguous())
+            )
+        return bmm(x, y, out=out)
+
+    pair = factors(4, 20, 30, dtype=torch.float32)
+    gradients = [gradients_of_w(20, 30, 20)]
+    expected = w(train([pair], gradients, lr=0.01)[0][0])
+    monkeypatch.setattr(torch, "bmm", rounded_bmm)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert relative(torch.bmm(pair[0][None], pair[0].mT[None]), pair[0] @ pair[0].mT) > 1e-5
+        got = w(train([pair], gradients, lr=0.01)[0][0])
+        assert torch.get_float32_matmul_precision() == "high"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(got, expected)
+
+
+# ------------------------------------------------------------------------------------- several pairs in one parameter
+
+
+def stacked(pairs, interleaved):
+    """A (E·r, n) and B, (m, r·E) with the pair running fastest or (E·m, r), from E pairs."""
+    a = torch.cat([a for a, _ in pairs])
+    bs = torch.stack([b for _, b in pairs], -1 if interleaved else 0)
+    return a, bs.flatten(1) if interleaved else bs.flatten(0, 1)
+
+
+@pytest.mark.parametrize("interleaved", [True, False], ids=["experts", "groups"])
+@pytest.mark.parametrize("capturable", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_pairs_in_one_parameter_equal_the_same_pairs_apart(interleaved, capturable, dtype):
+    """Some get no gradient in some steps: they and their state stay, bit by bit."""
+    count, r, n, m, steps = 3, 4, 9, 7, 12
+    options = {"lr": 0.02, "weight_decay": 0.1, "capturable": capturable}
+    pairs = [factors(r, n, m, zero_b=e != 1, seed=e, dtype=dtype) for e in range(count)]
+    gradients = [gradients_of_w(steps, m, n, seed=e) for e in range(count)]
+    apart = [[torch.nn.Parameter(x.clone()) for x in pair] for pair in pairs]
+    apart_optimizer = LoRARite([p for pair in apart for p in pair], **options)
+    a, b = (torch.nn.Parameter(x) for x in stacked(pairs, interleaved))
+    group = {"params": [a, b], "kind": "lora", "blocks": count, "interleaved": interleaved}
+    optimizer = LoRARite([group], **options)
+    assert optimizer.report()["pairs"] == count
+    assert optimizer.report()["ranks"] == {r: count}
+    for t in range(steps):
+        idle = [t % 5 == e for e in range(count)]
+        for (x, y), g, skip in zip(apart, gradients, idle, strict=True):
+            set_gradients(x, y, g[t])
+            if skip:
+                x.grad.zero_()
+                y.grad.zero_()
+        a.grad, b.grad = stacked([(x.grad, y.grad) for x, y in apart], interleaved)
+        for (x, y), skip in zip(apart, idle, strict=True):
+            if skip:
+                x.grad = y.grad = None
+        before = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in (a, b)]
+        old = a.detach().clone(), b.detach().clone()
+        apart_optimizer.step()
+        optimizer.step()
+        if before[0] and any(idle):
+            e = idle.index(True)
+            for p, state, was in zip((a, b), before, old, strict=True):
+                for key in ("step", "matrices", "numbers", "row_moment"):
+                    assert torch.equal(state[key][e], optimizer.state[p][key][e])
+                shape = (1, (r, count)) if p is b and interleaved else (0, (count, -1))
+                block = lambda x, shape=shape, e=e: x.unflatten(*shape).select(2 if shape[0] else 0, e)
+                assert torch.equal(block(p.detach()), block(was))
+                assert torch.equal(block(optimizer.state[p]["first_moment"]), block(state["first_moment"]))
+    expected = stacked(apart, interleaved)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    for p, other in zip((a, b), expected, strict=True):
+        assert relative(p.detach(), other.detach()) < tolerance
+
+
+def test_pairs_in_one_parameter_are_invariant_and_resume():
+    count, r, n, m = 2, 3, 9, 7
+    pairs = [factors(r, n, m, seed=e) for e in range(count)]
+    other = [regauged(*pair, random_matrix(r, 100, seed=e)) for e, pair in enumerate(pairs)]
+    gradients = [gradients_of_w(10, m, n, seed=e) for e in range(count)]
+
+    def run(pairs, resume_at=None):
+        a, b = (torch.nn.Parameter(x) for x in stacked(pairs, True))
+        make = lambda: LoRARite([{"params": [a, b], "kind": "lora", "blocks": count, "interleaved": True}], lr=0.02)
+        optimizer = make()
+        split = lambda: list(zip(a.unflatten(0, (count, r)), b.unflatten(1, (r, count)).movedim(2, 0), strict=True))
+        for t in range(10):
+            if t == resume_at:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = make()
+                optimizer.load_state_dict(state)
+            leaves = [[x.detach().clone() for x in pair] for pair in split()]
+            for (x, y), g in zip(leaves, gradients, strict=True):
+                set_gradients(x, y, g[t])
+            a.grad, b.grad = stacked([(x.grad, y.grad) for x, y in leaves], True)
+            optimizer.step()
+        return torch.stack([w(pair) for pair in split()])
+
+    plain = run(pairs)
+    assert relative(run(other), plain) < 1e-8
+    assert torch.equal(run(pairs, resume_at=4), plain)
+
+
+def test_a_wrong_number_of_pairs_is_an_error():
+    a, b = torch.nn.Parameter(torch.zeros(8, 5)), torch.nn.Parameter(torch.zeros(6, 8))
+    for blocks in (0, 3, 1.5):
+        with pytest.raises(ValueError, match="blocks"):
+            LoRARite([{"params": [a, b], "kind": "lora", "blocks": blocks, "interleaved": True}])
+    with pytest.raises(ValueError, match=r"l\.lora_A has shape"):
+        LoRARite([{"params": [("l.lora_A", a), ("l.lora_B", b)], "kind": "lora", "blocks": 2}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoRARite([{"params": [a, b], "kind": "lora", "blocks": 4, "interleaved": True}])
