@@ -327,7 +327,7 @@ class LoRARite(torch.optim.Optimizer):
         for p, name in zip((a, b), names, strict=True):
             if _is_sharded(p):
                 raise LoRARiteValueError(f"{name} {_SHARDED}")
-        check_pair(a, b, *names, **_layout_options(group))
+        check_pair(a, b, names[0], names[1], **_layout_options(group))
         for p, name in zip((a, b), names, strict=True):
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise LoRARiteValueError(f"the gradient of {name} is sparse: use dense gradients (sparse=False)")
