@@ -253,28 +253,6 @@ def test_unusable_tensors():
         LoRARite(["a", b])
 
 
-def test_sharded_factors_are_refused(tmp_path):
-    """D3: at construction, and at a step where the parameters were replaced after it (accelerate with FSDP2)."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        optimizer = LoRARite(flat())
-        sharded = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in flat()]
-        with pytest.raises(ValueError, match=r"parameter 0 is sharded .*FSDP2"):
-            LoRARite(sharded)
-        optimizer.param_groups[0]["params"] = sharded
-        for p in sharded:
-            p.grad = torch.zeros_like(p)
-        with pytest.raises(ValueError, match=r"parameter 0 is sharded .*FSDP2"):
-            optimizer.step()
-    finally:
-        dist.destroy_process_group()
-
-
 def test_flattened_factors_are_refused():
     """D3: FSDP1 and ZeRO give one-dimensional pieces, or empty ones."""
     for a, b in ((parameter(12), parameter(10)), (parameter(0), parameter(0))):

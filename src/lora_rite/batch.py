@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import rite
+from .sharding import Shards, local
 
 State = dict[str, Tensor]
 
@@ -54,6 +55,15 @@ class Layout(NamedTuple):
     rank_first: bool
     blocks: int = 1
     interleaved: bool = False
+
+    @property
+    def long_dim(self) -> int:
+        """The dimension of a parameter along which the rows of its tall factor lie."""
+        return int(self.rank_first)
+
+    def rows(self, p: Tensor) -> int:
+        """The number of rows of a tall factor."""
+        return p.shape[1:].numel() if self.rank_first else p.shape[0] // (1 if self.interleaved else self.blocks)
 
     def tall(self, tensors: Sequence[Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """(p, rows, r), tall factors, from parameters or what has their shape; a view where there is one tensor of that
@@ -102,42 +112,54 @@ def new_state(group: dict[str, Any], pair: FactorPair) -> tuple[State, State]:
     of this factor is damped: of the one that starts at zero, else of B. Where a parameter holds several pairs, all but
     ``first_moment`` have a leading dimension for them.
     """
-    dtype = work_dtype(pair.a, pair.b)
-    sides = layouts(group)
-    tall = [layout.tall([p], dtype) for layout, p in zip(sides, pair[:2], strict=True)]
-    a_zero, b_zero = (~x.flatten(1).any(1) for x in tall)
+    dtype, shards, sides = work_dtype(pair.a, pair.b), Shards(pair.a), layouts(group)
+    shares = [shards.rows([p], layout.long_dim)[0] for layout, p in zip(sides, pair[:2], strict=True)]
+    tall = [layout.tall([share], dtype) for layout, share in zip(sides, shares, strict=True)]
+    sums = [(x != 0).sum((1, 2)) for x in tall]
+    a_zero, b_zero = (n == 0 for n in shards.total(*sums))
     a_damped = a_zero & ~b_zero
     states = []
-    for p, x, damped in zip(pair[:2], tall, (a_damped, ~a_damped), strict=True):
-        blocks, rows, r = x.shape
+    for p, share, layout, x, damped in zip(pair[:2], shares, sides, tall, (a_damped, ~a_damped), strict=True):
+        (blocks, local_rows, r), rows = x.shape, layout.rows(p)
         like = {"dtype": dtype, "device": p.device}
-        basis = rite.initial_basis(x, algebra_dtype(p.device), group["capturable"])
+        basis = rite.initial_basis(x, algebra_dtype(p.device), group["capturable"], rows, shards)
         zeros = torch.zeros(blocks, r, r, **like)
+        checksum = shards.total(rite.checksum(x, shards.start(rows)))[0]
         state = {
             "step": torch.zeros(blocks, device=p.device),
-            "row_moment": torch.zeros(blocks, rows, **like),
+            "row_moment": torch.zeros(blocks, local_rows, **like),
             "matrices": torch.stack([zeros, zeros + torch.eye(r, **like), *basis], 1).to(dtype),
-            "numbers": torch.cat([rite.checksum(x), torch.zeros(blocks, 2, **like)], 1),
+            "numbers": torch.cat([checksum, torch.zeros(blocks, 2, **like)], 1),
             "damped": damped,
         }
         state = {key: value[0] for key, value in state.items()} if blocks == 1 else state
-        states.append({**state, "first_moment": torch.zeros(p.shape, **like)})
+        state["first_moment"] = shards.wrapped(torch.zeros(share.shape, **like), p.shape, layout.long_dim)
+        row_shape = (blocks, rows) if blocks > 1 else (rows,)
+        state["row_moment"] = shards.wrapped(state["row_moment"], row_shape, len(row_shape) - 1)
+        states.append(state)
     return tuple(states)  # type: ignore[return-value]
 
 
 class Chunk:
-    """Factors of one shape, dtype and side: a run of the batch's factors, on which tall products are done."""
+    """Factors of one shape, dtype and side: a run of the batch's factors, on which tall products are done.
 
-    def __init__(self, params: list[Tensor], states: list[State], positions: list[int], layout: Layout):
-        self.params, self.states, self.positions, self.layout = params, states, positions, layout
+    Of factors that are cut over processes, this one's rows.
+    """
+
+    def __init__(self, params: list[Tensor], states: list[State], positions: list[int], layout: Layout, shards: Shards):
+        self.whole, self.states, self.positions, self.layout, self.shards = params, states, positions, layout, shards
+        self.params = shards.rows(params, layout.long_dim)
+        self.gradients = shards.rows([p.grad for p in params], layout.long_dim) if params[0].grad is not None else []  # type: ignore[misc]
         self.dtype = states[0]["first_moment"].dtype
-        self.rows = states[0]["row_moment"].shape[-1]
+        self.rows = layout.rows(params[0])
+        self.start, self.local_rows = shards.start(self.rows), local(states[0]["row_moment"]).shape[-1]
         self.count = len(params) * layout.blocks
 
     def scratch(self, workspace: Tensor) -> list[Tensor]:
         """(p, rows, r) tensors to write into, laid out as the factors are."""
-        shape = (self.count, *((-1, self.rows) if self.layout.rank_first else (self.rows, -1)))
         size = sum(p.numel() for p in self.params)
+        rank = self.states[0]["matrices"].shape[-1]
+        shape = (self.count, *((rank, self.local_rows) if self.layout.rank_first else (self.local_rows, rank)))
         buffers = [buffer[:size].view(shape) for buffer in workspace]
         return [buffer.mT for buffer in buffers] if self.layout.rank_first else buffers
 
@@ -146,24 +168,30 @@ class Chunk:
         return self.layout.tall(tensors, self.dtype, out)
 
     def gradient(self, out: Tensor) -> Tensor:
-        return self.tall([p.grad for p in self.params], out)  # type: ignore[misc]
+        return self.tall(self.gradients, out)
 
     def checksum(self) -> Tensor:
         """(p, r), of the factors as they are."""
         if self.layout.blocks > 1:
-            return rite.checksum(self.tall(self.params))
+            return rite.checksum(self.tall(self.params), self.start)
         rows = rite.CHECKED_ROWS
         some = [p.flatten(1)[:, :rows] if self.layout.rank_first else p[:rows] for p in self.params]
-        return rite.checksum(self.tall(some))
+        return rite.checksum(self.tall(some), self.start)
 
     def state(self, key: str) -> list[Tensor]:
-        return [state[key] for state in self.states]
+        return [local(state[key]) for state in self.states]
 
     def put(self, tensors: list[Tensor], value: Tensor) -> None:
         """Writes (p, rows, r) into factors, or into state of their shape."""
         flat = self.layout.flat(value)
         if flat.data_ptr() != tensors[0].data_ptr():  # else it is a view, and there already
-            torch._foreach_copy_(tensors, list(flat.reshape(-1, *tensors[0].shape).unbind()))
+            torch._foreach_copy_(tensors, list(flat.reshape(len(tensors), *tensors[0].shape).unbind()))
+
+    def commit(self, x: Tensor) -> None:
+        """Sets the factors to x (p, rows, r)."""
+        self.put(self.params, x)
+        if self.shards.mesh is not None:
+            self.shards.put_back(self.whole, self.params, self.layout.long_dim)
 
     def rounded(self, x: Tensor) -> Tensor:
         """x (p, rows, r) in the dtype of the factors."""
@@ -173,7 +201,9 @@ class Chunk:
         # in the parameter's own layout, so that the noise belongs to elements whatever the batch
         flat = self.layout.flat(x).contiguous()
         steps = torch.stack(self.state("step")).reshape(len(self.params), -1).amax(1)
-        flat = rite.stochastic_round(flat, dtype, rounding_key(steps, self.positions))
+        width = self.rows if self.layout.rank_first else flat.shape[-1]  # (of the whole parameter)
+        first = self.start if self.layout.rank_first else self.start * width
+        flat = rite.stochastic_round(flat, dtype, rounding_key(steps, self.positions), first, width)
         return self.layout.tall(list(flat.unbind()), dtype)
 
 
@@ -206,6 +236,7 @@ class Batch:
         self.pairs = sorted(
             pairs, key=lambda pair: (*pair.a.shape, *pair.b.shape, str(pair.a.dtype), str(pair.b.dtype))
         )
+        self.shards = Shards(pairs[0].a)
         factors = [pair.a for pair in self.pairs] + [pair.b for pair in self.pairs]
         self.states = [fresh.get(p) or states[p] for p in factors]
         self.device, self.dtype = pairs[0].a.device, work_dtype(*pairs[0][:2])
@@ -227,6 +258,7 @@ class Batch:
     def _chunks(self, factors: list[Tensor]) -> Iterator[Chunk]:
         begin, n = 0, len(self.pairs)
         limit = min(BATCH_ELEMENTS[self.device.type == "cpu"], max(2**18, sum(p.numel() for p in factors) // 8))
+        limit *= self.shards.size
         positions = [pair.position for pair in self.pairs] + [pair.position + 1 for pair in self.pairs]
         for end in range(1, 2 * n + 1):
             first = factors[begin]
@@ -234,7 +266,8 @@ class Batch:
             alike = other is not None and (other.shape, other.dtype) == (first.shape, first.dtype)
             if not alike or (end + 1 - begin) * first.numel() > limit:
                 run = slice(begin, end)
-                yield Chunk(factors[run], self.states[run], positions[run], layouts(self.group)[begin >= n])
+                layout = layouts(self.group)[begin >= n]
+                yield Chunk(factors[run], self.states[run], positions[run], layout, self.shards)
                 begin = end
 
     def gather(self, key: str, *shape: int) -> Tensor:
@@ -260,7 +293,9 @@ class Batch:
         for c, inverse in zip(self.chunks, self._by_chunk(self.inverse), strict=True):
             first, second, _ = c.scratch(self.workspace)
             squares.append(rite.unmagnified_gram(c.gradient(first), inverse, second))
-        self.squares = torch.cat(squares).to(self.algebra)
+        checksums = torch.cat([c.checksum() for c in self.chunks])
+        squares, self.checksum = self.shards.total(torch.cat(squares), checksums)
+        self.squares = squares.to(self.algebra)
         self.kept = torch.ones_like(self.rows, dtype=torch.bool)
         if self.group["update_skipping"]:
             mean_square = rite.trace(self.squares) / (self.rows * self.squares.shape[-1])
@@ -308,10 +343,9 @@ class Batch:
 
     def unchanged(self) -> Tensor:
         """(p,) whether both factors are what the last step left: their checksums are, to rounding. False for NaN."""
-        sums = torch.cat([c.checksum() for c in self.chunks])
         lengths = torch.linalg.vector_norm(self.coordinates, dim=-2)
         tolerance = 128 * torch.finfo(self.dtype).eps * self.rows[..., 0].sqrt()
-        same = ((sums - self.numbers[:, 0, :-2]).abs() <= tolerance * lengths).all(-1)
+        same = ((self.checksum - self.numbers[:, 0, :-2]).abs() <= tolerance * lengths).all(-1)
         return same.reshape(2, -1).all(0)
 
     def _gate(self, ok: Tensor | None) -> Tensor | None:
@@ -339,15 +373,17 @@ class Batch:
         whiten, moment_norm = gated(self.whiten, zero), gated(self.moment_norm, zero)
         # (of bfloat16 without the margin: a quarter of the factor is no noise)
         work_eps = torch.finfo(self.dtype).eps
-        rounding = [max(work_eps, torch.finfo(c.params[0].dtype).eps / rite.NOISE) for c in self.chunks]
+        rounding = [max(work_eps, torch.finfo(c.whole[0].dtype).eps / rite.NOISE) for c in self.chunks]
         rounding = tuple(eps for eps, c in zip(rounding, self.chunks, strict=True) for _ in range(c.count))
         noise = constant(rounding, self.algebra, self.device)
         # what the state keeps is what is measured: rounded to the work dtype first
         warm = rite.warm_basis(old, step, moment_norm, noise).to(self.dtype)
         matrices = (whiten, carry, rest, row_decay, (1 - row_decay) / step.shape[-1], step, warm, shrink)
         by_chunk = zip(self.chunks, *map(self._by_chunk, matrices), strict=True)
-        results = [_finish(self._move(c, ok, *parts)) for c, *parts in by_chunk]
-        gram_z, shift, checksum, norm = (torch.cat(parts) for parts in zip(*results, strict=True))
+        results = _together([self._move(c, ok, *parts) for c, *parts in by_chunk], self.shards)
+        sums = self.shards.total(*(torch.cat(parts) for parts in zip(*results, strict=True)))
+        gram_z, shift, checksum, norm_square = sums
+        norm = norm_square.sqrt()
         basis, c, inverse_warm = rite.orthonormalise(
             warm.to(self.algebra), gram_z.to(self.algebra), self.rows, self.group["capturable"]
         )
@@ -386,10 +422,11 @@ class Batch:
         shrink: Tensor,
     ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The step of a chunk, X·shrink − M·step. Returns zᵀz and zᵀ·(X_old·shrink − X_new) (z = X·K_w after the step),
-        the checksums of the factors, and ‖M‖. The arguments are (p, r, r) or (p, 1, 1), in the work dtype.
+        the checksums of the factors, and ‖M‖². The arguments are (p, r, r) or (p, 1, 1), in the work dtype.
 
         Yields what is a sum over rows and is wanted whole."""
-        first, second, third = c.scratch(self.workspace)
+        # (chunks that wait for each other cannot share memory)
+        first, second, third = c.scratch(self.workspace if c.shards.mesh is None else torch.empty_like(self.workspace))
         gradient = c.gradient(first)
         if ok is not None:
             gradient = torch.where(ok, gradient, gradient.new_zeros(()))  # NaN is not undone by a factor of 0
@@ -397,31 +434,32 @@ class Batch:
         if self.group["row_equilibration"]:
             squares = torch.mul(s, s, out=first).sum(-1, keepdim=True)
             moments = c.state("row_moment")
-            moment = torch.stack(moments).reshape(c.count, -1, 1).mul_(row_decay).addcmul_(squares, row_rest)
-            torch._foreach_copy_(moments, list(moment.reshape(-1, *moments[0].shape).unbind()))
+            moment = torch.stack(moments).reshape(c.count, c.local_rows, 1).mul_(row_decay).addcmul_(squares, row_rest)
+            torch._foreach_copy_(moments, list(moment.reshape(len(moments), *moments[0].shape).unbind()))
             factors, sums = rite.row_factors(squares, moment)
             before, after = (yield sums).split(1, -1)
             rest = factors.mul_(rest * (before / after.clamp_min(1e-30)).sqrt())
         m = rite.add_times_(s.mul_(rest), c.tall(c.state("first_moment"), first), carry)
         c.put(c.state("first_moment"), m)
-        norm = torch.linalg.vector_norm(m, dim=(-2, -1))
-        step = self._capped(step, norm[:, None, None], c.rows)
+        square = torch.linalg.vector_norm(m, dim=(-2, -1)).square()
+        if self.group["update_capping"]:
+            step = self._capped(step, (yield square[:, None, None]).sqrt(), c.rows)
         x = c.tall(c.params, first)
         if self.group["weight_decay"]:
             x = x.mul_(shrink)
         if c.params[0].dtype == c.dtype:
             x = rite.add_times_(x, m, step, alpha=-1)
-            c.put(c.params, x)
+            c.commit(x)
             z = rite.times(x, warm, third)
             shift = rite.gram(z, m) @ step
         else:
             x_new = c.rounded(rite.add_times_(x.clone(), m, step, alpha=-1))
-            c.put(c.params, x_new)
+            c.commit(x_new)
             x_new = x_new.to(c.dtype)
             z = rite.times(x_new, warm, third)
             shift = rite.gram(z, x - x_new)
             x = x_new
-        return rite.gram(z, z), shift, rite.checksum(x), norm
+        return rite.gram(z, z), shift, rite.checksum(x, c.start), square
 
     def _capped(self, step: Tensor, norm: Tensor, rows: Tensor | int) -> Tensor:
         """``step`` (p, r, r), smaller where M (of that many rows, with Frobenius norm ``norm`` (p, 1, 1)) has a root
@@ -439,13 +477,15 @@ class Batch:
         sums = []
         for c, factor in zip(self.chunks, self._by_chunk(ratio), strict=True):
             x = c.rounded(c.tall(c.params, c.scratch(self.workspace)[0]) * factor)
-            c.put(c.params, x)
-            sums.append(rite.checksum(x.to(c.dtype)))
-        return rite.Basis(basis.basis / ratio, basis.coordinates * ratio, basis.warm / ratio), torch.cat(sums)
+            c.commit(x)
+            sums.append(rite.checksum(x.to(c.dtype), c.start))
+        (checksum,) = self.shards.total(torch.cat(sums))
+        return rite.Basis(basis.basis / ratio, basis.coordinates * ratio, basis.warm / ratio), checksum
 
     def dead(self) -> list[bool]:
-        """Whether both factors are zero: such a pair has no gradient and never gets one."""
-        return [not (pair.a.any() or pair.b.any()) for pair in self.pairs]
+        """Whether both factors of a pair are zero: it has no gradient and never gets one."""
+        zero = self.coordinates.flatten(1).any(1).logical_not().reshape(2, -1)
+        return (zero[0] & zero[1]).tolist()
 
     def update_square(self) -> Tensor:
         """‖δB·A‖² + ‖B·δA‖² of the step that the present first moments make, summed over pairs, a scalar.
@@ -459,17 +499,32 @@ class Batch:
             first, second, _ = c.scratch(self.workspace)
             moved = rite.times(c.tall(c.state("first_moment"), first), part, second)
             total += moved.square_().sum()
-        return total
+        return self.shards.total(total)[0]
 
 
-def _finish(move: Generator[Tensor, Tensor, Any]) -> Any:
-    """Runs a generator to its end, handing it back what it yields. Returns what it returns."""
-    value = None
+def _together(moves: list[Generator[Tensor, Tensor, Any]], shards: Shards) -> list[Any]:
+    """Runs generators to their ends, handing back what they yield, summed over processes. Returns what they return.
+
+    One after the other where factors are whole (temporaries stay in the cache); else side by side, so that one
+    collective serves all.
+    """
+    if shards.mesh is None:
+        return [result for move in moves for result in _side_by_side([move], shards)]
+    return _side_by_side(moves, shards)
+
+
+def _side_by_side(moves: list[Generator[Tensor, Tensor, Any]], shards: Shards) -> list[Any]:
+    values: list[Any] = [None] * len(moves)
     while True:
-        try:
-            value = move.send(value)  # type: ignore[arg-type]
-        except StopIteration as end:
-            return end.value
+        results = []
+        for i, move in enumerate(moves):
+            try:
+                values[i] = move.send(values[i])
+            except StopIteration as end:
+                results.append(end.value)
+        if results:
+            return results
+        values = shards.total(*values)
 
 
 @lru_cache(maxsize=64)

@@ -16,6 +16,7 @@ from . import rite
 from .batch import LOW_PRECISION, STATE_KEYS, Batch, FactorPair, State, new_state, rank_of, rounding_key, work_dtype
 from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError
 from .pairs import check_order, check_pair, overlapping_storage, param_groups
+from .sharding import Shards, check_sharding, is_sharded, local
 
 #: Keyword arguments that make LoRARite compute the step of the authors' PyTorch code.
 PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
@@ -25,7 +26,6 @@ MAX_SKIPPED_IN_A_ROW = 3
 
 _SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 _LAYOUT_KEYS = ("blocks", "interleaved")
-_SHARDED = "is sharded (a DTensor, as of FSDP2): LoRARite needs whole factors; train with DDP, or on one device"
 ADAMW_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 _ATTACH = "attach an adapter first (peft.get_peft_model), and pass model.named_parameters()"
 _NON_NEGATIVE = (
@@ -306,7 +306,8 @@ class LoRARite(torch.optim.Optimizer):
                 if self._altered(a) or self._altered(b):
                     self._explain(group, a, b, _names(self.param_groups)[number][k : k + 2])
                 pair = FactorPair(a, b, position + k)
-                alike.setdefault((rank_of(group, a), work_dtype(a, b), a.device), []).append(pair)
+                key = rank_of(group, a), work_dtype(a, b), a.device, getattr(a, "device_mesh", None), is_sharded(b)
+                alike.setdefault(key, []).append(pair)
             position += len(params)
             yield from ((group, pairs) for pairs in alike.values())
         if one_sided and not self._warned_one_sided:
@@ -321,16 +322,19 @@ class LoRARite(torch.optim.Optimizer):
         """Whether p cannot be stepped: sharded, of another shape than its state was made for, or a sparse gradient."""
         state = self.state.get(p)
         sparse = p.grad is not None and p.grad.layout != torch.strided
-        return p.ndim < 2 or sparse or _is_sharded(p) or (bool(state) and state["first_moment"].shape != p.shape)
+        swapped = is_sharded(p) != is_sharded(state["first_moment"]) if state else False
+        return p.ndim < 2 or sparse or swapped or (bool(state) and state["first_moment"].shape != p.shape)
 
     def _explain(self, group: dict[str, Any], a: Tensor, b: Tensor, names: list[str]) -> None:
-        for p, name in zip((a, b), names, strict=True):
-            if _is_sharded(p):
-                raise LoRARiteValueError(f"{name} {_SHARDED}")
         check_pair(a, b, names[0], names[1], **_layout_options(group))
         for p, name in zip((a, b), names, strict=True):
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise LoRARiteValueError(f"the gradient of {name} is sparse: use dense gradients (sparse=False)")
+            if self.state.get(p) and is_sharded(p) != is_sharded(self.state[p]["first_moment"]):
+                raise LoRARiteValueError(
+                    f"{name} is sharded and its state is not, or the reverse: shard the model (fully_shard) before the "
+                    "optimizer's first step, and load states by torch.distributed.checkpoint"
+                )
             if self._altered(p):
                 raise LoRARiteValueError(
                     f"{name} changed its shape from {tuple(self.state[p]['first_moment'].shape)} to {tuple(p.shape)}: "
@@ -342,7 +346,7 @@ class LoRARite(torch.optim.Optimizer):
         names = self._names_by_position()
         for pair in changed:
             for p, name in zip(pair[:2], names[pair.position :], strict=False):
-                if not p.isfinite().all():
+                if not _all_finite(p):
                     raise NonFiniteError(f"parameter {name} contains NaN or Inf: restore a checkpoint")
                 if pair.a in fresh:  # a state that was made in this step
                     raise NonFiniteError(f"parameter {name} is too large: sums of its values overflow")
@@ -370,7 +374,7 @@ class LoRARite(torch.optim.Optimizer):
         names = self._names_by_position()
         suspects = [p for pair, ok in zip(pairs, finite, strict=False) if not ok for p in pair[:2]]
         suspects += [p for group in others for p in group["params"] if p.grad is not None]
-        bad = [p for p in suspects if p.grad is not None and not p.grad.isfinite().all()]
+        bad = [p for p in suspects if p.grad is not None and not _all_finite(p.grad)]
         what = "non-finite gradient" if bad else "overflow from the gradient"
         bad = bad or suspects
         positions = {p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))}
@@ -524,11 +528,22 @@ def _read(pairs: list[FactorPair], flags: Tensor) -> tuple[list[bool], list[Fact
     return values[:n], [pair for pair, same in zip(pairs, values[n:], strict=True) if not same]
 
 
+def _all_finite(t: Tensor) -> bool:
+    """Whether t is finite, in all processes that share it."""
+    return not Shards(t).largest((~local(t).isfinite()).any().to(torch.float32)[None]).any()
+
+
 def _finite_gradients(group: dict[str, Any]) -> Tensor:
     """(1,) whether all gradients of a group are finite."""
-    gradients = [p.grad for p in group["params"] if p.grad is not None and p.grad.numel()]
-    largest = torch._foreach_norm(gradients, torch.inf) if gradients else [torch.zeros(())]
-    return torch.stack([n.to(largest[0].device) for n in largest]).isfinite().all()[None]
+    gradients = [p.grad for p in group["params"] if p.grad is not None]
+    shares = [share for share in map(local, gradients) if share.numel()]
+    device = shares[0].device if shares else torch.device("cpu")
+    norms = torch._foreach_norm(shares, torch.inf) if shares else []
+    largest = torch.stack([torch.zeros((), device=device), *(n.to(device, torch.float32) for n in norms)])
+    largest = largest.nan_to_num(torch.inf, torch.inf).amax()
+    for mesh in dict.fromkeys(g.device_mesh for g in gradients if is_sharded(g)):  # type: ignore[attr-defined]
+        largest = Shards(next(g for g in gradients if getattr(g, "device_mesh", None) == mesh)).largest(largest)
+    return largest.isfinite()[None]
 
 
 class _Statistics:
@@ -668,8 +683,7 @@ def _check_tensors(named: list[tuple[str, Any]]) -> None:
             raise LoRARiteTypeError(f"{name} is a {type(p).__name__}, not a tensor")
         if not p.is_floating_point():
             raise LoRARiteTypeError(f"{name} is of {p.dtype}: only real floating-point parameters can be trained")
-        if _is_sharded(p):
-            raise LoRARiteValueError(f"{name} {_SHARDED}")
+        check_sharding(name, p)
         if p.is_meta or p.layout != torch.strided:
             what = "on the meta device" if p.is_meta else f"of layout {p.layout}"
             raise LoRARiteValueError(f"{name} is {what}: LoRARite needs dense parameters with values")
@@ -696,10 +710,6 @@ def _check_hyperparameters(values: dict[str, Any]) -> None:
     for key in ("row_equilibration", "apply_escape", "balance_param", "maximize", "capturable"):
         if not isinstance(values[key], bool):
             raise LoRARiteValueError(f"{key} must be True or False, got {values[key]!r}")
-
-
-def _is_sharded(p: Tensor) -> bool:
-    return hasattr(p, "device_mesh")  # a DTensor, without importing torch.distributed
 
 
 def _is_number(value: Any) -> bool:

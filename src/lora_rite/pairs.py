@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoRARiteTypeError, LoRARiteValueError
+from .sharding import local
 
 #: Name of A → name of B, as a whole segment of a dotted parameter name.
 FACTOR_NAMES = {
@@ -140,7 +141,7 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, 
     rank = a.shape[0] // blocks
     if (
         b.shape[1] != (a.shape[0] if interleaved else rank)
-        or b[0, 0].numel() != 1
+        or b.shape[2:].numel() != 1
         or (not interleaved and b.shape[0] % blocks)
     ):
         hint = ""
@@ -152,6 +153,8 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, 
         )
     if _partner(a_name) == b_name and not _is_a(a_name):
         raise LoRARiteValueError(f"{a_name} comes before {b_name}: a group of kind lora is A, B, A, B, …")
+    if getattr(a, "device_mesh", None) != getattr(b, "device_mesh", None):
+        raise LoRARiteValueError(f"{a_name} and {b_name} are not sharded over the same mesh: shard the pair together")
     if a.device != b.device:
         raise LoRARiteValueError(f"{a_name} is on {a.device} and {b_name} on {b.device}: move the pair to one device")
 
@@ -214,8 +217,9 @@ def overlapping_storage(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] 
     """The names of two parameters that begin at the same place in memory, or None."""
     seen: dict[tuple[torch.device, int], str] = {}
     for name, p in named:
-        if p.numel() and p.data_ptr():
-            other = seen.setdefault((p.device, p.data_ptr()), name)
+        address = local(p).data_ptr() if p.numel() else 0
+        if address:
+            other = seen.setdefault((p.device, address), name)
             if other is not name:
                 return other, name
     return None

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .sharding import Shards
+
 #: Directions of X·K_w with less than this share of the largest eigenvalue of its Gram matrix are rounding noise or less
 #: than a thirtieth of the last step: they count as null.
 LIVE = 1e-3
@@ -148,19 +150,21 @@ def _eye_like(m: Tensor) -> Tensor:
     return torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
 
 
-def initial_basis(x: Tensor, dtype: torch.dtype, jacobi: bool = False) -> Basis:
+def initial_basis(x: Tensor, dtype: torch.dtype, jacobi: bool, rows: int, shards: Shards) -> Basis:
     """The basis of an arbitrary factor: scaled to 1, then made orthonormal three times, each of which makes the Gram
-    matrix better conditioned (one pass is exact up to a condition number of about eps^-½)."""
+    matrix better conditioned (one pass is exact up to a condition number of about eps^-½). x (p, …, r) holds this
+    process's share of ``rows`` rows."""
     eye = torch.eye(x.shape[-1], dtype=dtype, device=x.device).expand(*x.shape[:-2], -1, -1)
-    scale = x.abs().amax((-2, -1), keepdim=True).to(dtype)
+    largest = torch.linalg.vector_norm(x, torch.inf, (-2, -1), keepdim=True) if x.numel() else x.new_zeros(len(x), 1, 1)
+    scale = shards.largest(largest).to(dtype)
     warm = eye / torch.where(scale == 0, 1, scale)
     for _ in range(3):
         z = times(x, warm.to(x.dtype))
-        w, u = eigh(gram(z, z).to(dtype), jacobi)
+        w, u = eigh(shards.total(gram(z, z))[0].to(dtype), jacobi)
         s = w.maximum(w[..., -1:] * (10 * torch.finfo(x.dtype).eps)).sqrt()
         warm = torch.where((w[..., -1:] <= 0)[..., None], warm, warm @ (u / s[..., None, :])).to(x.dtype).to(dtype)
     z = times(x, warm.to(x.dtype))
-    return orthonormalise(warm, gram(z, z).to(dtype), torch.full_like(scale, x.shape[-2]), jacobi)[0]
+    return orthonormalise(warm, shards.total(gram(z, z))[0].to(dtype), torch.full_like(scale, rows), jacobi)[0]
 
 
 def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: Tensor) -> Tensor:
@@ -287,10 +291,12 @@ def escaped_mass(old: Tensor, new: Tensor, jacobi: bool = False) -> Tensor:
     return lost.amax(-1)[..., None, None].clamp_min(0).minimum(trace(old - new).clamp_min(0))
 
 
-def checksum(x: Tensor) -> Tensor:
-    """The sum of the first rows of x (p, rows, r) with signs that look random: (p, r)."""
-    some = x[:, :CHECKED_ROWS]
-    return (_signs(some.shape[1], x.dtype, x.device) @ some)[:, 0]
+def checksum(x: Tensor, start: int = 0) -> Tensor:
+    """The sum of the first rows of a factor with signs that look random: (p, r). x (p, rows, r) are its rows from
+    ``start`` on."""
+    some = x[:, : max(CHECKED_ROWS - start, 0)]
+    signs = _signs(CHECKED_ROWS, x.dtype, x.device)[:, start : start + some.shape[1]]
+    return (signs @ some)[:, 0]
 
 
 @lru_cache(maxsize=64)
@@ -299,15 +305,20 @@ def _signs(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return (1 - 2 * (_hash(torch.arange(n, device=device)) & 1)).to(dtype)[None]
 
 
-def stochastic_round(x: Tensor, dtype: torch.dtype, key: Tensor) -> Tensor:
+def stochastic_round(x: Tensor, dtype: torch.dtype, key: Tensor, first: int = 0, width: int | None = None) -> Tensor:
     """x (p, …) float32, rounded to bfloat16 or float16, up or down with the probabilities that make it unbiased.
 
     The noise is a hash of ``key`` (p,) int64 and the element's index: no generator, no state, the same on every rank
-    and machine. Values that ``dtype`` has stay as they are.
+    and machine. Values that ``dtype`` has stay as they are. x may be part of matrices that are ``width`` wide, from
+    their element ``first`` on.
     """
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     dropped_bits = 23 + int(math.log2(eps))
-    index = torch.arange(x[0].numel(), device=x.device).reshape(x[0].shape)
+    if width is None:
+        index = torch.arange(x[0].numel(), device=x.device).reshape(x[0].shape)
+    else:
+        index = first + torch.arange(x.shape[1], device=x.device)[:, None] * width
+        index = index + torch.arange(x.shape[2], device=x.device)
     noise = _hash(index + _hash(key).reshape(-1, *[1] * (x.ndim - 1))) & (2**dropped_bits - 1)
     exponent = torch.frexp(x.abs().clamp_min(tiny)).exponent - 1
     quantum = torch.ldexp(torch.full_like(x, eps), exponent)
