@@ -2,19 +2,25 @@
 
 import json
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
 
 IGNORED = -100  # the label of a token that carries no loss
+RECORDS = (".jsonl", ".json", ".parquet")  # files of records
 
 
 class Example(NamedTuple):
-    """A text (``prompt`` empty; all of it carries loss), or a prompt and the completion that carries it."""
+    """A text (``prompt`` empty; all of it carries loss), or a prompt and the completion that carries it.
+
+    ``shorter`` has prompts to take instead, in this order, where the whole does not fit into a window.
+    """
 
     prompt: str
     completion: str
+    shorter: tuple[str, ...] = ()
 
 
 class Split(NamedTuple):
@@ -23,34 +29,72 @@ class Split(NamedTuple):
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Examples from a ``.jsonl`` file (an object a line: ``{"text": …}``, or ``{"prompt": …, "completion": …}``) or
-    from any other text file (one example).
+    """Examples from the records of a ``.jsonl``, ``.json`` or ``.parquet`` file (``{"text": …}``, or
+    ``{"prompt": …, "completion": …}``), or from any other text file (one example).
 
     Raises:
-        LoRARiteValueError: no such file, not UTF-8, or a bad line, named as file:line.
+        LoRARiteValueError: no such file, not UTF-8, or a bad record, named as file:number.
     """
+    if path.suffix in RECORDS:
+        return [_example(record, where) for where, record in read_records(path)]
+    text = read_text(path)
+    if not text.strip():
+        raise LoRARiteValueError(f"{path} has no text")
+    return [Example("", text)]
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with an error that names it."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise LoRARiteValueError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise LoRARiteValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if path.suffix in (".jsonl", ".json"):
-        examples = [_example(line, f"{path}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    else:
-        examples = [Example("", text)] if text.strip() else []
-    if not examples:
+
+
+def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The records of a ``.jsonl`` file (an object a line), a ``.json`` file (the same, one object, or an array of
+    objects) or a ``.parquet`` file, each with its place as file:number.
+
+    Raises:
+        LoRARiteValueError: no such file, not UTF-8, no records, or something else than an object, named as file:number.
+    """
+    values = _parquet(path) if path.suffix == ".parquet" else _json_values(read_text(path), path)
+    if not values:
         raise LoRARiteValueError(f"{path} has no text")
-    return examples
+    for n, value in values:
+        if not isinstance(value, dict):
+            raise LoRARiteValueError(f"{path}:{n}: expected a JSON object, got a {type(value).__name__}")
+    return [(f"{path}:{n}", value) for n, value in values]
 
 
-def _example(line: str, where: str) -> Example:
+def _json_values(text: str, path: Path) -> list[tuple[int, Any]]:
+    if path.suffix == ".json":
+        with suppress(json.JSONDecodeError):
+            whole = json.loads(text)
+            return list(enumerate(whole if isinstance(whole, list) else [whole], 1))
+    values = []
+    for n, line in enumerate(text.split("\n"), 1):
+        try:
+            values += [(n, json.loads(line))] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise LoRARiteValueError(f"{path}:{n}: not a JSON object on one line: {error.msg}") from None
+    return values
+
+
+def _parquet(path: Path) -> list[tuple[int, Any]]:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise LoRARiteValueError(f"{where}: not a JSON object on one line: {error.msg}") from None
-    if not isinstance(record, dict):
-        raise LoRARiteValueError(f"{where}: expected a JSON object, got a {type(record).__name__}")
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ImportError(f'{path}: parquet files need an extra: pip install "lora-rite[eval]"') from None
+    try:
+        return list(enumerate(parquet.read_table(path).to_pylist(), 1))
+    except (OSError, ArrowException) as error:
+        raise LoRARiteValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+
+
+def _example(record: dict[str, Any], where: str) -> Example:
     keys = ("text",) if "text" in record else ("prompt", "completion")
     for key in keys:
         if key not in record:
@@ -87,7 +131,7 @@ def windows(examples: list[Example], tokenizer: Any, length: int) -> list[dict[s
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     stream: list[int] = []
     rows: list[dict[str, list[int]]] = []
-    for prompt, completion in examples:
+    for prompt, completion, _ in examples:
         if prompt:
             question, answer = begin + encode(prompt), encode(completion) + end
             labels = [IGNORED] * len(question) + answer

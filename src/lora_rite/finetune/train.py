@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import LoRARiteValueError
-from .data import IGNORED, read_examples, split, windows
+from .data import IGNORED, Split, read_examples, split, windows
+from .tasks import examples, read_rows, read_task
 
 TINY = Path(__file__).parent / "tiny"
 #: Learning rates to start from where none is given, at the widths of real models (see the README).
@@ -21,8 +22,10 @@ DEFAULT_LR = {"lora-rite": 5e-4, "adamw": 2e-4}
 
 
 def train(
-    data: Path,
     out: Path,
+    data: Path | None = None,
+    task: str | None = None,
+    data_dir: Path | None = None,
     model: str = "tiny",
     validation: Path | None = None,
     optimizer: Literal["lora-rite", "adamw"] = "lora-rite",
@@ -55,11 +58,16 @@ def train(
     ``settings.json`` and, while the run goes on, ``checkpoints/``.
 
     Args:
+        out: folder for the results; must be new or empty, except with --resume.
         data: training text: a .jsonl file with {"text": …} or {"prompt": …, "completion": …} a line (loss on the
             completion alone), or any other text file.
-        out: folder for the results; must be new or empty, except with --resume.
-        model: hub id or local folder of a causal language model; "tiny" is the one inside this package.
-        validation: held-out text in the same formats; without it, a share of the data is held out.
+        task: instead of data, the training split of a task by its name, in lm_eval's format, loss on the answer alone:
+            hellaswag, arc_challenge, arc_easy, openbookqa, gsm8k, natural_instructions or natural_instructions:TASK.
+        data_dir: folder with the task's rows as local files; without it, they come from the hub.
+        model: hub id or local folder of a causal or an encoder-decoder language model; "tiny" is the causal one inside
+            this package.
+        validation: held-out text in the formats of data; without it, the task's validation split is held out, and
+            where there is none, a share of the data.
         optimizer: lora-rite or adamw.
         lr: peak learning rate; by default 5e-4 for lora-rite and 2e-4 for adamw.
         optimizer_args: further keyword arguments of LoRARite or torch.optim.AdamW.
@@ -90,8 +98,7 @@ def train(
     _check(settings)
     settings["lr"] = lr = DEFAULT_LR[optimizer] if lr is None else lr
     settings["alpha"] = alpha = rank if alpha is None else alpha
-    examples = read_examples(data)
-    parts = (examples, read_examples(validation)) if validation else split(examples, holdout, seed)
+    parts, sources = _read(data, task, data_dir, validation, holdout, seed, progress)
     if (finished := _check_folder(out, settings, resume)) is not None:
         return finished
 
@@ -159,6 +166,7 @@ def train(
     network.save_pretrained(str(out / "adapter"), safe_serialization=True)
     result = {
         "settings": settings,
+        "data": sources,
         "held_out": {"before": before, "after": after, "tokens": _label_count(held_out_rows)},
         "perplexity": {"before": math.exp(before), "after": math.exp(after)},
         "losses": _entries(trainer.state.log_history, "loss", "learning_rate"),
@@ -171,6 +179,29 @@ def train(
     }
     write_json(out / "result.json", result)
     return result
+
+
+def _read(
+    data: Path | None,
+    task: str | None,
+    data_dir: Path | None,
+    validation: Path | None,
+    holdout: float,
+    seed: int,
+    progress: bool,
+) -> tuple[Split, dict[str, str]]:
+    """The examples to train on and those held out, and where they come from."""
+    if data is not None and task is None:
+        found, source = read_examples(data), str(data)
+    elif task is not None and data is None:
+        found, source = read_task(task, "train", data_dir, progress=progress)
+    else:
+        raise LoRARiteValueError("give either --data or --task")
+    if validation is not None:
+        return Split(found, read_examples(validation)), {"train": source, "held_out": str(validation)}
+    if task is not None and (rows := read_rows(task, "validation", data_dir)) is not None:
+        return Split(found, examples(task, rows)), {"train": source, "held_out": rows.source}
+    return split(found, holdout, seed), {"train": source, "held_out": f"{holdout:g} of {source}"}
 
 
 def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False) -> tuple[Any, Any]:
