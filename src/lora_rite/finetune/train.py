@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import LoRARiteValueError
-from .data import IGNORED, Split, read_examples, split, windows
+from .data import IGNORED, Split, label_count, read_examples, split, windows
 from .tasks import examples, read_rows, read_task
 
 TINY = Path(__file__).parent / "tiny"
@@ -39,6 +39,7 @@ def train(
     batch_size: int = 8,
     accumulation: int = 1,
     max_length: int = 256,
+    packing: bool = False,
     warmup: float = 0.1,
     scheduler: str = "cosine",
     weight_decay: float = 0.0,
@@ -78,7 +79,9 @@ def train(
         steps: optimizer steps.
         batch_size: windows in a batch, on each device.
         accumulation: batches in a step.
-        max_length: tokens in a window.
+        max_length: tokens in a window; for an encoder-decoder model, of a prompt and of a completion, each.
+        packing: put several prompts with their completions into a window, each seeing itself alone: saves the padding
+            where they are much shorter than max_length; a batch then has more of them.
         warmup: share of the steps in which lr rises linearly.
         scheduler: transformers' name of the schedule after the warm-up (cosine, linear, constant_with_warmup, …).
         weight_decay: decoupled weight decay.
@@ -109,7 +112,13 @@ def train(
     from .. import LoRARiteFactory
 
     network, tokenizer = load_model(model, bf16=bf16, trust_remote_code=trust_remote_code)
-    train_rows, held_out_rows = (windows(part, tokenizer, max_length) for part in parts)
+    encoder_decoder = network.config.is_encoder_decoder
+    if packing and encoder_decoder:
+        raise LoRARiteValueError("--packing is for causal models; an encoder-decoder model takes a prompt at a time")
+    cut_up = lambda part, packing: windows(
+        part, tokenizer, max_length, encoder_decoder=encoder_decoder, packing=packing
+    )
+    (train_rows, train_cut), (held_out_rows, held_out_cut) = cut_up(parts[0], packing), cut_up(parts[1], False)
     set_seed(seed)
     network = attach_adapter(network, rank=rank, alpha=alpha, target_modules=target_modules, dropout=dropout)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
@@ -149,6 +158,8 @@ def train(
         )
     with _blame(f"--optimizer_args {optimizer_args}"):
         trainer.create_optimizer()
+    if packing:
+        _check_packing(network, train_rows)
     measure = lambda: held_out_loss(network, held_out_rows, collator, batch_size)
     clock = _add_callbacks(trainer, optimizer, progress, measure, eval_every)
     checkpoint = get_last_checkpoint(str(out / "checkpoints")) if resume else None
@@ -167,7 +178,7 @@ def train(
     result = {
         "settings": settings,
         "data": sources,
-        "held_out": {"before": before, "after": after, "tokens": _label_count(held_out_rows)},
+        "held_out": {"before": before, "after": after, "tokens": label_count(held_out_rows, encoder_decoder)},
         "perplexity": {"before": math.exp(before), "after": math.exp(after)},
         "losses": _entries(trainer.state.log_history, "loss", "learning_rate"),
         "held_out_losses": _entries(trainer.state.log_history, "held_out_loss"),
@@ -175,6 +186,11 @@ def train(
         "seconds": {"training": seconds, **clock.seconds()},
         "optimizer": describe_optimizer(trainer.optimizer),
         "windows": {"train": len(train_rows), "held_out": len(held_out_rows)},
+        "examples": {
+            "train": len(parts[0]),
+            "held_out": len(parts[1]),
+            "cut": {"train": train_cut, "held_out": held_out_cut},
+        },
         "versions": versions(),
     }
     write_json(out / "result.json", result)
@@ -205,16 +221,19 @@ def _read(
 
 
 def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, from a hub id, a local folder, or "tiny"."""
+    """A language model (encoder–decoder where its config says so) and its tokenizer, from a hub id, a local folder, or
+    "tiny"."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     source = str(TINY) if name == "tiny" else name
     with _blame(f"cannot load --model {name}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        network = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        network = kind.from_pretrained(
             source,
             dtype=torch.bfloat16 if bf16 else torch.float32,
             trust_remote_code=trust_remote_code,
@@ -248,7 +267,7 @@ def attach_adapter(
             lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
             lora_dropout=dropout,
             target_modules=target_modules,
-            task_type="CAUSAL_LM",
+            task_type="SEQ_2_SEQ_LM" if network.config.is_encoder_decoder else "CAUSAL_LM",
         )
         return get_peft_model(network, config)
 
@@ -256,12 +275,35 @@ def attach_adapter(
 def summary(result: dict[str, Any]) -> str:
     """What a run of :func:`train` came to, in a few lines."""
     loss, perplexity, seconds = result["held_out"], result["perplexity"], result["seconds"]
+    cut = sum(result["examples"]["cut"].values())
     return (
         f"held-out loss {loss['before']:.4f} → {loss['after']:.4f} nat a token, "
         f"perplexity {perplexity['before']:.2f} → {perplexity['after']:.2f} ({loss['tokens']} tokens)\n"
         f"{seconds['training']:.0f} s of training, {seconds['optimizer_share']:.1%} of a step in the optimizer\n"
-        f"adapter and result.json in {result['settings']['out']}"
+        + (f"{cut} examples are longer than --max_length and were cut\n" if cut else "")
+        + f"adapter and result.json in {result['settings']['out']}"
     )
+
+
+def _check_packing(network: Any, rows: list[dict[str, list[int]]]) -> None:
+    """Checks that the model keeps the examples of a window apart: the second one alone has the same logits."""
+    import torch
+
+    row = next((row for row in rows if 0 in row["position_ids"][1:]), None)
+    if row is None:
+        return
+    begin = row["position_ids"].index(0, 1)
+    end = row["position_ids"].index(0, begin + 1) if 0 in row["position_ids"][begin + 1 :] else len(row["input_ids"])
+    ids, positions = (torch.tensor([row[key]], device=network.device) for key in ("input_ids", "position_ids"))
+    training = network.training
+    network.eval()
+    with torch.inference_mode():
+        packed = network(input_ids=ids, position_ids=positions).logits[0, begin:end]
+        alone = network(input_ids=ids[:, begin:end]).logits[0]
+        first = network(input_ids=ids[:, :end]).logits[0, begin:]
+    network.train(training)
+    if (packed - alone).abs().max() > 0.1 * (first - alone).abs().max():
+        raise LoRARiteValueError("--packing: this model does not keep the examples of a window apart")
 
 
 def held_out_loss(model: Any, rows: list[dict[str, list[int]]], collator: Any, batch_size: int) -> float:
@@ -269,12 +311,14 @@ def held_out_loss(model: Any, rows: list[dict[str, list[int]]], collator: Any, b
     import torch
 
     total, tokens = 0.0, 0
+    encoder_decoder = model.config.is_encoder_decoder
     training = model.training
     model.eval()
     with torch.inference_mode():
         for i in range(0, len(rows), batch_size):
-            batch = collator([dict(row) for row in rows[i : i + batch_size]]).to(model.device)
-            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            part = rows[i : i + batch_size]
+            batch = collator([dict(row) for row in part]).to(model.device)
+            count = label_count(part, encoder_decoder)
             total += float(model(**batch).loss) * count
             tokens += count
     model.train(training)
@@ -443,10 +487,6 @@ def _add_callbacks(trainer: Any, optimizer: str, progress: bool, measure: Callab
 def _entries(log: list[dict[str, float]], *keys: str) -> list[dict[str, float]]:
     """Those entries of the Trainer's log that have all the keys, with them and the step alone."""
     return [{key: entry[key] for key in ("step", *keys)} for entry in log if all(key in entry for key in keys)]
-
-
-def _label_count(rows: list[dict[str, list[int]]]) -> int:
-    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
 
 
 def _git_commit() -> str | None:
