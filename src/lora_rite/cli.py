@@ -1,6 +1,7 @@
-"""The command line: ``lora-rite demo | train | pairs | bench``. Heavy imports are inside the verbs."""
+"""The command line: ``lora-rite demo | train | eval | pairs | bench``. Heavy imports are inside the verbs."""
 
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -88,6 +89,19 @@ def train(**kwargs: Any) -> None:
     print(summary(run(**kwargs)))
 
 
+def evaluate(**kwargs: Any) -> None:
+    from .finetune.evaluate import evaluate as run
+    from .finetune.evaluate import table
+
+    if (result := run(**kwargs)) and not kwargs["dry_run"]:
+        print(table(result), end="")
+
+
+def _underscores(option: re.Match[str]) -> str:
+    """--data-dir is --data_dir."""
+    return "--" + option[0][2:].replace("-", "_")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of ``lora-rite``. Returns the exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     try:
@@ -98,11 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         print('lora-rite: the command line needs its extra: pip install "lora-rite[finetune]"', file=sys.stderr)
         return 1
+    from .finetune.evaluate import evaluate as evaluate_function
     from .finetune.train import train as train_function
 
     verbs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "demo": (demo, demo),
         "train": (train_function, train),
+        "eval": (evaluate_function, evaluate),
         "pairs": (pairs, pairs),
         "bench": (bench, bench),
     }
@@ -121,8 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for p in switches:  # --resume instead of --resume true
             verb.add_argument(f"--{p.name}", action=ActionYesNo, default=p.default, help=texts[p.name])
         commands.add_subcommand(name, verb, help=(signature.__doc__ or "").split("\n")[0])
+    words = [re.sub(r"^--[\w-]+", _underscores, word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_args(words)
     except ArgumentError as error:
         print(f"lora-rite: error: {' '.join(str(error).split())} (see lora-rite VERB --help)", file=sys.stderr)
         return 2

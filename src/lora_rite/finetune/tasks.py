@@ -90,10 +90,8 @@ def read_rows(
         return None
     if data_dir is None:
         assert task.dataset is not None
-        path, config = task.dataset
-        found = Rows(
-            _load(path, config, task.splits[split]), f"{path}{f'/{config}' if config else ''} {task.splits[split]}"
-        )
+        place = (*task.dataset, task.splits[split])
+        found = Rows(_load(*place), " ".join(word for word in place if word is not None))
     else:
         files = _files(task, split, data_dir)
         if not files:
@@ -103,17 +101,21 @@ def read_rows(
     return Rows(found.rows[:limit], found.source)
 
 
-def read_task(
+def require_rows(
     name: str, split: SplitName, data_dir: Path | None = None, *, limit: int | None = None, progress: bool = False
-) -> tuple[list[Example], str]:
-    """The examples of a split of a task, and where they come from. Arguments and errors as :func:`read_rows`.
-
-    Raises:
-        LoRARiteValueError: also where there is no such split, with the files that were looked for.
-    """
+) -> Rows:
+    """:func:`read_rows`, where that there is no such split is an error, which lists the files that were looked for."""
     found = read_rows(name, split, data_dir, limit=limit, progress=progress)
     if found is None:
         raise LoRARiteValueError(f"task {name} has no {split} split{_looked_for(find_task(name), split, data_dir)}")
+    return found
+
+
+def read_task(
+    name: str, split: SplitName, data_dir: Path | None = None, *, limit: int | None = None, progress: bool = False
+) -> tuple[list[Example], str]:
+    """The examples of a split of a task, and where they come from. Arguments and errors as :func:`require_rows`."""
+    found = require_rows(name, split, data_dir, limit=limit, progress=progress)
     return examples(name, found), found.source
 
 
@@ -241,8 +243,9 @@ def _files(task: Task, split: SplitName, data_dir: Path) -> list[Path]:
 
 
 def _patterns(task: Task, split: SplitName) -> list[str]:
-    name = task.splits.get(split, split)
-    ends = (f"{name}.jsonl", f"{name}.json", f"{name}.parquet", f"{name}-*.parquet", f"*/{name}-*.parquet")
+    assert task.dataset is not None
+    name, config = task.splits.get(split, split), task.dataset[1] or "data"  # the hub's folder of a configuration
+    ends = (f"{name}.jsonl", f"{name}.json", f"{name}.parquet", f"{name}-*.parquet", f"{config}/{name}-*.parquet")
     return [f"{folder}/{end}" for folder in task.folders for end in ends] + [
         f"commonsense/{folder}.{name}.json" for folder in task.folders
     ]

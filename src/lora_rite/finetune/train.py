@@ -306,16 +306,19 @@ def _check_packing(network: Any, rows: list[dict[str, list[int]]]) -> None:
         raise LoRARiteValueError("--packing: this model does not keep the examples of a window apart")
 
 
-def held_out_loss(model: Any, rows: list[dict[str, list[int]]], collator: Any, batch_size: int) -> float:
+def held_out_loss(
+    model: Any, rows: list[dict[str, list[int]]], collator: Any, batch_size: int, *, progress: bool = False
+) -> float:
     """Mean cross-entropy in nat over all tokens that carry loss (each token counts the same)."""
     import torch
+    from tqdm.auto import tqdm
 
     total, tokens = 0.0, 0
     encoder_decoder = model.config.is_encoder_decoder
     training = model.training
     model.eval()
     with torch.inference_mode():
-        for i in range(0, len(rows), batch_size):
+        for i in tqdm(range(0, len(rows), batch_size), desc="measuring the loss", disable=not progress):
             part = rows[i : i + batch_size]
             batch = collator([dict(row) for row in part]).to(model.device)
             count = label_count(part, encoder_decoder)
@@ -340,11 +343,12 @@ def describe_optimizer(optimizer: Any) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, Any]:
-    """Versions, machine and the commit of this package's source (None outside a checkout, "+" after local changes)."""
+def versions(*more: str) -> dict[str, Any]:
+    """Versions (of ``more`` packages too), machine and the commit of this package's source (None outside a checkout,
+    "+" after local changes)."""
     import torch
 
-    packages = ("lora-rite", "torch", "transformers", "peft", "accelerate")
+    packages = ("lora-rite", "torch", "transformers", "peft", "accelerate", *more)
     return {
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in packages},
