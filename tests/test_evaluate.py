@@ -405,6 +405,7 @@ def test_the_command_line(folder, tmp_path, capsys):
         (["--model", "no/such-model"], "cannot load --model no/such-model"),
         (["--device", "abacus"], "--device abacus"),
         (["--data_dir", "nowhere"], "--data_dir nowhere is not a folder"),
+        (["--out", __file__], "test_evaluate.py is not a folder"),
     ],
 )
 def test_errors_are_one_line_that_names_the_option(words, message, folder, capsys):

@@ -37,7 +37,7 @@ def pairs(
     """Shows which factors LoRARite pairs in a model with an adapter, and what it leaves to AdamW, and why.
 
     Args:
-        model: hub id or local folder of a causal language model; "tiny" is the one inside this package.
+        model: hub id or local folder of a language model; "tiny" is the one inside this package.
         adapter: folder of a PEFT adapter; without it, a new LoRA adapter is attached.
         target_modules: layers that get a new adapter: all-linear, a list of names, or a regular expression.
         rank: rank of a new adapter.

@@ -118,6 +118,8 @@ def evaluate(
         "bf16": bf16,
     }
     _check(names, settings)
+    if out is not None and out.exists() and not out.is_dir():
+        raise LoRARiteValueError(f"--out {out} is not a folder")
     settings["adapter_sha256"] = None if adapter is None else _digest(adapter)
     records = {name: record for name in names if (record := _finished(out, name, settings)) is not None}
     plans = [_plan(name, data_dir, settings, progress) for name in names if name not in records]
@@ -417,6 +419,7 @@ class _Evaluator:
             "unparsed": {metric: failed[metric.partition(",")[2] or "none"] for metric in metrics},
             "cut": _count_cut(lm, answers, limit),
             "num_fewshot": judge.get_config("num_fewshot"),
+            "fewshot_seed": FEWSHOT_SEED,
         }
         keep = ("doc_id", "filter", "target", "resps", "filtered_resps", *{key.partition(",")[0] for key in metrics})
         return figures, [{key: answer[key] for key in keep if key in answer} for answer in answers]
