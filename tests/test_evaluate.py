@@ -230,6 +230,20 @@ def test_the_loss_of_a_file_is_the_one_that_train_measures(folder, tmp_path):
         assert loss["perplexity"] == pytest.approx(math.exp(loss["nat_per_token"]))
 
 
+def test_the_loss_does_not_depend_on_the_batch_or_on_the_side_of_padding(tmp_path):
+    """Texts of several lengths: each token counts the same, and none is predicted from padding."""
+    file = write_jsonl(tmp_path / "texts.jsonl", [{"text": "x = 1\n" * n} for n in (1, 4, 9)])
+    network, tokenizer = load_model("tiny")
+    tokenizer.padding_side = "left"
+    network.save_pretrained(tmp_path / "left")
+    tokenizer.save_pretrained(tmp_path / "left")
+    options = {"max_length": 20, "progress": False}
+    one = figures(evaluate(str(file), batch_size=1, **options), str(file))["loss"]
+    for model in ("tiny", str(tmp_path / "left")):
+        other = figures(evaluate(str(file), batch_size=3, model=model, **options), str(file))["loss"]
+        assert other["nat_per_token"] == pytest.approx(one["nat_per_token"], rel=1e-5)
+
+
 def test_loss_only_is_the_same_loss_and_nothing_else(folder):
     whole = evaluate("openbookqa", data_dir=folder, **QUICK)
     part = evaluate("openbookqa", data_dir=folder, loss_only=True, **QUICK)
@@ -439,6 +453,7 @@ def test_missing_packages_are_named(folder, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r'pip install "lora-rite\[eval\]"'):
-        evaluate("openbookqa", data_dir=folder, **QUICK)
+    for name in ("openbookqa", "natural_instructions"):
+        with pytest.raises(ImportError, match=r'pip install "lora-rite\[eval\]"'):
+            evaluate(name, data_dir=folder, **QUICK)
     assert "loss" in figures(evaluate("openbookqa", data_dir=folder, loss_only=True, **QUICK), "openbookqa")

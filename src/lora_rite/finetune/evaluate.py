@@ -8,6 +8,7 @@ import statistics
 import string
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,8 +223,10 @@ def _plan(name: str, data_dir: Path | None, settings: dict[str, Any], progress: 
         task = find_task(name)
         rows = require_rows(name, "test", data_dir, limit=limit, progress=progress)
         judge = None
-        if task.evaluation != "instructions" and not loss_only:
-            judge = _judge(name, task, rows, data_dir, settings["num_fewshot"])
+        if not loss_only:
+            _lm_eval_tasks()
+            if task.evaluation != "instructions":
+                judge = _judge(name, task, rows, data_dir, settings["num_fewshot"])
         return Plan(name, task.evaluation, rows.source, examples(name, rows), rows.rows, judge)
     if path.suffix in RECORDS or (path.is_file() and path.suffix not in (".yaml", ".yml")):
         return Plan(name, "text", name, read_examples(path)[:limit], [])
@@ -275,8 +278,9 @@ def _other_judge(name: str, num_fewshot: int | None) -> Any:
 
 
 def _lm_eval_tasks() -> tuple[Any, Path]:
-    """lm_eval's TaskManager and the folder of its tasks."""
+    """lm_eval's TaskManager and the folder of its tasks; an error that names the extra where a package is missing."""
     try:
+        import rouge_score  # noqa: F401
         from lm_eval import tasks
     except ImportError:
         raise ImportError('evaluation on tasks needs its extra: pip install "lora-rite[eval]"') from None
@@ -371,6 +375,7 @@ class _Evaluator:
 
     def _lm(self) -> Any:
         """The model as lm_eval's."""
+        _lm_eval_tasks()
         from lm_eval.models.huggingface import HFLM
 
         lm: Any = HFLM(self.network, tokenizer=self.tokenizer, batch_size=self.settings["batch_size"])  # type: ignore[call-arg]
@@ -405,12 +410,10 @@ class _Evaluator:
                 into = stderr if metric.endswith("_stderr") else metrics
                 into[metric.removesuffix("_stderr") + ("" if which == "none" else f",{which}")] = value
         answers = output["samples"][name]
-        failed: dict[str, int] = {}
-        for answer in answers:
-            failed[answer["filter"]] = failed.get(answer["filter"], 0) + _is_unparsed(
-                answer["filtered_resps"], generated
-            )
-        limit = lm.max_length - room * (not self.network.config.is_encoder_decoder)
+        failed = Counter(answer["filter"] for answer in answers if _is_unparsed(answer["filtered_resps"], generated))
+        limit = lm.max_length + 1  # the last token is only predicted
+        if generated:
+            limit = lm.max_length - (0 if self.network.config.is_encoder_decoder else room)
         figures = {
             "metric": MAIN_METRIC.get(plan.kind, next(iter(metrics))),
             "metrics": metrics,
@@ -463,13 +466,12 @@ def _is_unparsed(answers: Any, generated: bool) -> bool:
 
 def _count_cut(lm: Any, answers: list[dict[str, Any]], limit: int) -> int:
     """How many questions lm_eval has cut at their beginning to ``limit`` tokens."""
-    cut = set()
-    for answer in answers:
-        for argument in answer["arguments"]:  # a context, and the continuation or how to generate
-            text = "".join(part for part in argument if isinstance(part, str))
-            if len(lm.tok_encode(text)) > limit:
-                cut.add(answer["doc_id"])
-    return len(cut)
+    cut = 0
+    for answer in {answer["doc_id"]: answer for answer in answers}.values():  # a filter each
+        # arguments: a context, and the continuation or how to generate
+        texts = ("".join(part for part in argument if isinstance(part, str)) for argument in answer["arguments"])
+        cut += any(len(lm.tok_encode(text)) > limit for text in texts)
+    return cut
 
 
 # --------------------------------------------------------------------------------------- Super-Natural Instructions
@@ -487,10 +489,8 @@ def instruction_scores(rows: list[Row], predictions: list[str]) -> tuple[dict[st
         rows: the instances, as :func:`~lora_rite.finetune.tasks.read_rows` gives them.
         predictions: an answer for each.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise ImportError('Super-Natural Instructions needs an extra: pip install "lora-rite[eval]"') from None
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     labels = {row["Task"]: {_normal(output) for output in row["Outputs"]} for row in rows}
     samples = []

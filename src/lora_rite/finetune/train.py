@@ -241,6 +241,7 @@ def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # on the left (Gemma), padding would be what predicts a window's first token
     return network, tokenizer
 
 
