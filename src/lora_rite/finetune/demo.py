@@ -92,7 +92,7 @@ def demo(out: Path, *, seeds: int = 2, progress: bool = True, settings: dict[str
                 data=out / "data" / "train.jsonl",
                 validation=out / "data" / "held_out.jsonl",
                 out=out / "runs" / f"{entry.optimizer}-seed{seed}",
-                optimizer=entry.optimizer,  # type: ignore[arg-type]
+                optimizer=entry.optimizer,
                 lr=entry.lr,
                 seed=seed,
                 eval_every=EVAL_EVERY,

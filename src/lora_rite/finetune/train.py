@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ..errors import LoRARiteValueError
+from ..errors import LoRARiteValueError, NonFiniteError
 from .data import IGNORED, Split, label_count, read_examples, split, windows
+from .optimizers import OptimizerFactory, find_optimizer
 from .tasks import examples, read_rows, read_task
 
 TINY = Path(__file__).parent / "tiny"
@@ -28,7 +29,7 @@ def train(
     data_dir: Path | None = None,
     model: str = "tiny",
     validation: Path | None = None,
-    optimizer: Literal["lora-rite", "adamw"] = "lora-rite",
+    optimizer: str = "lora-rite",
     lr: float | None = None,
     optimizer_args: dict[str, Any] | None = None,
     rank: int = 16,
@@ -46,6 +47,7 @@ def train(
     holdout: float = 0.1,
     seed: int = 0,
     bf16: bool = False,
+    log_every: int = 1,
     eval_every: int = 0,
     save_every: int = 0,
     report_to: str = "none",
@@ -69,9 +71,10 @@ def train(
             this package.
         validation: held-out text in the formats of data; without it, the task's validation split is held out, and
             where there is none, a share of the data.
-        optimizer: lora-rite or adamw.
+        optimizer: lora-rite, lora-rite-published, adamw, lora-plus, riemannian, muon, lamb, soap, or the import path
+            package.module:attribute of an optimizer class, or of a factory that is called with the model.
         lr: peak learning rate; by default 5e-4 for lora-rite and 2e-4 for adamw.
-        optimizer_args: further keyword arguments of LoRARite or torch.optim.AdamW.
+        optimizer_args: further keyword arguments of the optimizer.
         rank: rank of the adapter.
         alpha: LoRA's alpha (the adapter is scaled by alpha/rank); by default the rank.
         target_modules: layers that get an adapter: all-linear, a list of names, or a regular expression.
@@ -88,6 +91,7 @@ def train(
         holdout: share of the data to hold out where no validation file is given.
         seed: of the adapter's initialisation, the split and the order of batches.
         bf16: load and run the model in bfloat16 (the adapter stays float32).
+        log_every: steps between logged training losses; each is the mean of so many steps.
         eval_every: steps between measurements of the held-out loss; 0 measures before and after training alone.
         save_every: steps between checkpoints; 0 saves none.
         report_to: transformers' name of a reporter: none, tensorboard, trackio, wandb, …
@@ -99,6 +103,8 @@ def train(
     for key in ("resume", "progress"):
         settings.pop(key)
     _check(settings)
+    if lr is None and optimizer not in DEFAULT_LR:
+        raise LoRARiteValueError(f"--lr is needed for --optimizer {optimizer}")
     settings["lr"] = lr = DEFAULT_LR[optimizer] if lr is None else lr
     settings["alpha"] = alpha = rank if alpha is None else alpha
     parts, sources = _read(data, task, data_dir, validation, holdout, seed, progress)
@@ -109,7 +115,7 @@ def train(
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
-    from .. import LoRARiteFactory
+    from .. import LoRARite
 
     network, tokenizer = load_model(model, bf16=bf16, trust_remote_code=trust_remote_code)
     encoder_decoder = network.config.is_encoder_decoder
@@ -132,11 +138,10 @@ def train(
             lr_scheduler_type=scheduler,
             warmup_steps=round(warmup * steps),
             weight_decay=weight_decay,
-            max_grad_norm=0.0 if optimizer == "lora-rite" else 1.0,  # LoRA-RITE clips by itself, invariantly
             bf16=bf16,
             use_cpu=not torch.accelerator.is_available(),
             seed=seed,
-            logging_steps=1,
+            logging_steps=log_every,
             logging_nan_inf_filter=False,
             include_num_input_tokens_seen="non_padding",
             save_strategy="steps" if save_every else "no",
@@ -146,22 +151,22 @@ def train(
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
         )
-    optimizer_class = LoRARiteFactory if optimizer == "lora-rite" else torch.optim.AdamW
-    optimizer_kwargs = {"lr": lr, "weight_decay": weight_decay, **(optimizer_args or {})}
+    optimizer_kwargs = {"name": optimizer, "lr": lr, "weight_decay": weight_decay, "options": optimizer_args}
     with _blame(f"--report_to {report_to}"):
         trainer = Trainer(
             network,
             arguments,
             data_collator=collator,
             train_dataset=train_rows,  # type: ignore[arg-type]
-            optimizer_cls_and_kwargs=(optimizer_class, optimizer_kwargs),  # type: ignore[arg-type]
+            optimizer_cls_and_kwargs=(OptimizerFactory, optimizer_kwargs),  # type: ignore[arg-type]
         )
     with _blame(f"--optimizer_args {optimizer_args}"):
-        trainer.create_optimizer()
+        is_lora_rite = isinstance(trainer.create_optimizer(), LoRARite)
+    arguments.max_grad_norm = 0.0 if is_lora_rite else 1.0  # LoRA-RITE clips by itself, invariantly
     if packing:
         _check_packing(network, train_rows)
     measure = lambda: held_out_loss(network, held_out_rows, collator, batch_size)
-    clock = _add_callbacks(trainer, optimizer, progress, measure, eval_every)
+    clock = _add_callbacks(trainer, is_lora_rite, progress, measure, eval_every)
     checkpoint = get_last_checkpoint(str(out / "checkpoints")) if resume else None
     if resume and checkpoint is None:
         raise LoRARiteValueError(f"no checkpoint in {out / 'checkpoints'} to resume from; train without --resume")
@@ -173,7 +178,7 @@ def train(
     seconds = time.perf_counter() - begin
     after = measure()
     if not math.isfinite(after):
-        raise LoRARiteValueError(f"the loss is {after} after training: lower --lr. No adapter was written")
+        raise NonFiniteError(f"the loss is {after} after training: lower --lr. No adapter was written")
     network.save_pretrained(str(out / "adapter"), safe_serialization=True)
     result = {
         "settings": settings,
@@ -387,6 +392,7 @@ def _check(settings: dict[str, Any]) -> None:
         "batch_size": 1,
         "accumulation": 1,
         "max_length": 2,
+        "log_every": 1,
         "eval_every": 0,
         "save_every": 0,
     }
@@ -402,6 +408,7 @@ def _check(settings: dict[str, Any]) -> None:
         raise LoRARiteValueError(f"--holdout must be between 0 and 1, got {settings['holdout']}")
     if not 0 <= settings["seed"] < 2**32:
         raise LoRARiteValueError(f"--seed must be from 0 to 2³² − 1, got {settings['seed']}")
+    find_optimizer(settings["optimizer"])
     if "lr" in (settings["optimizer_args"] or {}):
         raise LoRARiteValueError("--optimizer_args.lr: give the learning rate by --lr")
 
@@ -426,7 +433,9 @@ def _check_folder(out: Path, settings: dict[str, Any], resume: bool) -> dict[str
     return json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else None
 
 
-def _add_callbacks(trainer: Any, optimizer: str, progress: bool, measure: Callable[[], float], eval_every: int) -> Any:
+def _add_callbacks(
+    trainer: Any, is_lora_rite: bool, progress: bool, measure: Callable[[], float], eval_every: int
+) -> Any:
     """The clock, the held-out loss, the progress bar and, in front of the reporters, LoRARite's figures. Returns the
     clock."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -484,7 +493,7 @@ def _add_callbacks(trainer: Any, optimizer: str, progress: bool, measure: Callab
         trainer.add_callback(HeldOut())
     if progress:
         trainer.add_callback(Bar())
-    if optimizer == "lora-rite":
+    if is_lora_rite:
         trainer.callback_handler.callbacks.insert(0, LoRARiteCallback())
     return clock
 
