@@ -1,4 +1,4 @@
-"""The command line: ``lora-rite demo | train | eval | pairs | bench``. Heavy imports are inside the verbs."""
+"""The command line: ``lora-rite demo | train | eval | compare | report | pairs | bench``. Heavy imports in the verbs."""
 
 import inspect
 import re
@@ -102,6 +102,25 @@ def _underscores(option: re.Match[str]) -> str:
     return "--" + option[0][2:].replace("-", "_")
 
 
+def compare(**kwargs: Any) -> None:
+    from .finetune.compare import compare as run
+
+    run(**kwargs)
+
+
+def report(folder: Path) -> None:
+    """Writes the report of a study: report.html (one file that needs no server), report.md and figures/.
+
+    Also of a study that is not finished.
+
+    Args:
+        folder: folder of the study, the --out of lora-rite compare.
+    """
+    from .finetune.report import report as run
+
+    print(run(folder))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of ``lora-rite``. Returns the exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     try:
@@ -112,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         print('lora-rite: the command line needs its extra: pip install "lora-rite[finetune]"', file=sys.stderr)
         return 1
+    from .finetune.compare import compare as compare_function
     from .finetune.evaluate import evaluate as evaluate_function
     from .finetune.train import train as train_function
 
@@ -119,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo": (demo, demo),
         "train": (train_function, train),
         "eval": (evaluate_function, evaluate),
+        "compare": (compare_function, compare),
+        "report": (report, report),
         "pairs": (pairs, pairs),
         "bench": (bench, bench),
     }
@@ -132,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
         switches = [p for p in inspect.signature(signature).parameters.values() if isinstance(p.default, bool)]
         skip: set[str | int] = {p.name for p in switches}
-        verb.add_function_arguments(signature, as_group=False, skip=skip)
+        verb.add_function_arguments(signature, as_group=False, as_positional=name in ("compare", "report"), skip=skip)
         texts = {p.arg_name: p.description for p in docstring_parser.parse(signature.__doc__ or "").params}
         for p in switches:  # --resume instead of --resume true
             verb.add_argument(f"--{p.name}", action=ActionYesNo, default=p.default, help=texts[p.name])
