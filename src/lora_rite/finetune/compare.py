@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError
-from .data import Example, read_examples, split
+from .data import Example, read_examples, read_text, split
 from .optimizers import find_optimizer
 from .tasks import examples, read_rows, read_task
 from .train import train, versions, write_json
@@ -49,6 +49,7 @@ class Data:
         validation: file for the choice of the learning rate; without it, a tenth of the training text.
         test: file for the result; without it, a further tenth.
         limit: largest number of examples of each split (train, validation, test); a sample where there are more.
+        train: options of ``lora-rite train`` for this task, over those that all runs share.
     """
 
     task: str | None = None
@@ -56,6 +57,7 @@ class Data:
     validation: Path | None = None
     test: Path | None = None
     limit: dict[str, int] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -139,12 +141,12 @@ def load_recipe(path: Path) -> Recipe:
     parser.add_class_arguments(Recipe, as_group=False)
     options.add_function_arguments(train, as_group=False)
     try:
-        recipe = Recipe(**vars(parser.instantiate(parser.parse_path(path))))
-        if decided := DECIDED & set(recipe.train):
-            raise LoRARiteValueError(f"{path}: train.{min(decided)}: the study decides it; see tasks and optimizers")
-        recipe.train = {key: options.parse_object({"out": ".", **recipe.train})[key] for key in recipe.train}
-    except OSError as error:
-        raise LoRARiteValueError(f"cannot read {path}: {error.strerror}") from None
+        recipe = Recipe(**vars(parser.instantiate(parser.parse_string(read_text(path)))))
+        for prefix, part in (("", recipe), *((f"tasks.{name}.", task) for name, task in recipe.tasks.items())):
+            if decided := DECIDED & set(part.train):
+                raise LoRARiteValueError(f"{path}: {prefix}train.{min(decided)}: the study decides it")
+            parsed = options.parse_object({"out": ".", **part.train})
+            part.train = {key: parsed[key] for key in part.train}
     except ArgumentError as error:
         raise LoRARiteValueError(f"{path}: {' '.join(str(error).split())}") from None
     for key in ("tasks", "optimizers", "ranks", "seeds", "sweep_seeds"):
@@ -235,6 +237,7 @@ class Study:
         contender, data = self.recipe.optimizers[run.optimizer], out / "data" / run.task
         return {
             **self.recipe.train,
+            **self.recipe.tasks[run.task].train,
             "data": data / "train.jsonl",
             "validation": data / f"{run.split}.jsonl",
             "optimizer": contender.optimizer,

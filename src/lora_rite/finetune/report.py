@@ -26,9 +26,9 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether a is "better" (a loss: lower), "worse", or there is "no difference" that the seeds can show."""
+        """Whether a is "better" (a loss: lower) or "worse", or the difference is "not significant"."""
         if not self.p < 1 - CONFIDENCE:
-            return "no difference"
+            return "not significant"
         return "better" if self.mean < 0 else "worse"
 
 
@@ -79,9 +79,17 @@ def curve(result: dict[str, Any]) -> list[tuple[int, float]]:
 class Row:
     """One optimizer in one case: its runs on the test split by seed, and its sweep."""
 
-    def __init__(self, name: str, sweep: dict[str, Any], runs: list[dict[str, Any]], folder: Path):
+    def __init__(
+        self,
+        name: str,
+        sweep: dict[str, Any],
+        runs: list[dict[str, Any]],
+        tried_paths: dict[float, list[str]],
+        folder: Path,
+    ):
         self.name, self.lr, self.grid = name, sweep["best"], sweep["grid"]
         self.validation = {lr: loss for lr, loss in sweep["validation_loss"]}
+        self.tried_paths = tried_paths
         self.paths = {run["seed"]: run["path"] for run in runs}
         self.losses = {run["seed"]: run["loss"] for run in runs}
         self.results = {seed: json.loads((folder / p).read_text(encoding="utf-8")) for seed, p in self.paths.items()}
@@ -113,13 +121,19 @@ class Case:
 
     def __init__(self, task: str, rank: int, study: dict[str, Any], folder: Path):
         self.task, self.rank, self.slug = task, rank, f"{task}-r{rank}"
-        runs = [r for r in study["runs"] if (r["task"], r["rank"], r["split"]) == (task, rank, "test")]
         self.in_order = []
         for sweep in study["sweeps"]:
-            if (sweep["task"], sweep["rank"]) == (task, rank):
-                wanted = (sweep["optimizer"], sweep["best"])
-                own = [r for r in runs if (r["optimizer"], r["lr"]) == wanted and r["seed"] in study["recipe"]["seeds"]]
-                self.in_order.append(Row(sweep["optimizer"], sweep, own, folder))
+            name = sweep["optimizer"]
+            if (sweep["task"], sweep["rank"]) != (task, rank):
+                continue
+            runs = [r for r in study["runs"] if (r["task"], r["rank"], r["optimizer"]) == (task, rank, name)]
+            final = [r for r in runs if r["split"] == "test" and r["lr"] == sweep["best"]]
+            tried: dict[float, list[str]] = {}
+            for run in runs:
+                if run["split"] == "validation":
+                    tried.setdefault(run["lr"], []).append(run["path"])
+            own = [run for run in final if run["seed"] in study["recipe"]["seeds"]]
+            self.in_order.append(Row(name, sweep, own, tried, folder))
         self.rows = sorted((row for row in self.in_order if row.losses), key=lambda row: row.mean)
         self.baseline = self.in_order[0]
         self.lead = difference(self.rows[0].losses, self.rows[1].losses) if len(self.rows) > 1 else None
@@ -147,9 +161,9 @@ class Case:
         return statistics.fmean(known) if known and len(known) == len(row.losses) else None
 
     def score(self, row: Row) -> dict[str, int]:
-        """Against how many of the others the row is better, worse, or not different."""
+        """Against how many of the others the row is better, worse, or neither significantly."""
         verdicts = [difference(row.losses, other.losses).verdict for other in self.rows if other is not row]
-        return {verdict: verdicts.count(verdict) for verdict in ("better", "worse", "no difference")}
+        return {verdict: verdicts.count(verdict) for verdict in ("better", "worse", "not significant")}
 
 
 def report(folder: Path) -> Path:
@@ -204,7 +218,8 @@ def report(folder: Path) -> Path:
 def _plus_minus(value: float, half_width: float = math.nan) -> str:
     if not math.isfinite(value):
         return "diverged"
-    return f"{value:.3f}" if math.isnan(half_width) else f"{value:.3f} ± {half_width:.3f}"
+    text = f"{value:.3f}" if math.isnan(half_width) else f"{value:.3f} ± {half_width:.3f}"
+    return text.replace("-", "−")
 
 
 def figure(case: Case, cases: Sequence[Case]) -> str:
