@@ -50,6 +50,7 @@ class Data:
         test: file for the result; without it, a further tenth.
         limit: largest number of examples of each split (train, validation, test); a sample where there are more.
         train: options of ``lora-rite train`` for this task, over those that all runs share.
+        evaluate: tasks of ``lora-rite eval`` on which the final adapters are judged too.
     """
 
     task: str | None = None
@@ -58,6 +59,7 @@ class Data:
     test: Path | None = None
     limit: dict[str, int] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    evaluate: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -248,6 +250,18 @@ class Study:
             "out": out / run.folder,
         }
 
+    def evaluation(self, run: Run, out: Path, data_dir: Path | None) -> dict[str, Any]:
+        """The options of ``lora-rite eval`` for a final run."""
+        options = self.options(run, out)
+        shared = ("model", "batch_size", "max_length", "bf16", "trust_remote_code")
+        return {
+            "tasks": self.recipe.tasks[run.task].evaluate if run.split == "test" else [],
+            "adapter": out / run.folder / "adapter",
+            "data_dir": data_dir,
+            "out": out / run.folder / "evaluation",
+            **{key: options[key] for key in shared if key in options},
+        }
+
 
 def compare(
     recipe: Path,
@@ -264,7 +278,8 @@ def compare(
     In each case (a task at a rank), every optimizer tries its learning rates on the validation split (the grid is
     extended where the best lies on its edge); the best is run with all seeds and judged on the test split. Runs of one
     seed share the initial adapter and the batches. A finished run is never run again, a stopped one goes on from its
-    last checkpoint or starts anew: give the same command again. Into OUT go ``runs/…/result.json``, ``data/``,
+    last checkpoint or starts anew: give the same command again. Where a task names evaluations, the final adapters are
+    judged by ``lora-rite eval`` too. Into OUT go ``runs/…/result.json``, ``data/``,
     ``study.json``, ``report.html`` and ``report.md``.
 
     Args:
@@ -301,7 +316,7 @@ def compare(
     try:
         with FileLock(out / ".lock", timeout=0):
             data = write_data(study.recipe, out / "data", data_dir)
-            result = _run_all(study, out, data, max(jobs, len(devices or ())), devices, progress)
+            result = _run_all(study, out, data, data_dir, max(jobs, len(devices or ())), devices, progress)
     except Timeout:
         raise LoRARiteValueError(f"another compare is at work in {out}") from None
     print(f"Report: {report(out)}")
@@ -387,7 +402,13 @@ def _record(example: Example) -> dict[str, Any]:
 
 
 def _run_all(
-    study: Study, out: Path, data: dict[str, Any], jobs: int, devices: list[int] | None, progress: bool
+    study: Study,
+    out: Path,
+    data: dict[str, Any],
+    data_dir: Path | None,
+    jobs: int,
+    devices: list[int] | None,
+    progress: bool,
 ) -> dict[str, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -399,7 +420,8 @@ def _run_all(
         shown = bar.add_task("", total=study.planned(losses), completed=len(losses))
         while due := study.due(losses):
             for run in [run for run in due if run not in working.values()][: jobs - len(working)]:
-                working[executor.submit(_run, study.options(run, out))] = run
+                work = study.options(run, out), study.evaluation(run, out, data_dir)
+                working[executor.submit(_run, *work)] = run
             done, _ = wait(working, return_when=FIRST_COMPLETED)
             for future in done:
                 run = working.pop(future)
@@ -417,14 +439,19 @@ def _run_all(
     return _write_study(study, out, data, losses)
 
 
-def _run(options: dict[str, Any]) -> tuple[float, float]:
-    """Trains one run, or goes on with it. Returns its held-out loss (infinite where it diverged) and the seconds."""
+def _run(options: dict[str, Any], evaluation: dict[str, Any]) -> tuple[float, float]:
+    """Trains one run, or goes on with it, and evaluates its adapter. Returns its held-out loss (infinite where it
+    diverged) and the seconds."""
     out, begin = options["out"], time.perf_counter()
-    resume = any((out / "checkpoints").glob("checkpoint-*"))
+    resume = (out / "result.json").is_file() or any((out / "checkpoints").glob("checkpoint-*"))
     if out.is_dir() and not resume:
         shutil.rmtree(out)  # a run that was stopped before its first checkpoint
     try:
         loss = train(**options, resume=resume, progress=False)["held_out"]["after"]
+        if evaluation["tasks"]:
+            from .evaluate import evaluate
+
+            evaluate(**evaluation, progress=False)
     except LoRARiteValueError as error:
         raise LoRARiteValueError(f"{out}: {error}") from error
     except NonFiniteError as error:
@@ -439,8 +466,9 @@ def _run(options: dict[str, Any]) -> tuple[float, float]:
 def _finished(study: Study, out: Path) -> Losses:
     """The losses of the runs that are finished, of all that the recipe can lead to."""
     losses: Losses = {}
+    unfinished: set[Run] = set()
     while True:
-        found = {run: out / run.folder / "result.json" for run in study.due(losses)}
+        found = {run: out / run.folder / "result.json" for run in study.due(losses) if run not in unfinished}
         found = {run: path for run, path in found.items() if path.is_file()}
         if not found:
             return losses
@@ -453,7 +481,11 @@ def _finished(study: Study, out: Path) -> Losses:
                         f"{path} is of a run with {key} {result['settings'].get(key)!r}, the recipe says "
                         f"{expected[key]!r}; choose another --out"
                     )
-            losses[run] = result["held_out"]["after"]
+            wanted = len(study.evaluation(run, out, None)["tasks"])
+            if "diverged" in result or len(list(path.parent.glob("evaluation/*.json"))) >= wanted:
+                losses[run] = result["held_out"]["after"]
+            else:
+                unfinished.add(run)
 
 
 def _write_study(study: Study, out: Path, data: dict[str, Any], losses: Losses) -> dict[str, Any]:

@@ -93,6 +93,13 @@ class Row:
         self.paths = {run["seed"]: run["path"] for run in runs}
         self.losses = {run["seed"]: run["loss"] for run in runs}
         self.results = {seed: json.loads((folder / p).read_text(encoding="utf-8")) for seed, p in self.paths.items()}
+        self.accuracies: dict[str, dict[int, float]] = {}
+        for seed, path in self.paths.items():
+            for file in sorted((folder / path).parent.glob("evaluation/*.json")):
+                record = json.loads(file.read_text(encoding="utf-8"))
+                figures = record["results"]
+                name = f"{record['task']}, {figures['metric'].partition(',')[0]}"
+                self.accuracies.setdefault(name, {})[seed] = 100 * figures["metrics"][figures["metric"]]
         self.mean, self.half_width = mean_interval(list(self.losses.values())) if runs else (math.inf, math.nan)
 
     @property
@@ -145,6 +152,29 @@ class Case:
     def is_best(self, row: Row) -> bool:
         """Whether the row leads by a difference that is significant."""
         return self.lead is not None and row is self.rows[0] and self.lead.verdict == "better"
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the evaluations."""
+        return sorted({name for row in self.rows for name in row.accuracies})
+
+    def accuracy(self, row: Row, metric: str) -> str:
+        """Mean ± interval in percent of the row, in bold where it leads by a difference that is significant."""
+        values = row.accuracies.get(metric, {})
+        if not values:
+            return "–"
+        others = sorted(
+            (other.accuracies[metric] for other in self.rows if other is not row and metric in other.accuracies),
+            key=lambda found: -statistics.fmean(found.values()),
+        )
+        mean, half_width = mean_interval(list(values.values()))
+        text = _plus_minus(mean, half_width, digits=2)
+        return f"**{text}**" if others and difference(values, others[0]).verdict == "worse" else text
+
+    def accuracy_against_baseline(self, row: Row, metric: str) -> str:
+        """Mean ± interval of the difference to the baseline over paired seeds: what is smaller cannot be detected."""
+        pair = [r.accuracies.get(metric, {}) for r in (row, self.baseline)]
+        return "–" if row is self.baseline or not all(pair) else _plus_minus(*difference(*pair)[:2], digits=2)
 
     def against_baseline(self, row: Row) -> Difference:
         return difference(row.losses, self.baseline.losses)
@@ -215,10 +245,10 @@ def report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _plus_minus(value: float, half_width: float = math.nan) -> str:
+def _plus_minus(value: float, half_width: float = math.nan, digits: int = 3) -> str:
     if not math.isfinite(value):
         return "diverged"
-    text = f"{value:.3f}" if math.isnan(half_width) else f"{value:.3f} ± {half_width:.3f}"
+    text = f"{value:.{digits}f}" + ("" if math.isnan(half_width) else f" ± {half_width:.{digits}f}")
     return text.replace("-", "−")
 
 
