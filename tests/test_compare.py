@@ -18,7 +18,7 @@ from lora_rite import LoRARiteValueError, NonFiniteError  # noqa: E402
 from lora_rite.cli import main  # noqa: E402
 from lora_rite.finetune import compare as module  # noqa: E402
 from lora_rite.finetune import train as train_module  # noqa: E402
-from lora_rite.finetune.compare import MAX_EXTENSIONS, Line, Study, load_recipe  # noqa: E402
+from lora_rite.finetune.compare import FINALISTS, MAX_EXTENSIONS, Line, Study, load_recipe  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE = """
@@ -28,6 +28,7 @@ tasks:
   sums: {data: DATA}
 ranks: [2]
 seeds: [0, 1]
+sweep_seeds: [100]
 optimizers:
   AdamW: {optimizer: adamw, lr: [0.01, 0.02, 0.04]}
   LoRA-RITE: {optimizer: lora-rite, lr: [0.02]}
@@ -104,7 +105,7 @@ def test_each_optimizer_gets_a_learning_rate_inside_its_grid(recipe, optimum):
     study = Study(load_recipe(recipe()))
     line = Line("sums", 2, "AdamW")
     losses = play(study, lambda r: (math.log(r.lr) - math.log(optimum)) ** 2)
-    grid, best = study.grid(line, losses), study.best(line, losses)
+    grid, _, _, best = study.search(line, losses)
     assert grid[0] < best < grid[-1]
     assert abs(math.log2(best / optimum)) < 0.51
     assert all(math.isclose(b / a, 2, rel_tol=0.01) for a, b in zip(grid, grid[1:], strict=False))
@@ -118,21 +119,27 @@ def test_each_optimizer_gets_a_learning_rate_inside_its_grid(recipe, optimum):
 def test_the_grid_grows_no_further_than_told_and_one_rate_needs_no_sweep(recipe):
     study = Study(load_recipe(recipe()))
     losses = play(study, lambda r: r.lr)
-    assert len(study.grid(Line("sums", 2, "AdamW"), losses)) == 3 + MAX_EXTENSIONS
+    assert len(study.search(Line("sums", 2, "AdamW"), losses).grid) == 3 + MAX_EXTENSIONS
     assert {r.split for r in losses if r.optimizer == "LoRA-RITE"} == {"test"}
 
 
 def test_diverged_rates_are_left_for_lower_ones(recipe):
     study = Study(load_recipe(recipe()))
     losses = play(study, lambda r: math.inf if r.lr > 0.006 else 1 / r.lr)
-    assert study.best(Line("sums", 2, "AdamW"), losses) == 0.005
+    assert study.search(Line("sums", 2, "AdamW"), losses).best == 0.005
 
 
 def test_sweeps_of_several_seeds_decide_by_their_mean(recipe):
-    study = Study(load_recipe(recipe(**{"seeds:": "sweep_seeds: [7, 8]\nseeds:"})))
-    table = {(0.01, 7): 1.0, (0.01, 8): 3.0, (0.02, 7): 1.9, (0.02, 8): 1.9, (0.04, 7): 0.9, (0.04, 8): 5.0}
-    losses = play(study, lambda r: table.get((r.lr, r.seed), 9.0))
-    assert study.best(Line("sums", 2, "AdamW"), losses) == 0.02
+    study = Study(load_recipe(recipe(**{"sweep_seeds: [100]": "sweep_seeds: [7, 8, 9]"})))
+    line = Line("sums", 2, "AdamW")
+    table = {(0.01, 7): 1.1, (0.01, 8): 1.2, (0.02, 7): 1.0, (0.02, 8): 3.0, (0.04, 7): 5.0, (0.005, 7): 1.15}
+    losses = play(study, lambda r: table.get((r.lr, r.seed), 1.2))
+    tried = {(r.lr, r.seed) for r in losses if r.optimizer == "AdamW" and r.split == "validation"}
+    first = {(lr, 7) for lr in (0.01, 0.02, 0.04)}
+    # 0.02 is best with seed 7; over three seeds 0.01 is, on the edge; 0.005 becomes a finalist and is no better
+    assert tried == first | {(0.005, 7)} | {(lr, seed) for lr in (0.005, 0.01, 0.02) for seed in (8, 9)}
+    assert study.search(line, losses).best == 0.01
+    assert FINALISTS == 2
 
 
 def test_a_stopped_study_goes_on_and_no_run_is_run_twice(recipe, tmp_path, fake_train, capsys):

@@ -1,8 +1,8 @@
 """``lora-rite compare``: optimizers × learning rates × seeds of a recipe, paired, each at its best learning rate.
 
 A *case* is a task at a rank. In each case every optimizer first tries its grid of learning rates on the validation
-split; where the best lies on an edge, the grid is extended. Then the best one is run with the recipe's seeds and judged
-on the test split. All runs of a seed have the same initial adapter and the same batches. Which runs are due follows
+split; the best ones are tried with further seeds, and where the best lies on an edge, the grid is extended. Then it is
+run with the recipe's seeds and judged on the test split. All runs of a seed have the same initial adapter and the same batches. Which runs are due follows
 from the results that there are (:meth:`Study.due`), so that a study goes on from wherever it stopped.
 """
 
@@ -33,6 +33,8 @@ from .train import train, versions, write_json
 
 #: Learning rates tried beyond the recipe's grid where the best lies on its edge.
 MAX_EXTENSIONS = 4
+#: So many of the best rates are tried with all of the sweep's seeds.
+FINALISTS = 2
 SPLITS = ("train", "validation", "test")
 #: Options of a run that the study decides.
 DECIDED = {"data", "task", "data_dir", "validation", "optimizer", "optimizer_args", "lr", "rank", "seed", "out", "resume"}
@@ -88,7 +90,7 @@ class Recipe:
         train: options of ``lora-rite train`` that all runs share.
         ranks: of the adapter.
         seeds: of the runs at the best learning rate.
-        sweep_seeds: of the runs that choose it.
+        sweep_seeds: of the runs that choose it: the first tries all rates, the others the best two.
         notes: what the report says at its beginning.
     """
 
@@ -98,7 +100,7 @@ class Recipe:
     train: dict[str, Any] = field(default_factory=dict)
     ranks: list[int] = field(default_factory=lambda: [16])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    sweep_seeds: list[int] = field(default_factory=lambda: [100])
+    sweep_seeds: list[int] = field(default_factory=lambda: [100, 101])
     notes: str = ""
 
 
@@ -126,6 +128,16 @@ class Line(NamedTuple):
 
 
 Losses = dict[Run, float]
+
+
+class Search(NamedTuple):
+    """The choice of a learning rate: the rates to try, the mean validation losses that there are, the runs that are due,
+    and the chosen rate once none is."""
+
+    grid: list[float]
+    scores: dict[float, float]
+    due: list[Run]
+    best: float | None
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -185,46 +197,41 @@ class Study:
             for optimizer in recipe.optimizers
         ]
 
-    def sweep(self, line: Line, losses: Losses) -> dict[float, float]:
-        """Learning rate → mean validation loss over the sweep's seeds, of those that are complete."""
-        found: dict[float, list[float]] = {}
-        for run, loss in losses.items():
-            if Line(*run[:3]) == line and run.split == "validation" and run.seed in self.recipe.sweep_seeds:
-                found.setdefault(run.lr, []).append(loss)
-        complete = {lr: values for lr, values in found.items() if len(values) == len(self.recipe.sweep_seeds)}
-        return {lr: statistics.fmean(values) for lr, values in sorted(complete.items())}
+    def search(self, line: Line, losses: Losses) -> Search:
+        """Where the choice of a line's learning rate stands.
 
-    def grid(self, line: Line, losses: Losses) -> list[float]:
-        """The learning rates to try: the recipe's, and further ones beyond the edge on which the best lies."""
-        grid = sorted(self.recipe.optimizers[line.optimizer].lr)
+        The first of the sweep's seeds tries the whole grid, the others the :data:`FINALISTS` best rates; the least mean
+        is chosen. Where that lies on the edge of the grid, the grid is extended and the search goes on.
+        """
+        grid, seeds = sorted(self.recipe.optimizers[line.optimizer].lr), self.recipe.sweep_seeds
         if len(grid) == 1:
-            return grid
-        done = self.sweep(line, losses)
-        for _ in range(MAX_EXTENSIONS):
-            if any(lr not in done for lr in grid):
-                break
-            best = min(grid, key=done.__getitem__)
+            return Search(grid, {}, [], grid[0])
+        most = len(grid) + MAX_EXTENSIONS
+        while True:
+            wanted = [Run(*line, lr, seeds[0], "validation") for lr in grid]
+            found = {
+                lr: [losses[run] for seed in seeds if (run := Run(*line, lr, seed, "validation")) in losses] for lr in grid
+            }
+            scores = {lr: statistics.fmean(values) for lr, values in found.items() if values}
+            if all(run in losses for run in wanted):
+                finalists = sorted(grid, key=scores.__getitem__)[:FINALISTS]
+                wanted = [Run(*line, lr, seed, "validation") for lr in finalists for seed in seeds]
+            if due := [run for run in wanted if run not in losses]:
+                return Search(grid, scores, due, None)
+            best = finalists[0]
+            if len(grid) == most or grid[0] < best < grid[-1]:
+                return Search(grid, scores, [], best)
             if best == grid[0]:
-                grid = [_round(grid[0] * grid[0] / grid[1]), *grid]
-            elif best == grid[-1]:
-                grid = [*grid, _round(grid[-1] * grid[-1] / grid[-2])]
+                grid = [_round(best * best / grid[1]), *grid]
             else:
-                break
-        return grid
-
-    def best(self, line: Line, losses: Losses) -> float | None:
-        """The learning rate with the least mean validation loss, once all of the grid are done."""
-        grid = self.grid(line, losses)
-        if len(grid) == 1:
-            return grid[0]
-        done = self.sweep(line, losses)
-        return min(grid, key=done.__getitem__) if all(lr in done for lr in grid) else None
+                grid = [*grid, _round(best * best / grid[-2])]
 
     def runs(self, line: Line, losses: Losses) -> list[Run]:
-        """All runs of a line that are known by now."""
-        grid, best = self.grid(line, losses), self.best(line, losses)
-        runs = [Run(*line, lr, seed, "validation") for seed in self.recipe.sweep_seeds for lr in grid if len(grid) > 1]
-        return runs + [Run(*line, best, seed, "test") for seed in self.recipe.seeds if best is not None]
+        """All runs of a line that are known by now, those that are done first."""
+        search, seeds = self.search(line, losses), self.recipe.sweep_seeds
+        done = [Run(*line, lr, seed, "validation") for seed in seeds for lr in search.scores]
+        finals = [Run(*line, search.best, seed, "test") for seed in self.recipe.seeds if search.best is not None]
+        return [run for run in done if run in losses] + search.due + finals
 
     def due(self, losses: Losses) -> list[Run]:
         return [run for line in self.lines for run in self.runs(line, losses) if run not in losses]
@@ -232,7 +239,7 @@ class Study:
     def planned(self, losses: Losses) -> int:
         """Number of runs in all, as far as they are known: the final ones count before their lr is chosen."""
         finals = len(self.recipe.seeds)
-        return sum(len(r) + finals * (self.best(n, losses) is None) for n in self.lines if (r := self.runs(n, losses)))
+        return sum(len(self.runs(n, losses)) + finals * (self.search(n, losses).best is None) for n in self.lines)
 
     def options(self, run: Run, out: Path) -> dict[str, Any]:
         """The options of ``lora-rite train`` for a run."""
@@ -275,8 +282,8 @@ def compare(
 ) -> dict[str, Any] | None:
     """Runs the study of a recipe: each optimizer at its best learning rate, paired, with a report.
 
-    In each case (a task at a rank), every optimizer tries its learning rates on the validation split (the grid is
-    extended where the best lies on its edge); the best is run with all seeds and judged on the test split. Runs of one
+    In each case (a task at a rank), every optimizer tries its learning rates on the validation split (the best two with
+    all of sweep_seeds; the grid is extended where the best lies on its edge); the best is run with all seeds and judged on the test split. Runs of one
     seed share the initial adapter and the batches. A finished run is never run again, a stopped one goes on from its
     last checkpoint or starts anew: give the same command again. Where a task names evaluations, the final adapters are
     judged by ``lora-rite eval`` too. Into OUT go ``runs/…/result.json``, ``data/``,
@@ -497,11 +504,12 @@ def _write_study(study: Study, out: Path, data: dict[str, Any], losses: Losses) 
         "sweeps": [
             {
                 **line._asdict(),
-                "grid": study.grid(line, losses),
-                "best": study.best(line, losses),
-                "validation_loss": list(study.sweep(line, losses).items()),
+                "grid": search.grid,
+                "best": search.best,
+                "validation_loss": list(search.scores.items()),
             }
             for line in study.lines
+            for search in [study.search(line, losses)]
         ],
         "complete": not study.due(losses),
         "versions": versions(),
@@ -571,17 +579,19 @@ def print_plan(study: Study, losses: Losses, out: Path) -> None:
     for heading in ("task", "rank", "optimizer", "lr to try", "best lr", "done", "to do"):
         table.add_column(heading, justify="right" if heading in ("rank", "best lr", "done", "to do") else "left")
     for line in study.lines:
-        runs, best = study.runs(line, losses), study.best(line, losses)
+        runs, search = study.runs(line, losses), study.search(line, losses)
+        best = search.best
         done = sum(run in losses for run in runs)
         known = len(runs) + len(seeds) * (best is None)
-        grid = ", ".join(f"{lr:g}" for lr in study.grid(line, losses))
+        grid = ", ".join(f"{lr:g}" for lr in search.grid)
         cells = (line.task, line.rank, line.optimizer, grid, "" if best is None else f"{best:g}", done, known - done)
         table.add_row(*map(str, cells))
     console = Console()
     console.print(table)
     console.print(
-        f"{study.planned(losses)} runs, {len(losses)} of them finished in {out}; up to {MAX_EXTENSIONS} more of each "
-        "optimizer in each case where its best lr lies on the edge of its grid",
+        f"{study.planned(losses)} runs, {len(losses)} of them finished in {out}; and in each line the best {FINALISTS} rates "
+        f"with {len(study.recipe.sweep_seeds) - 1} more seeds, and up to {MAX_EXTENSIONS} more rates where the best lies "
+        "on the edge of the grid",
         highlight=False,
         soft_wrap=True,
     )
