@@ -1,6 +1,7 @@
 """``lora-rite compare``: what it runs follows from the results that there are; runs are paired, and never run twice."""
 
 import functools
+import itertools
 import json
 import math
 import textwrap
@@ -12,13 +13,13 @@ pytest.importorskip("peft")
 pytest.importorskip("jsonargparse")
 pytest.importorskip("filelock")
 
-import torch  # noqa: E402
+import torch
 
-from lora_rite import LoRARiteValueError, NonFiniteError  # noqa: E402
-from lora_rite.cli import main  # noqa: E402
-from lora_rite.finetune import compare as module  # noqa: E402
-from lora_rite.finetune import train as train_module  # noqa: E402
-from lora_rite.finetune.compare import FINALISTS, MAX_EXTENSIONS, Line, Study, load_recipe  # noqa: E402
+from lora_rite import LoRARiteValueError, NonFiniteError
+from lora_rite.cli import main
+from lora_rite.finetune import compare as module
+from lora_rite.finetune import train as train_module
+from lora_rite.finetune.compare import FINALISTS, MAX_EXTENSIONS, Line, Study, load_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE = """
@@ -108,7 +109,7 @@ def test_each_optimizer_gets_a_learning_rate_inside_its_grid(recipe, optimum):
     grid, _, _, best = study.search(line, losses)
     assert grid[0] < best < grid[-1]
     assert abs(math.log2(best / optimum)) < 0.51
-    assert all(math.isclose(b / a, 2, rel_tol=0.01) for a, b in zip(grid, grid[1:], strict=False))
+    assert all(math.isclose(b / a, 2, rel_tol=0.01) for a, b in itertools.pairwise(grid))
     finals = [r for r in losses if r.optimizer == "AdamW" and r.split == "test"]
     assert {(r.lr, r.seed) for r in finals} == {(best, 0), (best, 1)}
     sweep = [r for r in losses if r.optimizer == "AdamW" and r.split == "validation"]
@@ -373,5 +374,18 @@ def test_a_worker_takes_its_device_and_its_share_of_the_cores(monkeypatch):
 
 
 def test_an_unreadable_recipe_is_an_error(tmp_path):
-    with pytest.raises(LoRARiteValueError, match="nowhere.yaml"):
+    with pytest.raises(LoRARiteValueError, match=r"nowhere\.yaml"):
         load_recipe(Path(tmp_path / "nowhere.yaml"))
+
+
+def test_shorter_prompts_travel_with_the_data(tmp_path):
+    """What a task offers for a prompt that does not fit is not lost on the way through the study's files."""
+    from lora_rite.finetune.data import Example, read_examples
+
+    examples = [Example("long prompt", "a", ("short", "s")), Example("p", "b"), Example("", "text")]
+    lines = [json.dumps(module._record(example)) for example in examples]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    assert read_examples(tmp_path / "x.jsonl") == examples
+    (tmp_path / "x.jsonl").write_text('{"prompt": "p", "completion": "c", "shorter": "no list"}')
+    with pytest.raises(LoRARiteValueError, match='"shorter" must be a list of prompts'):
+        read_examples(tmp_path / "x.jsonl")

@@ -4,11 +4,11 @@ import pytest
 
 pytest.importorskip("peft")
 
-import torch  # noqa: E402
+import torch
 
-import lora_rite  # noqa: E402
-from lora_rite.bench import Adapter  # noqa: E402
-from lora_rite.finetune.optimizers import PRESETS, create_optimizer  # noqa: E402
+import lora_rite
+from lora_rite.bench import Adapter
+from lora_rite.finetune.optimizers import PRESETS, create_optimizer
 
 NAMES = [
     pytest.param(n, marks=pytest.mark.filterwarnings("ignore")) if p.path.startswith("pytorch_optimizer") else n

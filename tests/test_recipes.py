@@ -1,5 +1,6 @@
-"""Every recipe: its options are valid, its command works, and its model, pairs and memory are known from shapes alone."""
+"""Every recipe: its options are valid, its command works, its model, pairs and memory are known from shapes alone."""
 
+import itertools
 import math
 import shlex
 from collections import Counter
@@ -11,11 +12,11 @@ pytest.importorskip("peft")
 pytest.importorskip("jsonargparse")
 pytest.importorskip("pytorch_optimizer")
 
-from lora_rite.bench import SHAPES  # noqa: E402
-from lora_rite.cli import main  # noqa: E402
-from lora_rite.finetune import check as module  # noqa: E402
-from lora_rite.finetune.compare import Study, load_recipe  # noqa: E402
-from lora_rite.finetune.tasks import find_task  # noqa: E402
+from lora_rite.bench import SHAPES
+from lora_rite.cli import main
+from lora_rite.finetune import check as module
+from lora_rite.finetune.compare import Study, load_recipe
+from lora_rite.finetune.tasks import find_task
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))
@@ -55,7 +56,7 @@ def test_recipe(path, monkeypatch, capsys):
         if task.task not in (None, "torch-headers"):
             find_task(task.task)
     for contender in study.recipe.optimizers.values():
-        ratios = [b / a for a, b in zip(contender.lr, contender.lr[1:], strict=False)]
+        ratios = [b / a for a, b in itertools.pairwise(contender.lr)]
         assert all(math.isclose(math.log(r), math.log(ratios[0]), rel_tol=0.1) for r in ratios), "no geometric grid"
 
 

@@ -14,8 +14,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("markdown_it")
 pytest.importorskip("jsonargparse")
 
-from lora_rite.cli import main  # noqa: E402
-from lora_rite.finetune.report import Case, difference, mean_interval, step_at  # noqa: E402
+from lora_rite.cli import main
+from lora_rite.finetune.report import Case, difference, mean_interval, step_at
 
 
 def result(seed, lr, curve):
@@ -208,7 +208,10 @@ def test_accuracies_are_shown_with_what_can_be_detected(study):
             folder = (study / r["path"]).parent / "evaluation"
             folder.mkdir()
             value = 0.5 + 0.1 * r["seed"] + (0.02 + 0.001 * r["seed"]) * (r["optimizer"] == "LoRA-RITE")
-            record = {"task": "gsm8k", "results": {"metric": "exact_match,strict", "metrics": {"exact_match,strict": value}}}
+            record = {
+                "task": "gsm8k",
+                "results": {"metric": "exact_match,strict", "metrics": {"exact_match,strict": value}},
+            }
             (folder / "gsm8k.json").write_text(json.dumps(record))
     text, _ = render(study)
     assert "| optimizer | gsm8k, exact_match | − AdamW |" in text

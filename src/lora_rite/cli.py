@@ -1,4 +1,7 @@
-"""The command line: ``lora-rite demo | train | eval | compare | report | pairs | bench``. Heavy imports in the verbs."""
+"""The command line: ``lora-rite demo | train | eval | compare | report | pairs | bench``.
+
+Heavy imports are inside the verbs.
+"""
 
 import inspect
 import re

@@ -10,8 +10,8 @@ from .optimizers import create_optimizer
 from .tasks import find_task
 from .train import TINY, attach_adapter
 
-#: Model type and sizes of the paper's models, whose configurations need a licence on the hub (mT5's does not; it is here
-#: so that its check needs no network). From the models' public configurations.
+#: Model type and sizes of the paper's models, from their public configurations: Gemma's needs a licence on the hub, and
+#: no check of ours needs a network.
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "google/gemma-2b": (
         "gemma",
@@ -108,7 +108,9 @@ def needs(study: Study, rank: int) -> Needs:
     pairing = find_pairs(network)
     if pairing.left_out:
         names = ", ".join(f"{left.name} ({left.reason})" for left in pairing.left_out[:3])
-        raise LoRARiteValueError(f"train.target_modules: {len(pairing.left_out)} trainable parameters are in no pair: {names}")
+        raise LoRARiteValueError(
+            f"train.target_modules: {len(pairing.left_out)} trainable parameters are in no pair: {names}"
+        )
     shapes = Counter((pair.a.shape[1], pair.b.shape[0]) for pair in pairing.pairs)
     factors = sum(rank * (n + m) * count for (n, m), count in shapes.items())
     bytes_each = 2 if options.get("bf16") else 4
@@ -167,8 +169,8 @@ def check(study: Study, data_dir: Any = None) -> str:
     for rank in recipe.ranks:
         need = needs(study, rank)
         lines.append(
-            f"rank {rank}: {need.pairs} pairs in {recipe.train.get('model', 'tiny')} ({_billions(need.parameters)} parameters); "
-            f"about {_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
+            f"rank {rank}: {need.pairs} pairs in {recipe.train.get('model', 'tiny')} ({_billions(need.parameters)} "
+            f"parameters); about {_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
             f"{_gib(need.adapter)}, activations roughly {_gib(need.activations)}, optimizer state at most "
             f"{_gib(max(need.state.values()))}"
         )

@@ -2,8 +2,9 @@
 
 A *case* is a task at a rank. In each case every optimizer first tries its grid of learning rates on the validation
 split; the best ones are tried with further seeds, and where the best lies on an edge, the grid is extended. Then it is
-run with the recipe's seeds and judged on the test split. All runs of a seed have the same initial adapter and the same batches. Which runs are due follows
-from the results that there are (:meth:`Study.due`), so that a study goes on from wherever it stopped.
+run with the recipe's seeds and judged on the test split. All runs of a seed have the same initial adapter and the same
+batches. Which runs are due follows from the results that there are (:meth:`Study.due`), so that a study goes on from
+wherever it stopped.
 """
 
 import itertools
@@ -17,7 +18,7 @@ import shutil
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ MAX_EXTENSIONS = 4
 FINALISTS = 2
 SPLITS = ("train", "validation", "test")
 #: Options of a run that the study decides.
-DECIDED = {"data", "task", "data_dir", "validation", "optimizer", "optimizer_args", "lr", "rank", "seed", "out", "resume"}
+DECIDED = {"data", "task", "data_dir", "validation", "optimizer", "optimizer_args", "lr", "rank", "seed", "out"}
 _WORD = re.compile(r"[\w.+][\w.+ -]*")
 
 
@@ -131,8 +132,8 @@ Losses = dict[Run, float]
 
 
 class Search(NamedTuple):
-    """The choice of a learning rate: the rates to try, the mean validation losses that there are, the runs that are due,
-    and the chosen rate once none is."""
+    """The choice of a learning rate: the rates to try, the mean validation losses that there are, the runs that are
+    due, and the chosen rate once none is."""
 
     grid: list[float]
     scores: dict[float, float]
@@ -208,14 +209,13 @@ class Study:
             return Search(grid, {}, [], grid[0])
         most = len(grid) + MAX_EXTENSIONS
         while True:
-            wanted = [Run(*line, lr, seeds[0], "validation") for lr in grid]
-            found = {
-                lr: [losses[run] for seed in seeds if (run := Run(*line, lr, seed, "validation")) in losses] for lr in grid
-            }
+            sweep = {lr: [Run(*line, lr, seed, "validation") for seed in seeds] for lr in grid}
+            found = {lr: [losses[run] for run in runs if run in losses] for lr, runs in sweep.items()}
+            wanted = [runs[0] for runs in sweep.values()]
             scores = {lr: statistics.fmean(values) for lr, values in found.items() if values}
             if all(run in losses for run in wanted):
                 finalists = sorted(grid, key=scores.__getitem__)[:FINALISTS]
-                wanted = [Run(*line, lr, seed, "validation") for lr in finalists for seed in seeds]
+                wanted = [run for lr in finalists for run in sweep[lr]]
             if due := [run for run in wanted if run not in losses]:
                 return Search(grid, scores, due, None)
             best = finalists[0]
@@ -283,10 +283,10 @@ def compare(
     """Runs the study of a recipe: each optimizer at its best learning rate, paired, with a report.
 
     In each case (a task at a rank), every optimizer tries its learning rates on the validation split (the best two with
-    all of sweep_seeds; the grid is extended where the best lies on its edge); the best is run with all seeds and judged on the test split. Runs of one
-    seed share the initial adapter and the batches. A finished run is never run again, a stopped one goes on from its
-    last checkpoint or starts anew: give the same command again. Where a task names evaluations, the final adapters are
-    judged by ``lora-rite eval`` too. Into OUT go ``runs/…/result.json``, ``data/``,
+    all of sweep_seeds; the grid is extended where the best lies on its edge); the best is run with all seeds and judged
+    on the test split. Runs of one seed share the initial adapter and the batches. A finished run is never run again, a
+    stopped one goes on from its last checkpoint or starts anew: give the same command again. Where a task names
+    evaluations, the final adapters are judged by ``lora-rite eval`` too. Into OUT go ``runs/…/result.json``, ``data/``,
     ``study.json``, ``report.html`` and ``report.md``.
 
     Args:
@@ -336,13 +336,17 @@ def _claim(out: Path, recipe: Recipe) -> None:
     now = json.loads(json.dumps(asdict(recipe), default=str))
     if stored.is_file():
         before = json.loads(stored.read_text(encoding="utf-8"))
-        changed = [f"train.{k}" for k in {*before["train"], *now["train"]} if before["train"].get(k) != now["train"].get(k)]
+        changed = [
+            f"train.{k}" for k in {*before["train"], *now["train"]} if before["train"].get(k) != now["train"].get(k)
+        ]
         for group, key in (("tasks", None), ("optimizers", "lr")):
             for name in set(before[group]) & set(now[group]):
                 old, new = ({k: v for k, v in r[group][name].items() if k != key} for r in (before, now))
                 changed += [f"{group}.{name}"] * (old != new)
         if changed:
-            raise LoRARiteValueError(f"{out} holds a study with another {', '.join(sorted(changed))}; choose another --out")
+            raise LoRARiteValueError(
+                f"{out} holds a study with another {', '.join(sorted(changed))}; choose another --out"
+            )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LoRARiteValueError(f"{out} is not an empty folder or a study; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -589,9 +593,9 @@ def print_plan(study: Study, losses: Losses, out: Path) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{study.planned(losses)} runs, {len(losses)} of them finished in {out}; and in each line the best {FINALISTS} rates "
-        f"with {len(study.recipe.sweep_seeds) - 1} more seeds, and up to {MAX_EXTENSIONS} more rates where the best lies "
-        "on the edge of the grid",
+        f"{study.planned(losses)} runs, {len(losses)} of them finished in {out}; and in each line the best {FINALISTS} "
+        f"rates with {len(study.recipe.sweep_seeds) - 1} more seeds, and up to {MAX_EXTENSIONS} more rates where the "
+        "best lies on the edge of the grid",
         highlight=False,
         soft_wrap=True,
     )

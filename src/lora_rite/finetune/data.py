@@ -34,7 +34,8 @@ class Split(NamedTuple):
 
 def read_examples(path: Path) -> list[Example]:
     """Examples from the records of a ``.jsonl``, ``.json`` or ``.parquet`` file (``{"text": …}``, or
-    ``{"prompt": …, "completion": …}``), or from any other text file (one example).
+    ``{"prompt": …, "completion": …}``; beside a prompt, ``"shorter"`` may list prompts for where it does not fit), or
+    from any other text file (one example).
 
     Raises:
         LoRARiteValueError: no such file, not UTF-8, or a bad record, named as file:number.
@@ -107,7 +108,10 @@ def _example(record: dict[str, Any], where: str) -> Example:
             raise LoRARiteValueError(f'{where}: "{key}" must be a string, got a {type(record[key]).__name__}')
     if not record[keys[-1]].strip():
         raise LoRARiteValueError(f'{where}: "{keys[-1]}" is empty')
-    return Example(record.get("prompt", "") if len(keys) == 2 else "", record[keys[-1]])
+    shorter = record.get("shorter", [])
+    if not isinstance(shorter, list) or not all(isinstance(prompt, str) for prompt in shorter):
+        raise LoRARiteValueError(f'{where}: "shorter" must be a list of prompts')
+    return Example(record.get("prompt", "") if len(keys) == 2 else "", record[keys[-1]], tuple(shorter))
 
 
 def split(examples: list[Example], share: float, seed: int) -> Split:

@@ -6,12 +6,13 @@ The text is there on every machine: torch installs its C++ headers. The model ha
 import hashlib
 import json
 import shutil
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
 from .data import Example
+from .report import step_at
 from .train import train, versions, write_json
 
 
@@ -21,8 +22,8 @@ class Entry(NamedTuple):
     lr: float
 
 
-#: The best learning rates of `python tools/sweep_demo.py`: equal budgets, judged on the validation split (see
-#: benchmarks/results/demo_sweep.json).
+#: The best learning rates of a sweep with equal budgets, judged on the validation split
+#: (benchmarks/results/demo_sweep.json; recipes/small/demo.yaml makes it anew).
 ENTRIES = (Entry("AdamW", "adamw", 1e-2), Entry("LoRA-RITE", "lora-rite", 2e-2))
 SETTINGS: dict[str, Any] = {"steps": 200, "batch_size": 8, "max_length": 128, "rank": 16, "warmup": 0.1}
 #: Measurements of the held-out loss are so many steps apart.
@@ -134,7 +135,7 @@ def _row(entry: Entry, runs: list[dict[str, Any]]) -> dict[str, Any]:
     own = [run for run in runs if run["label"] == entry.label]
     final = [run["held_out"]["after"] for run in own]
     target = min(run["held_out"]["after"] for run in runs if run["label"] == ENTRIES[0].label)
-    steps = [step for run in own if (step := _step_at(run, target)) is not None]
+    steps = [step for run in own if (step := step_at(run, target)) is not None]
     return {
         "optimizer": entry.label,
         "lr": entry.lr,
@@ -144,15 +145,6 @@ def _row(entry: Entry, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "state_bytes": own[0]["optimizer"]["state_bytes"],
         "optimizer_share": sum(run["seconds"]["optimizer_share"] for run in own) / len(own),
     }
-
-
-def _step_at(run: dict[str, Any], loss: float) -> float | None:
-    """The step at which the run's held-out loss first reaches ``loss``, interpolated between two measurements."""
-    points = [(0, run["held_out"]["before"])] + [(e["step"], e["held_out_loss"]) for e in run["held_out_losses"]]
-    for (step, value), (next_step, next_value) in pairwise(points):
-        if next_value <= loss:
-            return step + (next_step - step) * (value - loss) / (value - next_value)
-    return None
 
 
 def _print_table(rows: list[dict[str, Any]], runs: list[dict[str, Any]], out: Path) -> None:

@@ -3,7 +3,8 @@
 import importlib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
@@ -13,7 +14,7 @@ class Preset(NamedTuple):
     """What a name stands for: an import path and the options that differ from its own defaults."""
 
     path: str
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     weight_decay: str = "weight_decay"
 
 

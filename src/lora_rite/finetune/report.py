@@ -88,7 +88,7 @@ class Row:
         folder: Path,
     ):
         self.name, self.lr, self.grid = name, sweep["best"], sweep["grid"]
-        self.validation = {lr: loss for lr, loss in sweep["validation_loss"]}
+        self.validation = dict(sweep["validation_loss"])
         self.tried_paths = tried_paths
         self.paths = {run["seed"]: run["path"] for run in runs}
         self.losses = {run["seed"]: run["loss"] for run in runs}
@@ -197,8 +197,8 @@ class Case:
 
 
 def report(folder: Path) -> Path:
-    """Writes report.md, report.html (one file, figures inside) and figures/ into the folder of a study, also of one that
-    is not finished. Returns the path of the page.
+    """Writes report.md, report.html (one file, figures inside) and figures/ into the folder of a study, also of one
+    that is not finished. Returns the path of the page.
 
     Args:
         folder: of the study, as ``lora-rite compare --out`` names it.
@@ -234,9 +234,7 @@ def report(folder: Path) -> Path:
         return figures[tokens[index].attrGet("src").replace("%20", " ")].decode()
 
     markdown.add_render_rule("image", inline)
-    page = environment.get_template("report.html.j2").render(
-        title=study["recipe"]["title"], body=markdown.render(text)
-    )
+    page = environment.get_template("report.html.j2").render(title=study["recipe"]["title"], body=markdown.render(text))
     (folder / "figures").mkdir(exist_ok=True)
     for name, content in figures.items():
         (folder / name).write_bytes(content)
