@@ -168,6 +168,10 @@ def test_a_study_can_grow_but_not_change(recipe, tmp_path, fake_train, capsys):
     before = len(fake_train.calls)
     assert run("compare", recipe(**{"[0, 1]": "[0, 1, 2]"}), "--out", out) == 0
     assert len(fake_train.calls) == before + 2
+    # a further seed of the sweep comes before the final runs, which are there already and are not run again
+    assert run("compare", recipe(**{"[0, 1]": "[0, 1, 2]", "[100]": "[100, 101]"}), "--out", out) == 0
+    before = len(fake_train.calls) - 2
+    assert len(set(fake_train.calls)) == len(fake_train.calls) == 7 + 2 + 2
     for change, key in (
         ({"steps: 2": "steps: 3"}, "train.steps"),
         ({"{data: DATA}": "{data: DATA, limit: {test: 2}}"}, "tasks.sums"),
@@ -229,6 +233,7 @@ def test_dry_run_and_check_write_nothing(recipe, tmp_path, fake_train, capsys):
         ({"sums:": "a/b:"}, "names a folder"),
         ({"lr: [0.02]": "lr: []"}, "optimizers.LoRA-RITE.lr"),
         ({"lr: [0.02]": "lr: [-1]"}, "optimizers.LoRA-RITE.lr"),
+        ({"{data: DATA}": "{task: sums}"}, "no task sums"),
         ({"lora-rite,": "lora-write,"}, "no optimizer lora-write; there are"),
         ({"seeds: [0, 1]": "seeds: []"}, "seeds is empty"),
         ({"seeds: [0, 1]": "seeds: [0, 0]"}, "seeds: each once"),
@@ -342,6 +347,30 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch,
     whole, parts = (json.loads((tmp_path / name / "study.json").read_text())["runs"] for name in ("whole", "parts"))
     assert whole == parts
     assert not list((tmp_path / "parts").rglob("checkpoint-*"))
+
+
+def test_final_adapters_are_evaluated_and_a_missing_evaluation_is_made_up_for(recipe, tmp_path, capsys):
+    """Accuracies by lm_eval, of final runs alone, in the report; a run without its evaluation is not trained again."""
+    pytest.importorskip("lm_eval")
+    from task_files import make_task_files
+
+    folder = make_task_files(tmp_path / "data")
+    text = RECIPE.replace("{data: DATA}", "{task: arc_challenge, evaluate: [arc_challenge]}").replace("[0, 1]", "[0]")
+    words = ["compare", recipe(text), "--out", tmp_path / "study", "--data-dir", folder]
+    assert run(*words) == 0
+    made = sorted(path.parts[-3] for path in (tmp_path / "study").rglob("evaluation/arc_challenge.json"))
+    assert len(made) == 2
+    assert all(name.endswith("seed0-test") for name in made)
+    assert "| optimizer | arc_challenge, acc_norm | − AdamW |" in (tmp_path / "study" / "report.md").read_text()
+    evaluation = next((tmp_path / "study").rglob("evaluation/arc_challenge.json"))
+    before, kept = evaluation.read_text(), (evaluation.parents[1] / "result.json").read_bytes()
+    evaluation.unlink()
+    assert run(*words) == 0
+    assert json.loads(evaluation.read_text())["results"] == json.loads(before)["results"]
+    assert (evaluation.parents[1] / "result.json").read_bytes() == kept
+    assert run("compare", recipe(text.replace("[arc_challenge]", "[no_such_task]")), "--out", tmp_path / "new") == 2
+    assert "no_such_task" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ pytest.importorskip("pytorch_optimizer")
 from lora_rite.bench import SHAPES
 from lora_rite.cli import main
 from lora_rite.finetune import check as module
-from lora_rite.finetune.compare import Study, load_recipe
+from lora_rite.finetune.compare import HEADERS, Study, load_recipe
 from lora_rite.finetune.tasks import find_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def test_recipe(path, monkeypatch, capsys):
         assert needs.state[adamw] == pytest.approx(needs.adapter, rel=0.01)
         assert set(needs.state) == set(study.recipe.optimizers)
     for task in study.recipe.tasks.values():
-        if task.task not in (None, "torch-headers"):
+        if task.task not in (None, HEADERS):
             find_task(task.task)
     for contender in study.recipe.optimizers.values():
         ratios = [b / a for a, b in itertools.pairwise(contender.lr)]

@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
-from .compare import SPLITS, Study, read_data
+from .compare import HEADERS, SPLITS, Study, read_data
 from .optimizers import create_optimizer
 from .tasks import find_task
 from .train import TINY, attach_adapter
@@ -182,7 +182,7 @@ def check(study: Study, data_dir: Any = None) -> str:
         f"{statistics.fmean(grids):.1f} learning rates each on the average, {len(recipe.seeds)} seeds at the best"
     )
     for name, task in recipe.tasks.items():
-        if task.task not in (None, "torch-headers"):
+        if task.task not in (None, HEADERS):
             hub = find_task(task.task).dataset
             if data_dir is None:
                 where = f"from the hub, {'/'.join(filter(None, hub))}" if hub else "needs --data_dir"

@@ -29,13 +29,15 @@ from typing import Any, NamedTuple
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError
 from .data import Example, read_examples, read_text, split
 from .optimizers import find_optimizer
-from .tasks import examples, read_rows, read_task
+from .tasks import examples, find_task, read_rows, read_task
 from .train import train, versions, write_json
 
 #: Learning rates tried beyond the recipe's grid where the best lies on its edge.
 MAX_EXTENSIONS = 4
 #: So many of the best rates are tried with all of the sweep's seeds.
 FINALISTS = 2
+#: The name of the task whose text every installation has.
+HEADERS = "torch-headers"
 SPLITS = ("train", "validation", "test")
 #: Options of a run that the study decides.
 DECIDED = {"data", "task", "data_dir", "validation", "optimizer", "optimizer_args", "lr", "rank", "seed", "out"}
@@ -48,7 +50,8 @@ class Data:
 
     Attributes:
         task: a name as ``lora-rite train --task`` takes it, or ``torch-headers``, the C++ headers that torch installs.
-        data: instead of a task, a file to train on, in the formats of ``lora-rite train --data``.
+        data: instead of a task, a file to train on, in the formats of ``lora-rite train --data``; like the other files,
+            seen from where the command runs.
         validation: file for the choice of the learning rate; without it, a tenth of the training text.
         test: file for the result; without it, a further tenth.
         limit: largest number of examples of each split (train, validation, test); a sample where there are more.
@@ -176,6 +179,8 @@ def load_recipe(path: Path) -> Recipe:
     for name, task in recipe.tasks.items():
         if (task.task is None) == (task.data is None):
             raise LoRARiteValueError(f"{path}: tasks.{name}: give either task or data")
+        if task.task not in (None, HEADERS):
+            find_task(task.task)
         if unknown := set(task.limit) - set(SPLITS):
             raise LoRARiteValueError(f"{path}: tasks.{name}.limit.{min(unknown)}: there are {', '.join(SPLITS)}")
     for name, contender in recipe.optimizers.items():
@@ -311,14 +316,20 @@ def compare(
 
         print(run_check(study, data_dir))
     if dry_run:
-        print_plan(study, _finished(study, out) if out.is_dir() else {}, out)
+        print_plan(study, _finished(study, out, {}) if out.is_dir() else {}, out)
     if check or dry_run:
         return None
 
+    from .report import report, require_packages
+
+    require_packages()
     from filelock import FileLock, Timeout
 
-    from .report import report
+    for task in study.recipe.tasks.values():
+        if task.evaluate:  # what is missing for it must not be found out after hours of training
+            from .evaluate import evaluate
 
+            evaluate(task.evaluate, data_dir=data_dir, dry_run=True, progress=False)
     _claim(out, study.recipe)
     try:
         with FileLock(out / ".lock", timeout=0):
@@ -359,7 +370,7 @@ def _claim(out: Path, recipe: Recipe) -> None:
 def read_data(task: Data, data_dir: Path | None) -> dict[str, list[Example]]:
     """The examples of the three splits. What has no validation or test split gives a tenth of the training text each
     (drawn with seed 0); more than ``limit`` are sampled."""
-    if task.task == "torch-headers":
+    if task.task == HEADERS:
         from .demo import read_headers
 
         found = dict(read_headers())
@@ -423,7 +434,7 @@ def _run_all(
 ) -> dict[str, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    losses = _finished(study, out)
+    losses = _finished(study, out, {})
     seconds: list[float] = []
     working: dict[Future, Run] = {}
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -447,6 +458,7 @@ def _run_all(
                     flush=True,
                 )
                 _write_study(study, out, data, losses)
+            losses = _finished(study, out, losses)
     return _write_study(study, out, data, losses)
 
 
@@ -474,10 +486,9 @@ def _run(options: dict[str, Any], evaluation: dict[str, Any]) -> tuple[float, fl
     return loss, time.perf_counter() - begin
 
 
-def _finished(study: Study, out: Path) -> Losses:
-    """The losses of the runs that are finished, of all that the recipe can lead to."""
-    losses: Losses = {}
-    unfinished: set[Run] = set()
+def _finished(study: Study, out: Path, losses: Losses) -> Losses:
+    """The losses, and those of further runs that are due and are finished in the folder already."""
+    losses, unfinished = dict(losses), set()
     while True:
         found = {run: out / run.folder / "result.json" for run in study.due(losses) if run not in unfinished}
         found = {run: path for run, path in found.items() if path.is_file()}

@@ -1,5 +1,6 @@
 """``lora-rite report``: what a study came to, as a page that needs no server, and the same as Markdown."""
 
+import importlib.util
 import io
 import json
 import math
@@ -98,6 +99,8 @@ class Row:
             for file in sorted((folder / path).parent.glob("evaluation/*.json")):
                 record = json.loads(file.read_text(encoding="utf-8"))
                 figures = record["results"]
+                if "metric" not in figures:
+                    continue  # of a text: its loss alone
                 name = f"{record['task']}, {figures['metric'].partition(',')[0]}"
                 self.accuracies.setdefault(name, {})[seed] = 100 * figures["metrics"][figures["metric"]]
         self.mean, self.half_width = mean_interval(list(self.losses.values())) if runs else (math.inf, math.nan)
@@ -196,6 +199,13 @@ class Case:
         return {verdict: verdicts.count(verdict) for verdict in ("better", "worse", "not significant")}
 
 
+def require_packages() -> None:
+    """Raises ImportError, with the extra to install, where a package of the study is missing."""
+    for package in ("filelock", "jinja2", "markdown_it", "matplotlib", "scipy"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f'studies need {package}: pip install "lora-rite[study]"')
+
+
 def report(folder: Path) -> Path:
     """Writes report.md, report.html (one file, figures inside) and figures/ into the folder of a study, also of one
     that is not finished. Returns the path of the page.
@@ -209,11 +219,10 @@ def report(folder: Path) -> Path:
     path = folder / "study.json"
     if not path.is_file():
         raise LoRARiteValueError(f"{folder} holds no study (no study.json); lora-rite compare writes it")
-    try:
-        import jinja2
-        from markdown_it import MarkdownIt
-    except ImportError:
-        raise ImportError('the report needs an extra: pip install "lora-rite[study]"') from None
+    require_packages()
+    import jinja2
+    from markdown_it import MarkdownIt
+
     study = json.loads(path.read_text(encoding="utf-8"))
     try:
         cases = [Case(t, r, study, folder) for t in study["recipe"]["tasks"] for r in study["recipe"]["ranks"]]
