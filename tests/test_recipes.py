@@ -60,9 +60,10 @@ def test_recipe(path, monkeypatch, capsys):
         assert all(math.isclose(math.log(r), math.log(ratios[0]), rel_tol=0.1) for r in ratios), "no geometric grid"
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("gemma-2b", 2.506e9), ("gemma-7b", 8.538e9), ("mt5-xxl", 12.92e9)])
+@pytest.mark.parametrize(("name", "parameters"), [("gemma-2b", 2.506e9), ("gemma-7b", 8.538e9), ("mt5-xxl", 11.90e9)])
 def test_configurations_are_those_of_the_models(name, parameters):
-    """Their published numbers of parameters, and the adapter shapes that `lora-rite bench` has from the same models."""
+    """Their published numbers of parameters (mT5 has 12.92e9 with an output layer of its own, which transformers ties
+    to the embedding), and the adapter shapes that `lora-rite bench` has from the same models."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -86,7 +87,7 @@ def test_a_model_or_target_that_is_not_there_is_named(tmp_path, capsys):
     for old, new, message in (
         ("model: tiny", f"model: {tmp_path}/nothing", "train.model: no configuration of"),
         ("model: tiny", "model: tiny\n  target_modules: [no_such_layer]", "no_such_layer"),
-        ("{optimizer: soap,", "{optimizer: soap, optimizer_args: {no_such: 1},", "optimizers.SOAP"),
+        ("{optimizer: adamw,", "{optimizer: adamw, optimizer_args: {no_such: 1},", "optimizers.AdamW"),
     ):
         path = tmp_path / "recipe.yaml"
         path.write_text(text.replace(old, new))

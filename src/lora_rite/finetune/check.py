@@ -48,7 +48,6 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_decoder_layers": 24,
             "vocab_size": 250112,
             "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
         },
     ),
 }

@@ -7,6 +7,7 @@ batches. Which runs are due follows from the results that there are (:meth:`Stud
 wherever it stopped.
 """
 
+import gc
 import itertools
 import json
 import math
@@ -465,6 +466,7 @@ def _run_all(
 def _run(options: dict[str, Any], evaluation: dict[str, Any]) -> tuple[float, float]:
     """Trains one run, or goes on with it, and evaluates its adapter. Returns its held-out loss (infinite where it
     diverged) and the seconds."""
+    gc.collect()  # the model of the run before: Trainers are in cycles
     out, begin = options["out"], time.perf_counter()
     resume = (out / "result.json").is_file() or any((out / "checkpoints").glob("checkpoint-*"))
     if out.is_dir() and not resume:
@@ -482,7 +484,8 @@ def _run(options: dict[str, Any], evaluation: dict[str, Any]) -> tuple[float, fl
         settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
         result = {"settings": settings, "held_out": {"after": loss}, "diverged": str(error), "versions": versions()}
         write_json(out / "result.json", result)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    for checkpoint in (out / "checkpoints").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     return loss, time.perf_counter() - begin
 
 
