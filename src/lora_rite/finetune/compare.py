@@ -217,12 +217,11 @@ class Study:
         while True:
             sweep = {lr: [Run(*line, lr, seed, "validation") for seed in seeds] for lr in grid}
             found = {lr: [losses[run] for run in runs if run in losses] for lr, runs in sweep.items()}
-            wanted = [runs[0] for runs in sweep.values()]
             scores = {lr: statistics.fmean(values) for lr, values in found.items() if values}
-            if all(run in losses for run in wanted):
-                finalists = sorted(grid, key=scores.__getitem__)[:FINALISTS]
-                wanted = [run for lr in finalists for run in sweep[lr]]
-            if due := [run for run in wanted if run not in losses]:
+            finalists = sorted(grid, key=lambda lr: scores.get(lr, math.inf))[:FINALISTS]
+            due = [runs[0] for runs in sweep.values() if runs[0] not in losses]
+            due = due or [run for lr in finalists for run in sweep[lr] if run not in losses]
+            if due:
                 return Search(grid, scores, due, None)
             best = finalists[0]
             if len(grid) == most or grid[0] < best < grid[-1]:

@@ -65,6 +65,7 @@ def create_optimizer(
     """
     import torch
 
+    target: Any
     target, preset = find_optimizer(name)
     arguments = {**preset.options, **(options or {}), "lr": lr}
     arguments = {k: _load(v) if isinstance(v, str) and _PATH.fullmatch(v) else v for k, v in arguments.items()}
