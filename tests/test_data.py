@@ -77,17 +77,18 @@ def test_split_is_reproducible_and_without_overlap():
 
 
 def test_windows():
-    rows = windows([Example("", "abcdef"), Example("", "gh")], Letters(), 5)
+    rows, cut = windows([Example("", "abcdef"), Example("", "gh")], Letters(), 5)
     assert [row["input_ids"] for row in rows] == [[1, 97, 98, 99, 100], [101, 102, 2, 1, 103], [104, 2]]
     assert all(row["labels"] == row["input_ids"] for row in rows)
     assert all(len(row["attention_mask"]) == len(row["input_ids"]) for row in rows)
-    (row,) = windows([Example("ab", "c")], Letters(), 5)
+    assert cut == 0
+    ((row,), _) = windows([Example("ab", "c")], Letters(), 5)
     assert row["input_ids"] == [1, 97, 98, 99, 2]
     assert row["labels"] == [IGNORED, IGNORED, IGNORED, 99, 2]
 
 
 def test_windows_without_loss_are_dropped_or_refused():
-    rows = windows([Example("a" * 9, "b"), Example("a", "b")], Letters(), 4)
-    assert len(rows) == 1
+    rows, cut = windows([Example("a" * 9, "b"), Example("a", "b")], Letters(), 4)
+    assert (len(rows), cut) == (1, 1)
     with pytest.raises(ValueError, match="no token carries loss within 4 tokens"):
         windows([Example("a" * 9, "b")], Letters(), 4)

@@ -1,6 +1,10 @@
-"""The command line: ``lora-rite demo | train | pairs | bench``. Heavy imports are inside the verbs."""
+"""The command line: ``lora-rite demo | train | eval | compare | report | pairs | bench``.
+
+Heavy imports are inside the verbs.
+"""
 
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,7 +40,7 @@ def pairs(
     """Shows which factors LoRARite pairs in a model with an adapter, and what it leaves to AdamW, and why.
 
     Args:
-        model: hub id or local folder of a causal language model; "tiny" is the one inside this package.
+        model: hub id or local folder of a language model; "tiny" is the one inside this package.
         adapter: folder of a PEFT adapter; without it, a new LoRA adapter is attached.
         target_modules: layers that get a new adapter: all-linear, a list of names, or a regular expression.
         rank: rank of a new adapter.
@@ -88,6 +92,38 @@ def train(**kwargs: Any) -> None:
     print(summary(run(**kwargs)))
 
 
+def evaluate(**kwargs: Any) -> None:
+    from .finetune.evaluate import evaluate as run
+    from .finetune.evaluate import table
+
+    if (result := run(**kwargs)) and not kwargs["dry_run"]:
+        print(table(result), end="")
+
+
+def _underscores(option: re.Match[str]) -> str:
+    """--data-dir is --data_dir."""
+    return "--" + option[0][2:].replace("-", "_")
+
+
+def compare(**kwargs: Any) -> None:
+    from .finetune.compare import compare as run
+
+    run(**kwargs)
+
+
+def report(folder: Path) -> None:
+    """Writes the report of a study: report.html (one file that needs no server), report.md and figures/.
+
+    Also of a study that is not finished.
+
+    Args:
+        folder: folder of the study, the --out of lora-rite compare.
+    """
+    from .finetune.report import report as run
+
+    print(run(folder))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of ``lora-rite``. Returns the exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     try:
@@ -98,11 +134,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         print('lora-rite: the command line needs its extra: pip install "lora-rite[finetune]"', file=sys.stderr)
         return 1
+    from .finetune.compare import compare as compare_function
+    from .finetune.evaluate import evaluate as evaluate_function
     from .finetune.train import train as train_function
 
     verbs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "demo": (demo, demo),
         "train": (train_function, train),
+        "eval": (evaluate_function, evaluate),
+        "compare": (compare_function, compare),
+        "report": (report, report),
         "pairs": (pairs, pairs),
         "bench": (bench, bench),
     }
@@ -116,13 +157,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
         switches = [p for p in inspect.signature(signature).parameters.values() if isinstance(p.default, bool)]
         skip: set[str | int] = {p.name for p in switches}
-        verb.add_function_arguments(signature, as_group=False, skip=skip)
+        verb.add_function_arguments(signature, as_group=False, as_positional=name in ("compare", "report"), skip=skip)
         texts = {p.arg_name: p.description for p in docstring_parser.parse(signature.__doc__ or "").params}
         for p in switches:  # --resume instead of --resume true
             verb.add_argument(f"--{p.name}", action=ActionYesNo, default=p.default, help=texts[p.name])
         commands.add_subcommand(name, verb, help=(signature.__doc__ or "").split("\n")[0])
+    words = [re.sub(r"^--[\w-]+", _underscores, word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_args(words)
     except ArgumentError as error:
         print(f"lora-rite: error: {' '.join(str(error).split())} (see lora-rite VERB --help)", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+from torch.utils._pytree import tree_leaves
 
 from . import rite
 from .batch import LOW_PRECISION, STATE_KEYS, Batch, FactorPair, State, new_state, rank_of, rounding_key, work_dtype
@@ -490,8 +491,8 @@ class LoRARite(torch.optim.Optimizer):
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all state tensors of an optimizer."""
-    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    """Bytes of all state tensors of an optimizer, also of those in lists and dictionaries."""
+    tensors = [t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

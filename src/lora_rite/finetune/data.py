@@ -2,19 +2,29 @@
 
 import json
 import random
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
 
 IGNORED = -100  # the label of a token that carries no loss
+RECORDS = (".jsonl", ".json", ".parquet")  # files of records
 
 
 class Example(NamedTuple):
-    """A text (``prompt`` empty; all of it carries loss), or a prompt and the completion that carries it."""
+    """A text (``prompt`` empty; all of it carries loss), or a prompt and the completion that carries it.
+
+    ``shorter`` has prompts to take instead, in this order, where the whole does not fit into a window.
+    """
 
     prompt: str
     completion: str
+    shorter: tuple[str, ...] = ()
+
+
+Row = dict[str, list[int]]
 
 
 class Split(NamedTuple):
@@ -23,34 +33,73 @@ class Split(NamedTuple):
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Examples from a ``.jsonl`` file (an object a line: ``{"text": …}``, or ``{"prompt": …, "completion": …}``) or
+    """Examples from the records of a ``.jsonl``, ``.json`` or ``.parquet`` file (``{"text": …}``, or
+    ``{"prompt": …, "completion": …}``; beside a prompt, ``"shorter"`` may list prompts for where it does not fit), or
     from any other text file (one example).
 
     Raises:
-        LoRARiteValueError: no such file, not UTF-8, or a bad line, named as file:line.
+        LoRARiteValueError: no such file, not UTF-8, or a bad record, named as file:number.
     """
+    if path.suffix in RECORDS:
+        return [_example(record, where) for where, record in read_records(path)]
+    text = read_text(path)
+    if not text.strip():
+        raise LoRARiteValueError(f"{path} has no text")
+    return [Example("", text)]
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with an error that names it."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise LoRARiteValueError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise LoRARiteValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if path.suffix in (".jsonl", ".json"):
-        examples = [_example(line, f"{path}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    else:
-        examples = [Example("", text)] if text.strip() else []
-    if not examples:
+
+
+def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The records of a ``.jsonl`` file (an object a line), a ``.json`` file (the same, one object, or an array of
+    objects) or a ``.parquet`` file, each with its place as file:number.
+
+    Raises:
+        LoRARiteValueError: no such file, not UTF-8, no records, or something else than an object, named as file:number.
+    """
+    values = _parquet(path) if path.suffix == ".parquet" else _json_values(read_text(path), path)
+    if not values:
         raise LoRARiteValueError(f"{path} has no text")
-    return examples
+    for n, value in values:
+        if not isinstance(value, dict):
+            raise LoRARiteValueError(f"{path}:{n}: expected a JSON object, got a {type(value).__name__}")
+    return [(f"{path}:{n}", value) for n, value in values]
 
 
-def _example(line: str, where: str) -> Example:
+def _json_values(text: str, path: Path) -> list[tuple[int, Any]]:
+    if path.suffix == ".json":
+        with suppress(json.JSONDecodeError):
+            whole = json.loads(text)
+            return list(enumerate(whole if isinstance(whole, list) else [whole], 1))
+    values = []
+    for n, line in enumerate(text.split("\n"), 1):
+        try:
+            values += [(n, json.loads(line))] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise LoRARiteValueError(f"{path}:{n}: not a JSON object on one line: {error.msg}") from None
+    return values
+
+
+def _parquet(path: Path) -> list[tuple[int, Any]]:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise LoRARiteValueError(f"{where}: not a JSON object on one line: {error.msg}") from None
-    if not isinstance(record, dict):
-        raise LoRARiteValueError(f"{where}: expected a JSON object, got a {type(record).__name__}")
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ImportError(f'{path}: parquet files need an extra: pip install "lora-rite[eval]"') from None
+    try:
+        return list(enumerate(parquet.read_table(path).to_pylist(), 1))
+    except (OSError, ArrowException) as error:
+        raise LoRARiteValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+
+
+def _example(record: dict[str, Any], where: str) -> Example:
     keys = ("text",) if "text" in record else ("prompt", "completion")
     for key in keys:
         if key not in record:
@@ -59,7 +108,10 @@ def _example(line: str, where: str) -> Example:
             raise LoRARiteValueError(f'{where}: "{key}" must be a string, got a {type(record[key]).__name__}')
     if not record[keys[-1]].strip():
         raise LoRARiteValueError(f'{where}: "{keys[-1]}" is empty')
-    return Example(record.get("prompt", "") if len(keys) == 2 else "", record[keys[-1]])
+    shorter = record.get("shorter", [])
+    if not isinstance(shorter, list) or not all(isinstance(prompt, str) for prompt in shorter):
+        raise LoRARiteValueError(f'{where}: "shorter" must be a list of prompts')
+    return Example(record.get("prompt", "") if len(keys) == 2 else "", record[keys[-1]], tuple(shorter))
 
 
 def split(examples: list[Example], share: float, seed: int) -> Split:
@@ -76,32 +128,90 @@ def split(examples: list[Example], share: float, seed: int) -> Split:
     return Split([e for e in examples if e not in held_out], [e for e in examples if e in held_out])
 
 
-def windows(examples: list[Example], tokenizer: Any, length: int) -> list[dict[str, list[int]]]:
+class Windows(NamedTuple):
+    """Rows of token ids for a batch, and how many of the examples were too long for one and are cut (or left out, where
+    no token that carries loss was left)."""
+
+    rows: list[Row]
+    cut: int
+
+
+def windows(
+    examples: list[Example], tokenizer: Any, length: int, *, encoder_decoder: bool = False, packing: bool = False
+) -> Windows:
     """Token windows of at most ``length`` tokens with their labels.
 
     Texts are put one after the other, between the tokenizer's begin and end tokens, and cut into windows. A prompt and
-    its completion are a window of their own, cut at the end; the prompt's labels are ignored.
+    its completion are a window of their own, cut at the end; the prompt's labels are ignored. They are tokenised
+    together, and a token that spans both counts as the completion's.
+
+    Args:
+        examples: texts, or prompts with completions.
+        tokenizer: a tokenizer of transformers.
+        length: tokens in a window; for an encoder–decoder model, of a prompt and of a completion, each.
+        encoder_decoder: the prompt goes to the encoder, the completion to the decoder; a text has no place there.
+        packing: put several prompts with their completions into one window, as many as fit in their order. Each starts
+            at position 0, and sees itself alone if the model takes ``position_ids`` for that. Windows are padded to
+            ``length``.
+
+    Raises:
+        LoRARiteValueError: no token carries loss within ``length`` tokens.
     """
     encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+    def pair(prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        if encoder_decoder:
+            return begin + encode(prompt) + end, begin + encode(completion) + end
+        ids = begin + encode(prompt + completion) + end
+        prefix = zip(begin + encode(prompt), ids, strict=False)
+        ignored = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], prefix))
+        return ids, [IGNORED] * ignored + ids[ignored:]
+
     stream: list[int] = []
-    rows: list[dict[str, list[int]]] = []
-    for prompt, completion in examples:
-        if prompt:
-            question, answer = begin + encode(prompt), encode(completion) + end
-            labels = [IGNORED] * len(question) + answer
-            rows.append({"input_ids": (question + answer)[:length], "labels": labels[:length]})
-        else:
+    rows: list[Row] = []
+    cut = 0
+    for prompt, completion, shorter in examples:
+        if not prompt and encoder_decoder:
+            raise LoRARiteValueError("an encoder-decoder model learns from prompts and completions, not from texts")
+        if not prompt:
             stream += begin + encode(completion) + end
+            continue
+        prompts = [prompt, *shorter]
+        pairs = (pair(text, completion) for text in prompts)
+        ids, labels = next((p for p in pairs if len(p[0]) <= length), None) or pair(prompts[-1], completion)
+        cut += max(len(ids), len(labels)) > length
+        rows.append({"input_ids": ids[:length], "labels": labels[:length]})
     chunks = [stream[i : i + length] for i in range(0, len(stream), length)]
     rows += [{"input_ids": chunk, "labels": list(chunk)} for chunk in chunks]
-    # the first token of a window is predicted from nothing: a window needs a label after it
-    rows = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
+    rows = [row for row in rows if label_count([row], encoder_decoder)]
     if not rows:
         raise LoRARiteValueError(
             f"no token carries loss within {length} tokens: prompts are too long, see --max_length"
         )
+    if packing:
+        return Windows(_pack(rows, tokenizer.pad_token_id, length), cut)
+    return Windows([{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows], cut)
+
+
+def label_count(rows: list[Row], encoder_decoder: bool) -> int:
+    """Tokens that carry loss. In a causal model nothing predicts a window's first one."""
+    return sum(label != IGNORED for row in rows for label in row["labels"][0 if encoder_decoder else 1 :])
+
+
+def _pack(rows: list[Row], pad: int, length: int) -> list[Row]:
+    """Rows one after the other, as many in a window as fit, with positions that start anew at each."""
+    packed: list[Row] = []
     for row in rows:
-        row["attention_mask"] = [1] * len(row["input_ids"])
-    return rows
+        ids, labels = row["input_ids"], [IGNORED, *row["labels"][1:]]  # nothing predicts a row's first token
+        if not packed or len(packed[-1]["input_ids"]) + len(ids) > length:
+            packed.append({"input_ids": [], "labels": [], "position_ids": []})
+        for key, values in (("input_ids", ids), ("labels", labels), ("position_ids", range(len(ids)))):
+            packed[-1][key] += values
+    for row in packed:
+        missing = length - len(row["input_ids"])
+        row["input_ids"] += [pad] * missing
+        row["labels"] += [IGNORED] * missing
+        row["position_ids"] += range(missing)
+    return packed

@@ -6,11 +6,13 @@ The text is there on every machine: torch installs its C++ headers. The model ha
 import hashlib
 import json
 import shutil
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
+from .data import Example
+from .report import step_at
 from .train import train, versions, write_json
 
 
@@ -20,23 +22,23 @@ class Entry(NamedTuple):
     lr: float
 
 
-#: The best learning rates of `python tools/sweep_demo.py`: equal budgets, judged on the validation split (see
-#: benchmarks/results/demo_sweep.json).
+#: The best learning rates of a sweep with equal budgets, judged on the validation split
+#: (benchmarks/results/demo_sweep.json; recipes/small/demo.yaml makes it anew).
 ENTRIES = (Entry("AdamW", "adamw", 1e-2), Entry("LoRA-RITE", "lora-rite", 2e-2))
 SETTINGS: dict[str, Any] = {"steps": 200, "batch_size": 8, "max_length": 128, "rank": 16, "warmup": 0.1}
 #: Measurements of the held-out loss are so many steps apart.
 EVAL_EVERY = 20
 #: Characters of text in each split, at most.
-CHARACTERS = {"train": 4_000_000, "validation": 64_000, "held_out": 48_000}
+CHARACTERS = {"train": 4_000_000, "validation": 64_000, "test": 48_000}
 HEADERS = ("c10", "torch/csrc")
 MARKER = "This folder was made by `lora-rite demo`, which replaces what is in it.\n"
 
 
-def write_data(folder: Path) -> dict[str, Any]:
-    """Writes train.jsonl, validation.jsonl and held_out.jsonl (a header file a line) and returns what is in them.
+def read_headers() -> dict[str, list[Example]]:
+    """The C++ headers of torch, an example a file, as train, validation and test.
 
-    Split by file: by the sha256 of its path 1 in 10 goes to validation and 1 in 10 to held-out; in that order, as many
-    as :data:`CHARACTERS` allows. Files of the same text count once.
+    Split by file: by the sha256 of its path 1 in 10 goes to validation and 1 in 10 to test; in that order, as many as
+    :data:`CHARACTERS` allows. Files of the same text count once.
     """
     import torch
 
@@ -46,24 +48,33 @@ def write_data(folder: Path) -> dict[str, Any]:
         raise LoRARiteValueError(f"the demo's text, the C++ headers of torch, is not in {root}")
     ordered = sorted((hashlib.sha256(f.relative_to(root).as_posix().encode()).hexdigest(), f) for f in files)
     sizes = dict.fromkeys(CHARACTERS, 0)
-    lines: dict[str, list[str]] = {name: [] for name in CHARACTERS}
+    found: dict[str, list[Example]] = {name: [] for name in CHARACTERS}
     seen: set[str] = set()
     for digest, file in ordered:
-        name = {0: "held_out", 1: "validation"}.get(int(digest, 16) % 10, "train")
+        name = {0: "test", 1: "validation"}.get(int(digest, 16) % 10, "train")
         text = file.read_text(encoding="utf-8")
         if text not in seen and len(text) <= 20_000 and sizes[name] + len(text) <= CHARACTERS[name]:
             seen.add(text)
             sizes[name] += len(text)
-            lines[name].append(json.dumps({"text": text}))
+            found[name].append(Example("", text))
+    return found
+
+
+def write_data(folder: Path) -> dict[str, Any]:
+    """Writes :func:`read_headers` as train.jsonl, validation.jsonl and test.jsonl and returns what is in them."""
+    import torch
+
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in lines.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    digest = hashlib.sha256("".join(sorted(seen)).encode()).hexdigest()
+    found = read_headers()
+    for name, examples in found.items():
+        lines = [json.dumps({"text": example.completion}) for example in examples]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    texts = {name: [example.completion for example in examples] for name, examples in found.items()}
     return {
         "text": f"C++ headers of torch {torch.__version__} ({', '.join(HEADERS)})",
-        "sha256": digest,
-        "files": {name: len(rows) for name, rows in lines.items()},
-        "characters": sizes,
+        "sha256": hashlib.sha256("".join(sorted(chain.from_iterable(texts.values()))).encode()).hexdigest(),
+        "files": {name: len(part) for name, part in texts.items()},
+        "characters": {name: sum(map(len, part)) for name, part in texts.items()},
     }
 
 
@@ -90,9 +101,9 @@ def demo(out: Path, *, seeds: int = 2, progress: bool = True, settings: dict[str
             print(f"{entry.label}, lr {entry.lr:g}, seed {seed}")
             run = train(
                 data=out / "data" / "train.jsonl",
-                validation=out / "data" / "held_out.jsonl",
+                validation=out / "data" / "test.jsonl",
                 out=out / "runs" / f"{entry.optimizer}-seed{seed}",
-                optimizer=entry.optimizer,  # type: ignore[arg-type]
+                optimizer=entry.optimizer,
                 lr=entry.lr,
                 seed=seed,
                 eval_every=EVAL_EVERY,
@@ -124,7 +135,7 @@ def _row(entry: Entry, runs: list[dict[str, Any]]) -> dict[str, Any]:
     own = [run for run in runs if run["label"] == entry.label]
     final = [run["held_out"]["after"] for run in own]
     target = min(run["held_out"]["after"] for run in runs if run["label"] == ENTRIES[0].label)
-    steps = [step for run in own if (step := _step_at(run, target)) is not None]
+    steps = [step for run in own if (step := step_at(run, target)) is not None]
     return {
         "optimizer": entry.label,
         "lr": entry.lr,
@@ -134,15 +145,6 @@ def _row(entry: Entry, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "state_bytes": own[0]["optimizer"]["state_bytes"],
         "optimizer_share": sum(run["seconds"]["optimizer_share"] for run in own) / len(own),
     }
-
-
-def _step_at(run: dict[str, Any], loss: float) -> float | None:
-    """The step at which the run's held-out loss first reaches ``loss``, interpolated between two measurements."""
-    points = [(0, run["held_out"]["before"])] + [(e["step"], e["held_out_loss"]) for e in run["held_out_losses"]]
-    for (step, value), (next_step, next_value) in pairwise(points):
-        if next_value <= loss:
-            return step + (next_step - step) * (value - loss) / (value - next_value)
-    return None
 
 
 def _print_table(rows: list[dict[str, Any]], runs: list[dict[str, Any]], out: Path) -> None:

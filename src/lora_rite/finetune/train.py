@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ..errors import LoRARiteValueError
-from .data import IGNORED, read_examples, split, windows
+from ..errors import LoRARiteValueError, NonFiniteError
+from .data import IGNORED, Split, label_count, read_examples, split, windows
+from .optimizers import OptimizerFactory, find_optimizer
+from .tasks import examples, read_rows, read_task
 
 TINY = Path(__file__).parent / "tiny"
 #: Learning rates to start from where none is given, at the widths of real models (see the README).
@@ -21,11 +23,13 @@ DEFAULT_LR = {"lora-rite": 5e-4, "adamw": 2e-4}
 
 
 def train(
-    data: Path,
     out: Path,
+    data: Path | None = None,
+    task: str | None = None,
+    data_dir: Path | None = None,
     model: str = "tiny",
     validation: Path | None = None,
-    optimizer: Literal["lora-rite", "adamw"] = "lora-rite",
+    optimizer: str = "lora-rite",
     lr: float | None = None,
     optimizer_args: dict[str, Any] | None = None,
     rank: int = 16,
@@ -36,12 +40,14 @@ def train(
     batch_size: int = 8,
     accumulation: int = 1,
     max_length: int = 256,
+    packing: bool = False,
     warmup: float = 0.1,
     scheduler: str = "cosine",
     weight_decay: float = 0.0,
     holdout: float = 0.1,
     seed: int = 0,
     bf16: bool = False,
+    log_every: int = 1,
     eval_every: int = 0,
     save_every: int = 0,
     report_to: str = "none",
@@ -55,14 +61,20 @@ def train(
     ``settings.json`` and, while the run goes on, ``checkpoints/``.
 
     Args:
+        out: folder for the results; must be new or empty, except with --resume.
         data: training text: a .jsonl file with {"text": …} or {"prompt": …, "completion": …} a line (loss on the
             completion alone), or any other text file.
-        out: folder for the results; must be new or empty, except with --resume.
-        model: hub id or local folder of a causal language model; "tiny" is the one inside this package.
-        validation: held-out text in the same formats; without it, a share of the data is held out.
-        optimizer: lora-rite or adamw.
+        task: instead of data, the training split of a task by its name, in lm_eval's format, loss on the answer alone:
+            hellaswag, arc_challenge, arc_easy, openbookqa, gsm8k, natural_instructions or natural_instructions:TASK.
+        data_dir: folder with the task's rows as local files; without it, they come from the hub.
+        model: hub id or local folder of a causal or an encoder-decoder language model; "tiny" is the causal one inside
+            this package.
+        validation: held-out text in the formats of data; without it, the task's validation split is held out, and
+            where there is none, a share of the data.
+        optimizer: lora-rite, lora-rite-published, adamw, lora-plus, riemannian, muon, lamb, soap, or the import path
+            package.module:attribute of an optimizer class, or of a factory that is called with the model.
         lr: peak learning rate; by default 5e-4 for lora-rite and 2e-4 for adamw.
-        optimizer_args: further keyword arguments of LoRARite or torch.optim.AdamW.
+        optimizer_args: further keyword arguments of the optimizer.
         rank: rank of the adapter.
         alpha: LoRA's alpha (the adapter is scaled by alpha/rank); by default the rank.
         target_modules: layers that get an adapter: all-linear, a list of names, or a regular expression.
@@ -70,13 +82,16 @@ def train(
         steps: optimizer steps.
         batch_size: windows in a batch, on each device.
         accumulation: batches in a step.
-        max_length: tokens in a window.
+        max_length: tokens in a window; for an encoder-decoder model, of a prompt and of a completion, each.
+        packing: put several prompts with their completions into a window, each seeing itself alone: saves the padding
+            where they are much shorter than max_length; a batch then has more of them.
         warmup: share of the steps in which lr rises linearly.
         scheduler: transformers' name of the schedule after the warm-up (cosine, linear, constant_with_warmup, …).
         weight_decay: decoupled weight decay.
         holdout: share of the data to hold out where no validation file is given.
         seed: of the adapter's initialisation, the split and the order of batches.
         bf16: load and run the model in bfloat16 (the adapter stays float32).
+        log_every: steps between logged training losses; each is the mean of so many steps.
         eval_every: steps between measurements of the held-out loss; 0 measures before and after training alone.
         save_every: steps between checkpoints; 0 saves none.
         report_to: transformers' name of a reporter: none, tensorboard, trackio, wandb, …
@@ -88,10 +103,11 @@ def train(
     for key in ("resume", "progress"):
         settings.pop(key)
     _check(settings)
+    if lr is None and optimizer not in DEFAULT_LR:
+        raise LoRARiteValueError(f"--lr is needed for --optimizer {optimizer}")
     settings["lr"] = lr = DEFAULT_LR[optimizer] if lr is None else lr
     settings["alpha"] = alpha = rank if alpha is None else alpha
-    examples = read_examples(data)
-    parts = (examples, read_examples(validation)) if validation else split(examples, holdout, seed)
+    parts, sources = _read(data, task, data_dir, validation, holdout, seed, progress)
     if (finished := _check_folder(out, settings, resume)) is not None:
         return finished
 
@@ -99,10 +115,16 @@ def train(
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
-    from .. import LoRARiteFactory
+    from .. import LoRARite
 
     network, tokenizer = load_model(model, bf16=bf16, trust_remote_code=trust_remote_code)
-    train_rows, held_out_rows = (windows(part, tokenizer, max_length) for part in parts)
+    encoder_decoder = network.config.is_encoder_decoder
+    if packing and encoder_decoder:
+        raise LoRARiteValueError("--packing is for causal models; an encoder-decoder model takes a prompt at a time")
+    cut_up = lambda part, packing: windows(
+        part, tokenizer, max_length, encoder_decoder=encoder_decoder, packing=packing
+    )
+    (train_rows, train_cut), (held_out_rows, held_out_cut) = cut_up(parts[0], packing), cut_up(parts[1], False)
     set_seed(seed)
     network = attach_adapter(network, rank=rank, alpha=alpha, target_modules=target_modules, dropout=dropout)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
@@ -116,11 +138,10 @@ def train(
             lr_scheduler_type=scheduler,
             warmup_steps=round(warmup * steps),
             weight_decay=weight_decay,
-            max_grad_norm=0.0 if optimizer == "lora-rite" else 1.0,  # LoRA-RITE clips by itself, invariantly
             bf16=bf16,
             use_cpu=not torch.accelerator.is_available(),
             seed=seed,
-            logging_steps=1,
+            logging_steps=log_every,
             logging_nan_inf_filter=False,
             include_num_input_tokens_seen="non_padding",
             save_strategy="steps" if save_every else "no",
@@ -130,20 +151,22 @@ def train(
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
         )
-    optimizer_class = LoRARiteFactory if optimizer == "lora-rite" else torch.optim.AdamW
-    optimizer_kwargs = {"lr": lr, "weight_decay": weight_decay, **(optimizer_args or {})}
+    optimizer_kwargs = {"name": optimizer, "lr": lr, "weight_decay": weight_decay, "options": optimizer_args}
     with _blame(f"--report_to {report_to}"):
         trainer = Trainer(
             network,
             arguments,
             data_collator=collator,
             train_dataset=train_rows,  # type: ignore[arg-type]
-            optimizer_cls_and_kwargs=(optimizer_class, optimizer_kwargs),  # type: ignore[arg-type]
+            optimizer_cls_and_kwargs=(OptimizerFactory, optimizer_kwargs),  # type: ignore[arg-type]
         )
     with _blame(f"--optimizer_args {optimizer_args}"):
-        trainer.create_optimizer()
+        is_lora_rite = isinstance(trainer.create_optimizer(), LoRARite)
+    arguments.max_grad_norm = 0.0 if is_lora_rite else 1.0  # LoRA-RITE clips by itself, invariantly
+    if packing:
+        _check_packing(network, train_rows)
     measure = lambda: held_out_loss(network, held_out_rows, collator, batch_size)
-    clock = _add_callbacks(trainer, optimizer, progress, measure, eval_every)
+    clock = _add_callbacks(trainer, is_lora_rite, progress, measure, eval_every)
     checkpoint = get_last_checkpoint(str(out / "checkpoints")) if resume else None
     if resume and checkpoint is None:
         raise LoRARiteValueError(f"no checkpoint in {out / 'checkpoints'} to resume from; train without --resume")
@@ -155,11 +178,12 @@ def train(
     seconds = time.perf_counter() - begin
     after = measure()
     if not math.isfinite(after):
-        raise LoRARiteValueError(f"the loss is {after} after training: lower --lr. No adapter was written")
+        raise NonFiniteError(f"the loss is {after} after training: lower --lr. No adapter was written")
     network.save_pretrained(str(out / "adapter"), safe_serialization=True)
     result = {
         "settings": settings,
-        "held_out": {"before": before, "after": after, "tokens": _label_count(held_out_rows)},
+        "data": sources,
+        "held_out": {"before": before, "after": after, "tokens": label_count(held_out_rows, encoder_decoder)},
         "perplexity": {"before": math.exp(before), "after": math.exp(after)},
         "losses": _entries(trainer.state.log_history, "loss", "learning_rate"),
         "held_out_losses": _entries(trainer.state.log_history, "held_out_loss"),
@@ -167,23 +191,54 @@ def train(
         "seconds": {"training": seconds, **clock.seconds()},
         "optimizer": describe_optimizer(trainer.optimizer),
         "windows": {"train": len(train_rows), "held_out": len(held_out_rows)},
+        "examples": {
+            "train": len(parts[0]),
+            "held_out": len(parts[1]),
+            "cut": {"train": train_cut, "held_out": held_out_cut},
+        },
         "versions": versions(),
     }
     write_json(out / "result.json", result)
     return result
 
 
+def _read(
+    data: Path | None,
+    task: str | None,
+    data_dir: Path | None,
+    validation: Path | None,
+    holdout: float,
+    seed: int,
+    progress: bool,
+) -> tuple[Split, dict[str, str]]:
+    """The examples to train on and those held out, and where they come from."""
+    if data is not None and task is None:
+        found, source = read_examples(data), str(data)
+    elif task is not None and data is None:
+        found, source = read_task(task, "train", data_dir, progress=progress)
+    else:
+        raise LoRARiteValueError("give either --data or --task")
+    if validation is not None:
+        return Split(found, read_examples(validation)), {"train": source, "held_out": str(validation)}
+    if task is not None and (rows := read_rows(task, "validation", data_dir)) is not None:
+        return Split(found, examples(task, rows)), {"train": source, "held_out": rows.source}
+    return split(found, holdout, seed), {"train": source, "held_out": f"{holdout:g} of {source}"}
+
+
 def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, from a hub id, a local folder, or "tiny"."""
+    """A language model (encoder–decoder where its config says so) and its tokenizer, from a hub id, a local folder, or
+    "tiny"."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     source = str(TINY) if name == "tiny" else name
     with _blame(f"cannot load --model {name}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        network = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        network = kind.from_pretrained(
             source,
             dtype=torch.bfloat16 if bf16 else torch.float32,
             trust_remote_code=trust_remote_code,
@@ -191,6 +246,7 @@ def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # on the left (Gemma), padding would be what predicts a window's first token
     return network, tokenizer
 
 
@@ -217,7 +273,7 @@ def attach_adapter(
             lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
             lora_dropout=dropout,
             target_modules=target_modules,
-            task_type="CAUSAL_LM",
+            task_type="SEQ_2_SEQ_LM" if network.config.is_encoder_decoder else "CAUSAL_LM",
         )
         return get_peft_model(network, config)
 
@@ -225,25 +281,53 @@ def attach_adapter(
 def summary(result: dict[str, Any]) -> str:
     """What a run of :func:`train` came to, in a few lines."""
     loss, perplexity, seconds = result["held_out"], result["perplexity"], result["seconds"]
+    cut = sum(result["examples"]["cut"].values())
     return (
         f"held-out loss {loss['before']:.4f} → {loss['after']:.4f} nat a token, "
         f"perplexity {perplexity['before']:.2f} → {perplexity['after']:.2f} ({loss['tokens']} tokens)\n"
         f"{seconds['training']:.0f} s of training, {seconds['optimizer_share']:.1%} of a step in the optimizer\n"
-        f"adapter and result.json in {result['settings']['out']}"
+        + (f"{cut} examples are longer than --max_length and were cut\n" if cut else "")
+        + f"adapter and result.json in {result['settings']['out']}"
     )
 
 
-def held_out_loss(model: Any, rows: list[dict[str, list[int]]], collator: Any, batch_size: int) -> float:
-    """Mean cross-entropy in nat over all tokens that carry loss (each token counts the same)."""
+def _check_packing(network: Any, rows: list[dict[str, list[int]]]) -> None:
+    """Checks that the model keeps the examples of a window apart: the second one alone has the same logits."""
     import torch
 
+    row = next((row for row in rows if 0 in row["position_ids"][1:]), None)
+    if row is None:
+        return
+    begin = row["position_ids"].index(0, 1)
+    end = row["position_ids"].index(0, begin + 1) if 0 in row["position_ids"][begin + 1 :] else len(row["input_ids"])
+    ids, positions = (torch.tensor([row[key]], device=network.device) for key in ("input_ids", "position_ids"))
+    training = network.training
+    network.eval()
+    with torch.inference_mode():
+        packed = network(input_ids=ids, position_ids=positions).logits[0, begin:end]
+        alone = network(input_ids=ids[:, begin:end]).logits[0]
+        first = network(input_ids=ids[:, :end]).logits[0, begin:]
+    network.train(training)
+    if (packed - alone).abs().max() > 0.1 * (first - alone).abs().max():
+        raise LoRARiteValueError("--packing: this model does not keep the examples of a window apart")
+
+
+def held_out_loss(
+    model: Any, rows: list[dict[str, list[int]]], collator: Any, batch_size: int, *, progress: bool = False
+) -> float:
+    """Mean cross-entropy in nat over all tokens that carry loss (each token counts the same)."""
+    import torch
+    from tqdm.auto import tqdm
+
     total, tokens = 0.0, 0
+    encoder_decoder = model.config.is_encoder_decoder
     training = model.training
     model.eval()
     with torch.inference_mode():
-        for i in range(0, len(rows), batch_size):
-            batch = collator([dict(row) for row in rows[i : i + batch_size]]).to(model.device)
-            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+        for i in tqdm(range(0, len(rows), batch_size), desc="measuring the loss", disable=not progress):
+            part = rows[i : i + batch_size]
+            batch = collator([dict(row) for row in part]).to(model.device)
+            count = label_count(part, encoder_decoder)
             total += float(model(**batch).loss) * count
             tokens += count
     model.train(training)
@@ -265,11 +349,12 @@ def describe_optimizer(optimizer: Any) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, Any]:
-    """Versions, machine and the commit of this package's source (None outside a checkout, "+" after local changes)."""
+def versions(*more: str) -> dict[str, Any]:
+    """Versions (of ``more`` packages too), machine and the commit of this package's source (None outside a checkout,
+    "+" after local changes)."""
     import torch
 
-    packages = ("lora-rite", "torch", "transformers", "peft", "accelerate")
+    packages = ("lora-rite", "torch", "transformers", "peft", "accelerate", *more)
     return {
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in packages},
@@ -307,6 +392,7 @@ def _check(settings: dict[str, Any]) -> None:
         "batch_size": 1,
         "accumulation": 1,
         "max_length": 2,
+        "log_every": 1,
         "eval_every": 0,
         "save_every": 0,
     }
@@ -322,6 +408,7 @@ def _check(settings: dict[str, Any]) -> None:
         raise LoRARiteValueError(f"--holdout must be between 0 and 1, got {settings['holdout']}")
     if not 0 <= settings["seed"] < 2**32:
         raise LoRARiteValueError(f"--seed must be from 0 to 2³² − 1, got {settings['seed']}")
+    find_optimizer(settings["optimizer"])
     if "lr" in (settings["optimizer_args"] or {}):
         raise LoRARiteValueError("--optimizer_args.lr: give the learning rate by --lr")
 
@@ -346,7 +433,9 @@ def _check_folder(out: Path, settings: dict[str, Any], resume: bool) -> dict[str
     return json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else None
 
 
-def _add_callbacks(trainer: Any, optimizer: str, progress: bool, measure: Callable[[], float], eval_every: int) -> Any:
+def _add_callbacks(
+    trainer: Any, is_lora_rite: bool, progress: bool, measure: Callable[[], float], eval_every: int
+) -> Any:
     """The clock, the held-out loss, the progress bar and, in front of the reporters, LoRARite's figures. Returns the
     clock."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -404,7 +493,7 @@ def _add_callbacks(trainer: Any, optimizer: str, progress: bool, measure: Callab
         trainer.add_callback(HeldOut())
     if progress:
         trainer.add_callback(Bar())
-    if optimizer == "lora-rite":
+    if is_lora_rite:
         trainer.callback_handler.callbacks.insert(0, LoRARiteCallback())
     return clock
 
@@ -412,10 +501,6 @@ def _add_callbacks(trainer: Any, optimizer: str, progress: bool, measure: Callab
 def _entries(log: list[dict[str, float]], *keys: str) -> list[dict[str, float]]:
     """Those entries of the Trainer's log that have all the keys, with them and the step alone."""
     return [{key: entry[key] for key in ("step", *keys)} for entry in log if all(key in entry for key in keys)]
-
-
-def _label_count(rows: list[dict[str, list[int]]]) -> int:
-    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
 
 
 def _git_commit() -> str | None:

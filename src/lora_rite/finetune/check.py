@@ -1,0 +1,203 @@
+"""``lora-rite compare --check``: what a study needs, from shapes alone. Nothing is trained, no weights are loaded."""
+
+import statistics
+from collections import Counter
+from typing import Any, NamedTuple
+
+from ..errors import LoRARiteValueError
+from .compare import HEADERS, SPLITS, Study, read_data
+from .optimizers import create_optimizer
+from .tasks import find_task
+from .train import TINY, attach_adapter
+
+#: Model type and sizes of the paper's models, from their public configurations: Gemma's needs a licence on the hub, and
+#: no check of ours needs a network.
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "google/gemma-2b": (
+        "gemma",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 16384,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "vocab_size": 256000,
+        },
+    ),
+    "google/gemma-7b": (
+        "gemma",
+        {
+            "hidden_size": 3072,
+            "intermediate_size": 24576,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "vocab_size": 256000,
+        },
+    ),
+    "google/mt5-xxl": (
+        "mt5",
+        {
+            "d_model": 4096,
+            "d_ff": 10240,
+            "d_kv": 64,
+            "num_heads": 64,
+            "num_layers": 24,
+            "num_decoder_layers": 24,
+            "vocab_size": 250112,
+            "feed_forward_proj": "gated-gelu",
+        },
+    ),
+}
+CONFIGURATIONS["google/gemma-7b-it"] = CONFIGURATIONS["google/gemma-7b"]
+
+
+class Needs(NamedTuple):
+    """Bytes that training one adapter takes, by what they are for, and the shapes of its pairs."""
+
+    pairs: int
+    parameters: int
+    weights: int
+    adapter: int
+    state: dict[str, int]
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + max(self.state.values()) + self.activations
+
+
+def configuration(model: str, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model: of :data:`CONFIGURATIONS`, "tiny", a local folder, or from the hub."""
+    from transformers import AutoConfig
+
+    if model in CONFIGURATIONS:
+        kind, sizes = CONFIGURATIONS[model]
+        return AutoConfig.for_model(kind, **sizes)
+    try:
+        source = str(TINY) if model == "tiny" else model
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise LoRARiteValueError(f"train.model: no configuration of {model}: {str(error).splitlines()[0]}") from None
+
+
+def needs(study: Study, rank: int) -> Needs:
+    """What one run at a rank needs. The model and its adapter are built on torch's meta device.
+
+    The state is that after a step on the adapter's factors, on the meta device too, or where the optimizer needs values
+    (LoRARite), on the CPU with one pair of each shape. Activations are a rough estimate: what a layer keeps for the
+    backward pass (about 16 tensors as wide as the model and 4 as the feed-forward) and the logits, without
+    checkpointing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from .. import find_pairs
+
+    options = study.recipe.train
+    config = configuration(options.get("model", "tiny"), options.get("trust_remote_code", False))
+    build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        network = build.from_config(config)
+        parameters = sum(p.numel() for p in network.parameters())
+        targets = options.get("target_modules", "all-linear")
+        network = attach_adapter(network, rank=rank, target_modules=targets)
+    pairing = find_pairs(network)
+    if pairing.left_out:
+        names = ", ".join(f"{left.name} ({left.reason})" for left in pairing.left_out[:3])
+        raise LoRARiteValueError(
+            f"train.target_modules: {len(pairing.left_out)} trainable parameters are in no pair: {names}"
+        )
+    shapes = Counter((pair.a.shape[1], pair.b.shape[0]) for pair in pairing.pairs)
+    factors = sum(rank * (n + m) * count for (n, m), count in shapes.items())
+    bytes_each = 2 if options.get("bf16") else 4
+    tokens = options.get("batch_size", 8) * options.get("max_length", 256)
+    layers = config.num_hidden_layers * (2 if config.is_encoder_decoder else 1)
+    inner = getattr(config, "intermediate_size", None) or config.d_ff
+    kept = layers * (16 * config.hidden_size + 4 * inner) * bytes_each + config.vocab_size * (bytes_each + 8)
+    return Needs(
+        pairs=len(pairing.pairs),
+        parameters=parameters,
+        weights=parameters * bytes_each,
+        adapter=factors * (4 + 4),
+        state={name: _state(study, name, rank, shapes) for name in study.recipe.optimizers},
+        activations=tokens * kept,
+    )
+
+
+def _state(study: Study, name: str, rank: int, shapes: Counter[tuple[int, int]]) -> int:
+    """Bytes of an optimizer's state after a step, for pairs of these shapes in float32."""
+    import torch
+
+    from ..bench import Adapter
+    from ..optimizer import state_bytes
+
+    contender = study.recipe.optimizers[name]
+
+    def measure(device: str, shape: tuple[int, int]) -> int:
+        adapter = Adapter([shape], rank, torch.float32, device)
+        optimizer = create_optimizer(adapter, contender.optimizer, contender.lr[0], options=contender.optimizer_args)
+        for p in adapter.parameters():
+            p.grad = torch.full_like(p, 1e-3)
+        optimizer.step()
+        return state_bytes(optimizer)
+
+    total = 0
+    for shape, count in shapes.items():
+        try:
+            each = measure("meta", shape)
+        except Exception:  # whatever an optimizer that reads values makes of a tensor without any
+            try:
+                each = measure("cpu", shape)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise LoRARiteValueError(f"optimizers.{name}: {str(error).splitlines()[0]}") from error
+        total += count * each
+    return total
+
+
+def check(study: Study, data_dir: Any = None) -> str:
+    """What the study needs, as text: pairs and memory at each rank, runs, steps, and the data.
+
+    Raises:
+        LoRARiteValueError: what is wrong, by its key in the recipe.
+    """
+    recipe = study.recipe
+    lines = [f"{recipe.title}: {len(recipe.optimizers)} optimizers, {len(recipe.tasks)} tasks, ranks {recipe.ranks}"]
+    for rank in recipe.ranks:
+        need = needs(study, rank)
+        lines.append(
+            f"rank {rank}: {need.pairs} pairs in {recipe.train.get('model', 'tiny')} ({_billions(need.parameters)} "
+            f"parameters); about {_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
+            f"{_gib(need.adapter)}, activations roughly {_gib(need.activations)}, optimizer state at most "
+            f"{_gib(max(need.state.values()))}"
+        )
+        lines += [f"  state of {name}: {_gib(size)}" for name, size in need.state.items()]
+    runs, steps = study.planned({}), recipe.train.get("steps", 200)
+    grids = [len(c.lr) for c in recipe.optimizers.values()]
+    lines.append(
+        f"{runs} runs of {steps} steps, {runs * steps:,} steps in all: {len(study.lines)} optimizers in cases, "
+        f"{statistics.fmean(grids):.1f} learning rates each on the average, {len(recipe.seeds)} seeds at the best"
+    )
+    for name, task in recipe.tasks.items():
+        if task.task not in (None, HEADERS):
+            hub = find_task(task.task).dataset
+            if data_dir is None:
+                where = f"from the hub, {'/'.join(filter(None, hub))}" if hub else "needs --data_dir"
+                lines.append(f"{name}: {task.task} {where}; not loaded (--data_dir checks local files)")
+                continue
+        found = read_data(task, data_dir)
+        lines.append(f"{name}: " + ", ".join(f"{len(found[part])} examples to {_FOR[part]}" for part in SPLITS))
+    return "\n".join(lines)
+
+
+_FOR = {"train": "train on", "validation": "choose lr", "test": "test"}
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"

@@ -1,0 +1,108 @@
+"""The optimizers that ``lora-rite train`` and ``compare`` know by name, and any other by its import path."""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from ..errors import LoRARiteValueError
+
+
+class Preset(NamedTuple):
+    """What a name stands for: an import path and the options that differ from its own defaults."""
+
+    path: str
+    options: Mapping[str, Any] = MappingProxyType({})
+    weight_decay: str = "weight_decay"
+
+
+_ADAMW = {"optimizer_cls": "torch.optim:AdamW"}
+#: LoRA+ has the ratio of the LoRA-RITE paper's baseline; Muon's rate is in AdamW's units; SOAP leaves sides above 1,024
+#: alone, whose square matrices would outgrow the model.
+PRESETS = {
+    "lora-rite": Preset("lora_rite:create_lora_rite"),
+    "lora-rite-published": Preset("lora_rite.finetune.optimizers:published"),
+    "adamw": Preset("torch.optim:AdamW"),
+    "lora-plus": Preset(
+        "peft.optimizers:create_loraplus_optimizer", {**_ADAMW, "loraplus_lr_ratio": 4.0}, "loraplus_weight_decay"
+    ),
+    "riemannian": Preset("peft.optimizers:create_riemannian_optimizer", _ADAMW),
+    "muon": Preset("torch.optim:Muon", {"adjust_lr_fn": "match_rms_adamw"}),
+    "lamb": Preset("pytorch_optimizer:Lamb"),
+    "soap": Preset("pytorch_optimizer:SOAP", {"max_precondition_dim": 1024}),
+}
+_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def find_optimizer(name: str) -> tuple[Callable[..., Any], Preset]:
+    """The class or factory behind a name of :data:`PRESETS` or a ``package.module:attribute``, and its options.
+
+    Raises:
+        LoRARiteValueError: no such name, module or attribute.
+        ImportError: a package is missing, with the extra that has it.
+    """
+    if name not in PRESETS and not _PATH.fullmatch(name):
+        raise LoRARiteValueError(f"no optimizer {name}; there are {', '.join(PRESETS)}, and package.module:attribute")
+    preset = PRESETS.get(name, Preset(name))
+    return _load(preset.path), preset
+
+
+def create_optimizer(
+    model: Any, name: str, lr: float, weight_decay: float = 0.0, options: dict[str, Any] | None = None
+) -> Any:
+    """An optimizer for the trainable parameters of a model.
+
+    Args:
+        model: the model, after its adapter is attached.
+        name: as :func:`find_optimizer` takes it. A class gets the trainable parameters; anything else is a factory and
+            gets the model. Both get ``lr`` and the options by keyword.
+        lr: the learning rate.
+        weight_decay: passed on where the signature takes it; else it must be 0.
+        options: further keyword arguments, over those of the preset; a string ``package.module:attribute`` among them
+            stands for what it names.
+    """
+    import torch
+
+    target: Any
+    target, preset = find_optimizer(name)
+    arguments = {**preset.options, **(options or {}), "lr": lr}
+    arguments = {k: _load(v) if isinstance(v, str) and _PATH.fullmatch(v) else v for k, v in arguments.items()}
+    taken = inspect.signature(target).parameters.values()
+    if any(p.name == preset.weight_decay or p.kind is p.VAR_KEYWORD for p in taken):
+        arguments.setdefault(preset.weight_decay, weight_decay)
+    elif weight_decay:
+        raise LoRARiteValueError(f"{name} takes no weight_decay")
+    is_class = isinstance(target, type) and issubclass(target, torch.optim.Optimizer)
+    return target([p for p in model.parameters() if p.requires_grad] if is_class else model, **arguments)
+
+
+def published(model: Any, **options: Any) -> Any:
+    """LoRARite with the authors' settings."""
+    from .. import PUBLISHED, create_lora_rite
+
+    return create_lora_rite(model, **{**PUBLISHED, **options})
+
+
+class OptimizerFactory:
+    """For the Trainer's ``optimizer_cls_and_kwargs``: the model and the keyword arguments of
+    :func:`create_optimizer`."""
+
+    def __call__(self, model: Any, **kwargs: Any) -> Any:
+        return create_optimizer(model, **kwargs)
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name != package:
+            raise LoRARiteValueError(f"{path}: {error}") from error
+        extra = ' (pip install "lora-rite[study]")' if any(p.path.startswith(package) for p in PRESETS.values()) else ""
+        raise ImportError(f"{path} needs the package {package}{extra}") from error
+    if not hasattr(found, attribute):
+        raise LoRARiteValueError(f"{module} has no {attribute}")
+    return getattr(found, attribute)

@@ -1,0 +1,420 @@
+"""``lora-rite compare``: what it runs follows from the results that there are; runs are paired, and never run twice."""
+
+import functools
+import itertools
+import json
+import math
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("filelock")
+
+import torch
+
+from lora_rite import LoRARiteValueError, NonFiniteError
+from lora_rite.cli import main
+from lora_rite.finetune import compare as module
+from lora_rite.finetune import train as train_module
+from lora_rite.finetune.compare import FINALISTS, MAX_EXTENSIONS, Line, Study, load_recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+RECIPE = """
+title: A small study
+train: {steps: 2, batch_size: 2, max_length: 32, eval_every: 1}
+tasks:
+  sums: {data: DATA}
+ranks: [2]
+seeds: [0, 1]
+sweep_seeds: [100]
+optimizers:
+  AdamW: {optimizer: adamw, lr: [0.01, 0.02, 0.04]}
+  LoRA-RITE: {optimizer: lora-rite, lr: [0.02]}
+"""
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}, sure"}) for i in range(40)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path, data):
+    def write(text=RECIPE, **replaced):
+        for old, new in {**replaced, "DATA": str(data)}.items():
+            text = text.replace(old, new)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def fake_train(monkeypatch):
+    """Runs cost nothing: the loss is a parabola over log(lr) with its minimum at 0.02, plus a little for the seed."""
+    calls = []
+
+    @functools.wraps(train_module.train)
+    def train(**options):
+        calls.append(options["out"])
+        loss = (math.log(options["lr"]) - math.log(0.02)) ** 2 + options["seed"] / 1000
+        result = {"settings": json.loads(json.dumps(options, default=str)), "held_out": {"before": 9.0, "after": loss}}
+        for key in ("resume", "progress"):
+            result["settings"].pop(key)
+        result.update(
+            held_out_losses=[],
+            seconds={"step": 1.0, "optimizer_share": 0.1},
+            optimizer={"state_bytes": 100},
+        )
+        options["out"].mkdir(parents=True)
+        train_module.write_json(options["out"] / "settings.json", result["settings"])
+        if len(calls) == train.interrupt_at:
+            raise KeyboardInterrupt
+        if options["lr"] > train.diverge_above:
+            raise NonFiniteError("the loss is nan")
+        train_module.write_json(options["out"] / "result.json", result)
+        return result
+
+    train.interrupt_at, train.diverge_above, train.calls = 0, math.inf, calls
+    monkeypatch.setattr(module, "train", train)
+    return train
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+def play(study, loss):
+    """Gives each run that is due the loss that ``loss`` says, until none is; returns the losses."""
+    losses = {}
+    while due := study.due(losses):
+        losses.update({r: loss(r) for r in due})
+    return losses
+
+
+@pytest.mark.parametrize("optimum", [0.003, 0.01, 0.02, 0.04, 0.15])
+def test_each_optimizer_gets_a_learning_rate_inside_its_grid(recipe, optimum):
+    """Where the optimum lies outside the grid, the grid is extended until the best rate has neighbours that are worse;
+    the final runs have that rate and all seeds, on the test split alone."""
+    study = Study(load_recipe(recipe()))
+    line = Line("sums", 2, "AdamW")
+    losses = play(study, lambda r: (math.log(r.lr) - math.log(optimum)) ** 2)
+    grid, _, _, best = study.search(line, losses)
+    assert grid[0] < best < grid[-1]
+    assert abs(math.log2(best / optimum)) < 0.51
+    assert all(math.isclose(b / a, 2, rel_tol=0.01) for a, b in itertools.pairwise(grid))
+    finals = [r for r in losses if r.optimizer == "AdamW" and r.split == "test"]
+    assert {(r.lr, r.seed) for r in finals} == {(best, 0), (best, 1)}
+    sweep = [r for r in losses if r.optimizer == "AdamW" and r.split == "validation"]
+    assert {(r.lr, r.seed) for r in sweep} == {(lr, 100) for lr in grid}
+    assert study.planned(losses) == len(losses)
+
+
+def test_the_grid_grows_no_further_than_told_and_one_rate_needs_no_sweep(recipe):
+    study = Study(load_recipe(recipe()))
+    losses = play(study, lambda r: r.lr)
+    assert len(study.search(Line("sums", 2, "AdamW"), losses).grid) == 3 + MAX_EXTENSIONS
+    assert {r.split for r in losses if r.optimizer == "LoRA-RITE"} == {"test"}
+
+
+def test_diverged_rates_are_left_for_lower_ones(recipe):
+    study = Study(load_recipe(recipe()))
+    losses = play(study, lambda r: math.inf if r.lr > 0.006 else 1 / r.lr)
+    assert study.search(Line("sums", 2, "AdamW"), losses).best == 0.005
+
+
+def test_sweeps_of_several_seeds_decide_by_their_mean(recipe):
+    study = Study(load_recipe(recipe(**{"sweep_seeds: [100]": "sweep_seeds: [7, 8, 9]"})))
+    line = Line("sums", 2, "AdamW")
+    table = {(0.01, 7): 1.1, (0.01, 8): 1.2, (0.02, 7): 1.0, (0.02, 8): 3.0, (0.04, 7): 5.0, (0.005, 7): 1.15}
+    losses = play(study, lambda r: table.get((r.lr, r.seed), 1.2))
+    tried = {(r.lr, r.seed) for r in losses if r.optimizer == "AdamW" and r.split == "validation"}
+    first = {(lr, 7) for lr in (0.01, 0.02, 0.04)}
+    # 0.02 is best with seed 7; over three seeds 0.01 is, on the edge; 0.005 becomes a finalist and is no better
+    assert tried == first | {(0.005, 7)} | {(lr, seed) for lr in (0.005, 0.01, 0.02) for seed in (8, 9)}
+    assert study.search(line, losses).best == 0.01
+    assert FINALISTS == 2
+
+
+def test_a_stopped_study_goes_on_and_no_run_is_run_twice(recipe, tmp_path, fake_train, capsys):
+    path, out = recipe(), tmp_path / "study"
+    fake_train.interrupt_at = 4
+    assert run("compare", path, "--out", out, "--no-progress") == 130
+    finished = {p: p.read_bytes() for p in out.rglob("result.json")}
+    assert len(finished) == 3
+    assert run("compare", path, "--out", out, "--no-progress") == 0
+    assert len(fake_train.calls) == 3 + 1 + 4  # three sweeps, the one that was stopped, four final ones
+    assert len(set(fake_train.calls)) == 7
+    assert {p: p.read_bytes() for p in finished} == finished
+    study = json.loads((out / "study.json").read_text())
+    assert study["complete"]
+    assert len(study["runs"]) == 7
+    assert (out / "report.html").is_file()
+    assert run("compare", path, "--out", out, "--no-progress") == 0
+    assert len(fake_train.calls) == 8
+    assert "left)" in capsys.readouterr().out
+
+
+def test_a_study_can_grow_but_not_change(recipe, tmp_path, fake_train, capsys):
+    out = tmp_path / "study"
+    assert run("compare", recipe(), "--out", out) == 0
+    before = len(fake_train.calls)
+    assert run("compare", recipe(**{"[0, 1]": "[0, 1, 2]"}), "--out", out) == 0
+    assert len(fake_train.calls) == before + 2
+    # a further seed of the sweep comes before the final runs, which are there already and are not run again
+    assert run("compare", recipe(**{"[0, 1]": "[0, 1, 2]", "[100]": "[100, 101]"}), "--out", out) == 0
+    before = len(fake_train.calls) - 2
+    assert len(set(fake_train.calls)) == len(fake_train.calls)
+    for change, key in (
+        ({"steps: 2": "steps: 3"}, "train.steps"),
+        ({"{data: DATA}": "{data: DATA, limit: {test: 2}}"}, "tasks.sums"),
+        ({"adamw,": "muon,"}, "optimizers.AdamW"),
+    ):
+        assert run("compare", recipe(**change), "--out", out) == 2
+        assert f"holds a study with another {key}" in capsys.readouterr().err
+    assert len(fake_train.calls) == before + 2
+
+
+def test_folders_that_are_no_study_or_in_use_are_left_alone(recipe, tmp_path, fake_train, capsys):
+    from filelock import FileLock
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("x")
+    assert run("compare", recipe(), "--out", tmp_path / "other") == 2
+    assert "not an empty folder or a study" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["mine.txt"]
+    out = tmp_path / "study"
+    assert run("compare", recipe(), "--out", out) == 0
+    with FileLock(out / ".lock"):
+        assert run("compare", recipe(), "--out", out) == 2
+    assert "another compare is at work" in capsys.readouterr().err
+
+
+def test_a_diverged_run_is_a_result(recipe, tmp_path, fake_train):
+    out = tmp_path / "study"
+    fake_train.diverge_above = 0.03
+    assert run("compare", recipe(**{"lr: [0.02]": "lr: [0.04]"}), "--out", out) == 0
+    study = json.loads((out / "study.json").read_text())
+    assert {r["loss"] for r in study["runs"] if r["lr"] == 0.04} == {math.inf}
+    assert "diverged" in (out / "report.md").read_text()
+    again = len(fake_train.calls)
+    assert run("compare", recipe(**{"lr: [0.02]": "lr: [0.04]"}), "--out", out) == 0
+    assert len(fake_train.calls) == again
+
+
+def test_dry_run_and_check_write_nothing(recipe, tmp_path, fake_train, capsys):
+    out = tmp_path / "study"
+    assert run("compare", recipe(), "--out", out, "--dry-run", "--check") == 0
+    printed = capsys.readouterr().out
+    assert "7 runs" in printed
+    assert "35 pairs in tiny" in printed
+    assert "32 examples to train on, 4 examples to choose lr, 4 examples to test" in printed
+    assert not out.exists()
+    assert not fake_train.calls
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"title:": "titel:"}, "titel"),
+        ({"steps: 2": "stepps: 2"}, "stepps"),
+        ({"steps: 2": "steps: many"}, "steps"),
+        ({"steps: 2": "steps: 2, seed: 3"}, "train.seed: the study decides it"),
+        ({"{data: DATA}": "{}"}, "tasks.sums: give either task or data"),
+        ({"{data: DATA}": "{data: DATA, limit: {tset: 3}}"}, "tasks.sums.limit.tset"),
+        ({"{data: DATA}": "{data: DATA, train: {lr: 1}}"}, "tasks.sums.train.lr: the study decides it"),
+        ({"sums:": "a/b:"}, "names a folder"),
+        ({"lr: [0.02]": "lr: []"}, "optimizers.LoRA-RITE.lr"),
+        ({"lr: [0.02]": "lr: [-1]"}, "optimizers.LoRA-RITE.lr"),
+        ({"{data: DATA}": "{task: sums}"}, "no task sums"),
+        ({"lora-rite,": "lora-write,"}, "no optimizer lora-write; there are"),
+        ({"seeds: [0, 1]": "seeds: []"}, "seeds is empty"),
+        ({"seeds: [0, 1]": "seeds: [0, 0]"}, "seeds: each once"),
+        ({"ranks: [2]": "ranks: [0]"}, "ranks: each once, none below 1"),
+    ],
+)
+def test_a_bad_recipe_is_named_by_its_key(recipe, change, message, capsys, tmp_path):
+    assert run("compare", recipe(**change), "--out", tmp_path / "study") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_splits_have_no_example_in_common(recipe, tmp_path):
+    study = load_recipe(recipe(**{"{data: DATA}": "{data: DATA, limit: {train: 20, test: 3}}"}))
+    sizes = module.write_data(study, tmp_path / "d", None)["sums"]
+    assert {part: size["examples"] for part, size in sizes.items()} == {"train": 20, "validation": 4, "test": 3}
+    parts = [set((tmp_path / "d" / "sums" / f"{part}.jsonl").read_text().splitlines()) for part in module.SPLITS]
+    assert len(set.union(*parts)) == sum(map(len, parts))
+
+
+NOISY = """
+import torch
+
+class Noisy(torch.optim.SGD):
+    def __init__(self, params, lr, weight_decay=0.0):
+        torch.rand(1000)
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+    def step(self, closure=None):
+        torch.rand(1000)
+        return super().step(closure)
+
+def factory(model, lr, scale):
+    return Noisy([p for p in model.parameters() if p.requires_grad], lr * scale)
+"""
+
+
+def test_runs_of_a_seed_have_the_same_adapter_and_batches(recipe, tmp_path, monkeypatch):
+    """Also where an optimizer (here a class and a factory by import path) draws random numbers of its own."""
+    (tmp_path / "noisy_optimizer.py").write_text(textwrap.dedent(NOISY))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    seen: dict[tuple[str, int], list] = {}
+    original_attach = train_module.attach_adapter
+
+    def attach(*args, **kwargs):
+        network = original_attach(*args, **kwargs)
+        seen[current[0]] = [torch.cat([p.flatten() for n, p in network.named_parameters() if "lora_A" in n])]
+        return network
+
+    from transformers import Trainer
+
+    original_step, original_train, current = Trainer.training_step, train_module.train, []
+
+    def step(self, model, inputs, *args, **kwargs):
+        seen[current[0]].append(inputs["input_ids"].clone())
+        return original_step(self, model, inputs, *args, **kwargs)
+
+    @functools.wraps(original_train)
+    def train(**options):
+        current[:] = [(options["out"].parts[-2], options["seed"])]
+        return original_train(**options)
+
+    monkeypatch.setattr(train_module, "attach_adapter", attach)
+    monkeypatch.setattr(Trainer, "training_step", step)
+    monkeypatch.setattr(module, "train", train)
+    text = RECIPE[: RECIPE.index("optimizers:")] + textwrap.dedent(
+        """
+        optimizers:
+          AdamW: {optimizer: adamw, lr: [0.01]}
+          class: {optimizer: "noisy_optimizer:Noisy", lr: [0.01]}
+          factory: {optimizer: "noisy_optimizer:factory", lr: [0.01], optimizer_args: {scale: 2.0}}
+        """
+    )
+    assert run("compare", recipe(text), "--out", tmp_path / "study") == 0
+    assert len(seen) == 6
+    for seed in (0, 1):
+        reference = seen["AdamW", seed]
+        assert len(reference) == 3
+        for name in ("class", "factory"):
+            assert all(torch.equal(a, b) for a, b in zip(reference, seen[name, seed], strict=True))
+    assert not torch.equal(seen["AdamW", 0][0], seen["AdamW", 1][0])
+    result = json.loads((tmp_path / "study/runs/sums/r2/factory/lr0.01-seed0-test/result.json").read_text())
+    assert result["optimizer"]["options"]["lr"] == 0.0  # at the end of the schedule
+    assert result["settings"]["optimizer_args"] == {"scale": 2.0}
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch, capsys):
+    """A study that is stopped within a run comes to the same losses, bitwise, and leaves no checkpoints."""
+    from transformers import Trainer
+
+    small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "steps: 2": "steps: 4, save_every: 2", "[0, 1]": "[0]"}
+    assert run("compare", recipe(**small), "--out", tmp_path / "whole") == 0
+    save, steps = Trainer._save_checkpoint, []
+
+    def save_and_stop(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save_and_stop)
+    assert run("compare", recipe(**small), "--out", tmp_path / "parts") == 130
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save)
+    original = Trainer.training_step
+    monkeypatch.setattr(
+        Trainer,
+        "training_step",
+        lambda self, *args, **kwargs: (steps.append(self.state.global_step), original(self, *args, **kwargs))[1],
+    )
+    assert run("compare", recipe(**small), "--out", tmp_path / "parts") == 0
+    assert steps == [2, 3, 0, 1, 2, 3]
+    whole, parts = (json.loads((tmp_path / name / "study.json").read_text())["runs"] for name in ("whole", "parts"))
+    assert whole == parts
+    assert not list((tmp_path / "parts").rglob("checkpoint-*"))
+
+
+def test_final_adapters_are_evaluated_and_a_missing_evaluation_is_made_up_for(recipe, tmp_path, capsys):
+    """Accuracies by lm_eval, of final runs alone, in the report; a run without its evaluation is not trained again."""
+    pytest.importorskip("lm_eval")
+    from task_files import make_task_files
+
+    folder = make_task_files(tmp_path / "data")
+    text = RECIPE.replace("{data: DATA}", "{task: arc_challenge, evaluate: [arc_challenge]}").replace("[0, 1]", "[0]")
+    words = ["compare", recipe(text), "--out", tmp_path / "study", "--data-dir", folder]
+    assert run(*words) == 0
+    made = sorted(path.parts[-3] for path in (tmp_path / "study").rglob("evaluation/arc_challenge.json"))
+    assert len(made) == 2
+    assert all(name.endswith("seed0-test") for name in made)
+    assert "| optimizer | arc_challenge, acc_norm | − AdamW |" in (tmp_path / "study" / "report.md").read_text()
+    evaluation = next((tmp_path / "study").rglob("evaluation/arc_challenge.json"))
+    before, kept = evaluation.read_text(), (evaluation.parents[1] / "result.json").read_bytes()
+    evaluation.unlink()
+    assert run(*words) == 0
+    assert json.loads(evaluation.read_text())["results"] == json.loads(before)["results"]
+    assert (evaluation.parents[1] / "result.json").read_bytes() == kept
+    assert run("compare", recipe(text.replace("[arc_challenge]", "[no_such_task]")), "--out", tmp_path / "new") == 2
+    assert "no_such_task" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_several_processes_come_to_the_same_losses(recipe, tmp_path):
+    assert run("compare", recipe(), "--out", tmp_path / "one") == 0
+    assert run("compare", recipe(), "--out", tmp_path / "two", "--jobs", 2) == 0
+    one, two = (
+        {r["path"]: r["loss"] for r in json.loads((tmp_path / name / "study.json").read_text())["runs"]}
+        for name in ("one", "two")
+    )
+    assert one == two
+
+
+def test_a_worker_takes_its_device_and_its_share_of_the_cores(monkeypatch):
+    import queue
+    import signal
+
+    devices, threads = queue.Queue(), []
+    for device in (3, None):
+        devices.put(device)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    module._start_worker(devices, 5)
+    assert module.os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    module._start_worker(devices, 5)
+    assert module.os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    assert threads == [5, 5]
+
+
+def test_an_unreadable_recipe_is_an_error(tmp_path):
+    with pytest.raises(LoRARiteValueError, match=r"nowhere\.yaml"):
+        load_recipe(Path(tmp_path / "nowhere.yaml"))
+
+
+def test_shorter_prompts_travel_with_the_data(tmp_path):
+    """What a task offers for a prompt that does not fit is not lost on the way through the study's files."""
+    from lora_rite.finetune.data import Example, read_examples
+
+    examples = [Example("long prompt", "a", ("short", "s")), Example("p", "b"), Example("", "text")]
+    lines = [json.dumps(module._record(example)) for example in examples]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    assert read_examples(tmp_path / "x.jsonl") == examples
+    (tmp_path / "x.jsonl").write_text('{"prompt": "p", "completion": "c", "shorter": "no list"}')
+    with pytest.raises(LoRARiteValueError, match='"shorter" must be a list of prompts'):
+        read_examples(tmp_path / "x.jsonl")

@@ -1,0 +1,103 @@
+"""Every recipe: its options are valid, its command works, its model, pairs and memory are known from shapes alone."""
+
+import itertools
+import math
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("pytorch_optimizer")
+
+from lora_rite.bench import SHAPES
+from lora_rite.cli import main
+from lora_rite.finetune import check as module
+from lora_rite.finetune.compare import HEADERS, Study, load_recipe
+from lora_rite.finetune.tasks import find_task
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_there_are_recipes():
+    """An empty list would pass every other test."""
+    assert len(RECIPES) >= 13
+    models = {load_recipe(ROOT / path).train["model"] for path in RECIPES}
+    assert models == {"tiny", "google/gemma-2b", "google/gemma-7b", "google/gemma-7b-it", "google/mt5-xxl"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_recipe(path, monkeypatch, capsys):
+    """The first line is a command that works (its plan is printed here); the adapter pairs completely; the memory is
+    that of its weights at least; the tasks exist."""
+    command = shlex.split((ROOT / path).read_text().splitlines()[0].removeprefix("#"))
+    assert command[:3] == ["lora-rite", "compare", str(path)]
+    monkeypatch.chdir(ROOT)
+    assert main([*command[1:], "--dry-run"]) == 0
+    study = Study(load_recipe(path))
+    assert f"{study.planned({})} runs, 0 of them finished" in capsys.readouterr().out
+    model = study.recipe.train["model"]
+    expected = {"tiny": 35, "google/gemma-7b-it": 28 * 7}
+    for rank in study.recipe.ranks:
+        needs = module.needs(study, rank)
+        name = model.removeprefix("google/")
+        assert needs.pairs == (expected.get(model) or len(SHAPES[name][0]) * SHAPES[name][1])
+        assert needs.total > needs.weights > 2 * needs.parameters - 1
+        adamw = next(iter(study.recipe.optimizers))
+        assert study.recipe.optimizers[adamw].optimizer == "adamw"
+        # two moments in float32 beside the factor and its gradient, and a counter
+        assert needs.state[adamw] == pytest.approx(needs.adapter, rel=0.01)
+        assert set(needs.state) == set(study.recipe.optimizers)
+    for task in study.recipe.tasks.values():
+        if task.task not in (None, HEADERS):
+            find_task(task.task)
+    for contender in study.recipe.optimizers.values():
+        ratios = [b / a for a, b in itertools.pairwise(contender.lr)]
+        assert all(math.isclose(math.log(r), math.log(ratios[0]), rel_tol=0.1) for r in ratios), "no geometric grid"
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("gemma-2b", 2.506e9), ("gemma-7b", 8.538e9), ("mt5-xxl", 11.90e9)])
+def test_configurations_are_those_of_the_models(name, parameters):
+    """Their published numbers of parameters (mT5 has 12.92e9 with an output layer of its own, which transformers ties
+    to the embedding), and the adapter shapes that `lora-rite bench` has from the same models."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from lora_rite import find_pairs
+    from lora_rite.finetune.train import attach_adapter
+
+    config = module.configuration(f"google/{name}")
+    build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        network = build.from_config(config)
+        count = sum(p.numel() for p in network.parameters())
+        network = attach_adapter(network, rank=2)
+    assert count == pytest.approx(parameters, rel=0.001)
+    maps, layers = SHAPES[name]
+    shapes = Counter((pair.a.shape[1], pair.b.shape[0]) for pair in find_pairs(network).pairs)
+    assert shapes == {shape: count * layers for shape, count in Counter(maps).items()}
+
+
+def test_a_model_or_target_that_is_not_there_is_named(tmp_path, capsys):
+    text = (ROOT / "recipes/small/gsm8k.yaml").read_text()
+    for old, new, message in (
+        ("model: tiny", f"model: {tmp_path}/nothing", "train.model: no configuration of"),
+        ("model: tiny", "model: tiny\n  target_modules: [no_such_layer]", "no_such_layer"),
+        ("{optimizer: adamw,", "{optimizer: adamw, optimizer_args: {no_such: 1},", "optimizers.AdamW"),
+    ):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text.replace(old, new))
+        assert main(["compare", str(path), "--check"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_check_reads_the_data(tmp_path, capsys):
+    """Bad local data is found before anything is trained."""
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").write_text('{"question": "1 + 1?"}\n')
+    assert main(["compare", str(ROOT / "recipes/small/long.yaml"), "--check", "--data-dir", str(tmp_path)]) == 2
+    assert "train.jsonl" in capsys.readouterr().err
