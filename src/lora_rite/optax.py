@@ -14,8 +14,9 @@ precision on every device. Nothing here depends on torch.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate, groupby
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -69,6 +70,7 @@ class _Factor(NamedTuple):
     axis: int  # of the rank
     batch: tuple[int, ...]
     others: tuple[int, ...]  # the shape of the rows
+    dtype: jnp.dtype
 
     @property
     def slices(self) -> int:
@@ -112,7 +114,7 @@ def labels(params: optax.Params, layouts: Sequence[Layout] = LAYOUTS) -> Any:
 
 
 def _pairs(params: optax.Params, layouts: Sequence[Layout]) -> dict[str, list[_Factor]]:
-    """Factors by rank, under "rank_…": those of A first, then those of B in the same order.
+    """Factors by rank, under "rank_…": those of A first, then those of B in the same order; equal shapes side by side.
 
     Raises:
         LoRARiteValueError: a leaf that is no factor or has no partner, or two that cannot be multiplied.
@@ -143,7 +145,9 @@ def _pairs(params: optax.Params, layouts: Sequence[Layout]) -> dict[str, list[_F
             found.setdefault(f"rank_{ranks[0]}", []).append((a, b))
     if not found:
         raise LoRARiteValueError("no LoRA pairs among the parameters: attach an adapter first, or say where by layouts=…")
-    return {rank: [a for a, _ in pairs] + [b for _, b in pairs] for rank, pairs in sorted(found.items())}
+    for pairs in found.values():
+        pairs.sort(key=lambda pair: [(f.rows, str(f.dtype)) for f in pair])
+    return {rank: [pair[side] for side in (0, 1) for pair in pairs] for rank, pairs in sorted(found.items())}
 
 
 def _factor(leaf: int, x: jax.Array, name: str, rank_axis: int, batch_axes: int | None) -> _Factor:
@@ -155,7 +159,7 @@ def _factor(leaf: int, x: jax.Array, name: str, rank_axis: int, batch_axes: int 
             f"{rank_axis}"
         )
     axis = rank_axis % len(own)
-    return _Factor(leaf, batch + axis, x.shape[:batch], own[:axis] + own[axis + 1 :])
+    return _Factor(leaf, batch + axis, x.shape[:batch], own[:axis] + own[axis + 1 :], x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- mathematics
@@ -321,31 +325,36 @@ class _Batch:
     """The factors of one rank in one update: measured, preconditioned, moved (as Batch in batch.py)."""
 
     def __init__(self, factors: list[_Factor], leaves: dict[str, list[jax.Array]], small: FactorState, options: dict):
-        self.factors, self.options = factors, options
-        self.dtype = small.second_moment.dtype
+        self.options, self.dtype = options, small.second_moment.dtype
         self.algebra = jnp.promote_types(self.dtype, jnp.result_type(float))
-        tall = lambda key: [f.tall(leaves[key][f.leaf]).astype(self.dtype) for f in factors]
+        # chunks: factors of one shape, which are multiplied together
+        half, alike = len(factors) // 2, lambda f: (f.rows, f.dtype)
+        self.chunks = [list(run) for side in (factors[:half], factors[half:]) for _, run in groupby(side, alike)]
+        tall = lambda key: [
+            jnp.concatenate([f.tall(leaves[key][f.leaf]) for f in chunk]).astype(self.dtype) for chunk in self.chunks
+        ]
         self.x, self.x_old, self.moments, self.row_moments, self.gradients = (
             tall(key) for key in ("params", "previous", "first_moment", "row_moment", "gradients")
         )
         # (of bfloat16 without the margin: a quarter of the factor is no noise)
         eps = jnp.finfo(self.dtype).eps
-        self.kinds = [leaves["params"][f.leaf].dtype for f in factors]
-        self.rounding = self._column([max(eps, jnp.finfo(kind).eps / NOISE) for kind in self.kinds])
-        self.rows = self._column([f.rows for f in factors])
+        self.rounding = self._column(lambda f: max(eps, jnp.finfo(f.dtype).eps / NOISE))
+        self.rows = self._column(lambda f: f.rows)
         full = lambda m: m if m.dtype == bool else m.astype(self.algebra)
         self.small = FactorState(*(full(m if m.ndim == 3 else m[:, None, None]) for m in small))
 
-    def _column(self, values: list[float]) -> jax.Array:
+    def _column(self, value: Callable[[_Factor], float]) -> jax.Array:
         """(f, 1, 1) from one value a factor."""
-        column = [value for value, f in zip(values, self.factors, strict=True) for _ in range(f.slices)]
+        column = [value(f) for chunk in self.chunks for f in chunk for _ in range(f.slices)]
         return jnp.array(column, self.algebra)[:, None, None]
 
     def _each(self, function: Callable[..., Any], *arrays: Any) -> list[Any]:
-        """``function`` of each factor's parts of the arguments: lists by factor, or (f, …)."""
-        ends = [sum(f.slices for f in self.factors[:i]) for i in range(len(self.factors) + 1)]
-        part = lambda array, i: array[i] if isinstance(array, list) else array[ends[i] : ends[i + 1]].astype(self.dtype)
-        return [function(*(part(array, i) for array in arrays)) for i in range(len(self.factors))]
+        """``function`` of each chunk's parts of the arguments: lists by chunk, or (f, …)."""
+        results, begin = [], 0
+        for i, x in enumerate(self.x):
+            run = slice(begin, begin := begin + x.shape[0])
+            results.append(function(*(a[i] if isinstance(a, list) else a[run].astype(self.dtype) for a in arrays)))
+        return results
 
     def _join(self, parts: Sequence[jax.Array]) -> jax.Array:
         return jnp.concatenate(parts).astype(self.algebra)
@@ -435,8 +444,9 @@ class _Batch:
         matrices = jnp.stack([self.second_moment, self.whiten, self.inverse]).astype(self.dtype)
         return jnp.isfinite(matrices).all()
 
-    def move(self, lr: Any, decays: list[jax.Array], keys: list[jax.Array]) -> list[tuple[jax.Array, ...]]:
-        """The update, M and the row moment of each factor, tall. ``lr`` is −1 for scale_by_lora_rite."""
+    def move(self, lr: Any, decays: list[jax.Array], key: jax.Array | None) -> Iterator[tuple[_Factor, list[jax.Array]]]:
+        """The update, M and the row moment of each factor, in its shape. ``lr`` is −1 for scale_by_lora_rite, ``key``
+        that of the rounding to low precision, if there is any."""
         carry, rest = decays[0] * self.transport.mT, jnp.full_like(self.rows, 1 - decays[0])
         self.step = lr * self.inverse.mT
         results = self._each(
@@ -454,13 +464,16 @@ class _Batch:
         self.step, self.root = self.step * ratio, self.basis.root * ratio
         if self.options["balance_param"]:
             updates = self._each(lambda x, u, ratio: ratio * (x + u) - x, self.x, updates, ratio)
-        if keys:
-            updates = [
-                _stochastic_round(x + u, kind, key) - x if jnp.finfo(kind).bits < 32 else u
-                for x, u, kind, key in zip(self.x, updates, self.kinds, keys, strict=True)
-            ]
+        if key is not None:
+            for i, (chunk, x) in enumerate(zip(self.chunks, self.x, strict=True)):
+                if jnp.finfo(chunk[0].dtype).bits < 32:
+                    own = jax.random.fold_in(key, chunk[0].leaf)
+                    updates[i] = _stochastic_round(x + updates[i], chunk[0].dtype, own) - x
         self.update_norm = self._norms(updates)
-        return list(zip(updates, moments, row_moments, strict=True))
+        for chunk, *moved in zip(self.chunks, updates, moments, row_moments, strict=True):
+            ends = list(accumulate(f.slices for f in chunk))
+            for f, *parts in zip(chunk, *(jnp.split(tall, ends[:-1]) for tall in moved), strict=True):
+                yield f, [f.flat(part) for part in parts]
 
     def _momentum(
         self, g: jax.Array, m: jax.Array, rows: jax.Array, whiten: jax.Array, carry: jax.Array, rest: jax.Array,
@@ -539,6 +552,7 @@ def _transformation(learning_rate: Any, layouts: Sequence[Layout], **options: An
         lr: Any = -1.0
         if learning_rate is not None:
             lr = learning_rate(state.count + state.skipped) if callable(learning_rate) else learning_rate
+        key = None if learning_rate is None else jax.random.fold_in(jax.random.key(0), state.count)
         step = (state.count + 1).astype(jnp.result_type(float))
         decays = [_decay(step, beta) for beta in (*options["betas"], options["row_beta"])]
         for batch in batches.values():
@@ -548,12 +562,9 @@ def _transformation(learning_rate: Any, layouts: Sequence[Layout], **options: An
         keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
         new = {key: list(leaves[key]) for key in ("gradients", "first_moment", "row_moment")}
         for batch in batches.values():
-            keys = []
-            if learning_rate is not None:
-                keys = [jax.random.fold_in(jax.random.key(f.leaf), state.count) for f in batch.factors]
-            for f, moved in zip(batch.factors, batch.move(lr, decays, keys), strict=True):
+            for f, moved in batch.move(lr, decays, key):
                 for tree, value in zip(new.values(), moved, strict=True):
-                    tree[f.leaf] = f.flat(value)
+                    tree[f.leaf] = value
         moves, first_moment, row_moment = (structure.unflatten(tree) for tree in new.values())
         return jax.tree.map(lambda u, x: jnp.where(finite, u, 0).astype(x.dtype), moves, params), LoRARiteState(
             count=state.count + finite,
