@@ -368,11 +368,12 @@ class _Batch:
     def rebase(self, first: jax.Array) -> None:
         """Measures the bases of the factors as they are, and carries V over from the old ones."""
         old = self.small
-        moved = self._norms([x - x_old for x, x_old in zip(self.x, self.x_old, strict=True)])
-        # how much longer than this transformation's update the factor's own was: 1 where nothing came after it
-        ratio = jnp.where(old.update_norm > 0, moved / jnp.where(old.update_norm > 0, old.update_norm, 1), 0)
+        step = old.step
+        if self.options["scaled_later"]:
+            moved = self._norms([x - x_old for x, x_old in zip(self.x, self.x_old, strict=True)])
+            step = step * jnp.where(old.update_norm > 0, moved / jnp.where(old.update_norm > 0, old.update_norm, 1), 0)
         noise = NOISE * self.rounding * self._norms(self.x_old)
-        warm = self._rounded(_warm_basis(old.warm_basis, old.root, ratio * old.step, old.moment_norm, noise))
+        warm = self._rounded(_warm_basis(old.warm_basis, old.root, step, old.moment_norm, noise))
         grams = self._grams(warm)
         known = jnp.all(_trace(grams[0]) <= 2 * warm.shape[-1]) & ~first  # by the triangle inequality no more than 1.5r
         warm, (gram_z, cross) = jax.lax.cond(known, lambda: (warm, grams), self._anew)
@@ -637,7 +638,7 @@ def scale_by_lora_rite(
         None, layouts, betas=betas, eps=eps, weight_decay=0.0, damping=0.0, row_equilibration=row_equilibration,
         row_beta=row_beta, relative_eps=relative_eps, clip_unmagnified_grad=clip_unmagnified_grad,
         update_skipping=update_skipping, update_capping=update_capping, apply_escape=apply_escape, balance_param=False,
-        maximize=False,
+        maximize=False, scaled_later=True,
     )  # fmt: skip
 
 
@@ -663,5 +664,5 @@ def lora_rite(
         learning_rate, layouts, betas=betas, eps=eps, weight_decay=weight_decay, damping=damping,
         row_equilibration=row_equilibration, row_beta=row_beta, relative_eps=relative_eps,
         clip_unmagnified_grad=clip_unmagnified_grad, update_skipping=update_skipping, update_capping=update_capping,
-        apply_escape=apply_escape, balance_param=balance_param, maximize=maximize,
+        apply_escape=apply_escape, balance_param=balance_param, maximize=maximize, scaled_later=False,
     )  # fmt: skip
