@@ -29,7 +29,17 @@ try:
 except ImportError as error:
     raise ImportError(f'lora_rite.optax needs {error.name}: pip install "lora-rite[jax]"') from error
 
-__all__ = ["LAYOUTS", "NNX", "PEFT", "PUBLISHED", "Layout", "LoRARiteState", "labels", "lora_rite", "scale_by_lora_rite"]
+__all__ = [
+    "LAYOUTS",
+    "NNX",
+    "PEFT",
+    "PUBLISHED",
+    "Layout",
+    "LoRARiteState",
+    "labels",
+    "lora_rite",
+    "scale_by_lora_rite",
+]
 
 #: As :data:`lora_rite.PUBLISHED`: keyword arguments of :func:`lora_rite` that make it compute the authors' step.
 PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
@@ -90,7 +100,7 @@ class _Factor(NamedTuple):
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """"layers/0/lora_a". The ``.value`` of flax's variables is left out: it comes and goes."""
+    """ "layers/0/lora_a". The ``.value`` of flax's variables is left out: it comes and goes."""
     if path and getattr(path[-1], "name", None) == "value":
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -134,17 +144,17 @@ def _pairs(params: optax.Params, layouts: Sequence[Layout]) -> dict[str, list[_F
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise LoRARiteTypeError(f"{name} is of {x.dtype}: only real floating-point parameters can be trained")
         if is_a:
-            a, b = (_factor(*leaves[n], n, *axes) for n, axes in
-                    ((name, (layout.a_rank, layout.batch_axes)), (partner, (layout.b_rank, layout.batch_axes))))  # fmt: skip
-            ranks = [leaves[n][1].shape[f.axis] for n, f in ((name, a), (partner, b))]
-            if ranks[0] != ranks[1] or a.batch != b.batch:
+            a = _factor(*leaves[name], name, layout.a_rank, layout.batch_axes)
+            b = _factor(*leaves[partner], partner, layout.b_rank, layout.batch_axes)
+            shape, other = x.shape, leaves[partner][1].shape
+            if shape[a.axis] != other[b.axis] or a.batch != b.batch:
                 raise LoRARiteValueError(
-                    f"rank mismatch {ranks[0]} vs {ranks[1]}: {name} has shape {x.shape}, {partner} "
-                    f"{leaves[partner][1].shape}; as {layout}"
+                    f"rank mismatch {shape[a.axis]} vs {other[b.axis]}: {name} has shape {shape}, {partner} {other}, "
+                    f"with the ranks on axes {a.axis} and {b.axis}; other layouts are told by layouts=…"
                 )
-            found.setdefault(f"rank_{ranks[0]}", []).append((a, b))
+            found.setdefault(f"rank_{shape[a.axis]}", []).append((a, b))
     if not found:
-        raise LoRARiteValueError("no LoRA pairs among the parameters: attach an adapter first, or say where by layouts=…")
+        raise LoRARiteValueError("no LoRA pairs among the parameters: attach an adapter first, or give layouts=…")
     for pairs in found.values():
         pairs.sort(key=lambda pair: [(f.rows, str(f.dtype)) for f in pair])
     return {rank: [pair[side] for side in (0, 1) for pair in pairs] for rank, pairs in sorted(found.items())}
@@ -313,7 +323,7 @@ class LoRARiteState(NamedTuple):
     factors         r×r matrices and scalars by rank ("rank_…")
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[reportIncompatibleMethodOverride]
     skipped: jax.Array
     previous: optax.Params
     first_moment: optax.Params
@@ -338,7 +348,7 @@ class _Batch:
         )
         # (of bfloat16 without the margin: a quarter of the factor is no noise)
         eps = jnp.finfo(self.dtype).eps
-        self.rounding = self._column(lambda f: max(eps, jnp.finfo(f.dtype).eps / NOISE))
+        self.rounding = self._column(lambda f: float(max(eps, jnp.finfo(f.dtype).eps / NOISE)))
         self.rows = self._column(lambda f: f.rows)
         full = lambda m: m if m.dtype == bool else m.astype(self.algebra)
         self.small = FactorState(*(full(m if m.ndim == 3 else m[:, None, None]) for m in small))
@@ -445,7 +455,9 @@ class _Batch:
         matrices = jnp.stack([self.second_moment, self.whiten, self.inverse]).astype(self.dtype)
         return jnp.isfinite(matrices).all()
 
-    def move(self, lr: Any, decays: list[jax.Array], key: jax.Array | None) -> Iterator[tuple[_Factor, list[jax.Array]]]:
+    def move(
+        self, lr: Any, decays: list[jax.Array], key: jax.Array | None
+    ) -> Iterator[tuple[_Factor, list[jax.Array]]]:
         """The update, M and the row moment of each factor, in its shape. ``lr`` is −1 for scale_by_lora_rite, ``key``
         that of the rounding to low precision, if there is any."""
         carry, rest = decays[0] * self.transport.mT, jnp.full_like(self.rows, 1 - decays[0])
@@ -538,7 +550,7 @@ def _transformation(learning_rate: Any, layouts: Sequence[Layout], **options: An
         return LoRARiteState(zero, zero, jax.tree.map(jnp.asarray, params), moment, rows, small)
 
     def update(
-        updates: optax.Updates, state: LoRARiteState, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, LoRARiteState]:
         del extra_args
         if params is None:
@@ -616,7 +628,7 @@ def _check_number(key: str, value: Any, below: float = math.inf) -> None:
     if isinstance(value, jax.Array):
         if value.ndim:
             raise LoRARiteValueError(f"{key} must be a number, got an array of shape {value.shape}")
-    elif not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < below:
+    elif not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < below:
         limits = "a finite number ≥ 0" if below == math.inf else f"a number in [0, {below})"
         raise LoRARiteValueError(f"{key} must be {limits}, got {value!r}")
 
@@ -634,6 +646,20 @@ def scale_by_lora_rite(
     apply_escape: bool = False,
     layouts: Sequence[Layout] = LAYOUTS,
 ) -> optax.GradientTransformationExtraArgs:
+    """The preconditioned direction M·Dᵀ of LoRA-RITE, without a learning rate: the published step and, if wanted, our
+    row equilibration. ``update`` needs ``params``.
+
+    A transformation that does not know the learning rate cannot damp (δ is in units of what a step writes into W), so
+    use :func:`lora_rite` unless you have a reason, above all where a factor starts at zero. With the learning rate lr
+    and weight decay w,
+
+    >>> optax.chain(scale_by_lora_rite(), optax.add_decayed_weights(w), optax.scale_by_learning_rate(lr))
+
+    computes ``lora_rite(lr, weight_decay=w, damping=0.0)``. What follows in a chain may scale a factor's update by a
+    number; how much it did is measured at the next update.
+
+    Args: as those of :func:`lora_rite`.
+    """
     return _transformation(
         None, layouts, betas=betas, eps=eps, weight_decay=0.0, damping=0.0, row_equilibration=row_equilibration,
         row_beta=row_beta, relative_eps=relative_eps, clip_unmagnified_grad=clip_unmagnified_grad,
@@ -660,6 +686,47 @@ def lora_rite(
     maximize: bool = False,
     layouts: Sequence[Layout] = LAYOUTS,
 ) -> optax.GradientTransformationExtraArgs:
+    """LoRA-RITE, to be used as any optimizer of optax; ``update`` needs ``params``. Put it last in a chain, and no
+    ``clip_by_global_norm`` before it: it clips by itself, and raw gradients depend on the factorisation.
+
+    The tree of parameters has factors only (``nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)``); where other leaves are
+    trained too:
+
+    >>> optax.partition({"lora": lora_rite(5e-4), "other": optax.adamw(2e-4)}, labels)
+
+    Keywords, defaults and equations are those of :class:`lora_rite.LoRARite`. The step differs from that one's in
+    three things only: an update with NaN or Inf in any gradient (or in a parameter) is zero for all pairs and leaves
+    the state as it was, and ``state.skipped`` goes up, but nothing warns or raises; factors that were changed from
+    outside keep their moments, carried over; and the noise of the stochastic rounding is another one. What is as there:
+    with bfloat16 and float16 factors the arithmetic and the state are float32, and ``params + update`` is rounded
+    stochastically.
+
+    Args:
+        learning_rate: a number or a schedule (of the number of updates, skipped ones too). 2e-4 is the default of
+            LoRARite; start from the one that suits AdamW on the same adapter and try up to five times that.
+        betas: decays of the first and the second moment.
+        eps: added to the root of the eigenvalues of V.
+        weight_decay: decoupled, on both factors.
+        damping: how many steps' worth of W must lie along a direction of B·A before the factor opposite to the zero one
+            follows it. 0 is the published step.
+        row_equilibration: divide each row of the preconditioned gradient by its running root mean square.
+        row_beta: decay of that mean square.
+        relative_eps: eps in units of √λ_max(V): makes the step independent of the gradient's scale.
+        clip_unmagnified_grad: largest norm of the unmagnified gradients of all pairs together; 0 is off.
+        update_skipping: drop a factor's gradient in this step where its unmagnified root mean square exceeds this; 0 is
+            off.
+        update_capping: largest root mean square of M in the update; 0 is off.
+        apply_escape: add the mass of V that the new basis does not see (ρ of Algorithm 1) to its eigenvalues.
+        balance_param: rescale both factors to equal Frobenius norms after each step.
+        maximize: ascend instead of descend.
+        layouts: where the factors are and which axis is the rank, see :class:`Layout`.
+
+    All numbers may be arrays (under :func:`optax.inject_hyperparams`, say), and then change without recompilation.
+
+    Raises:
+        LoRARiteValueError, LoRARiteTypeError: hyperparameters out of range; from ``init`` and ``update``, leaves that
+            do not form pairs.
+    """
     return _transformation(
         learning_rate, layouts, betas=betas, eps=eps, weight_decay=weight_decay, damping=damping,
         row_equilibration=row_equilibration, row_beta=row_beta, relative_eps=relative_eps,
