@@ -207,18 +207,6 @@ def _decay(step: jax.Array, beta: Any) -> jax.Array:
     return beta * jnp.expm1((step - 1) * log) / jnp.expm1(step * log)
 
 
-def _initial_warm(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """K_w of arbitrary factors: scaled to 1, then made orthonormal three times (rite.initial_basis)."""
-    scale = jnp.max(jnp.abs(x), (-2, -1), keepdims=True).astype(dtype)
-    warm = jnp.eye(x.shape[-1], dtype=dtype) / jnp.where(scale == 0, 1, scale)
-    for _ in range(3):
-        z = _times(x, warm.astype(x.dtype))
-        w, u = _eigh(_gram(z, z).astype(dtype))
-        s = jnp.sqrt(jnp.maximum(w, w[..., -1:] * (10 * jnp.finfo(x.dtype).eps)))
-        warm = jnp.where((w[..., -1:] <= 0)[..., None], warm, _times(warm, u / s[..., None, :]))
-    return warm
-
-
 def _warm_basis(warm: jax.Array, root: jax.Array, step: jax.Array, norm: jax.Array, noise: jax.Array) -> jax.Array:
     """K_w for the factor after a step X − M·``step``: neither X (``root``ᵀ·``root`` is the Gram matrix of X·K_w), nor
     the step (``norm`` = ‖M‖), nor the rounding of X (its size ``noise``) is longer than 1 in it (rite.warm_basis).
@@ -282,11 +270,14 @@ def _damped_inverse(y: jax.Array, x: jax.Array, delta: jax.Array) -> jax.Array:
 
 
 def _stochastic_round(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
-    """x float32, rounded to values of bfloat16 or float16, up or down with the probabilities that make it unbiased."""
+    """x float32, rounded to values of bfloat16 or float16, up or down with the probabilities that make it unbiased.
+    Values that ``dtype`` has stay as they are, for the noise has just the bits that are dropped."""
     eps, tiny = float(jnp.finfo(dtype).eps), float(jnp.finfo(dtype).tiny)
-    exponent = jnp.frexp(jnp.maximum(jnp.abs(x), tiny))[1] - 1
-    quantum = jnp.ldexp(jnp.float32(eps), exponent)
-    return jnp.floor(x / quantum + jax.random.uniform(key, x.shape)) * quantum
+    tiny = max(tiny, float(jnp.finfo(jnp.float32).tiny) / eps)  # no subnormal quantum: XLA makes it zero
+    quantum = jnp.ldexp(jnp.float32(eps), jnp.frexp(jnp.maximum(jnp.abs(x), tiny))[1] - 1)
+    dropped = 2 ** (23 + round(math.log2(eps)))
+    noise = (jax.random.bits(key, x.shape) % dropped).astype(jnp.float32) / dropped
+    return jnp.floor(x / quantum + noise) * quantum
 
 
 # ------------------------------------------------------------------------------------------------------ transformation
@@ -317,7 +308,7 @@ class LoRARiteState(NamedTuple):
     the factors of the last update, in their own dtype (bfloat16: 2(m+n)r bytes less).
 
     count, skipped  () int32: updates that were applied; that were all zero for a NaN or Inf
-    previous        the parameters of the last update
+    previous        the parameters of the last update that was applied; zero before the first one
     first_moment    M, of the parameters' shapes
     row_moment      of the parameters' shapes, 1 on the axis of the rank
     factors         r×r matrices and scalars by rank ("rank_…")
@@ -402,12 +393,15 @@ class _Batch:
             self.escaped = self.escaped + jnp.maximum(lost, 0)
 
     def _anew(self) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """K_w (and what is measured in it) of factors that the state knows nothing of."""
-        warm = self._join([_initial_warm(x, self.algebra) for x in self.x])
-        values, vectors = _eigh(self._grams(warm)[0])
-        root = jnp.sqrt(jnp.maximum(values, 0))[..., None] * vectors.mT
-        noise = NOISE * self.rounding * self._norms(self.x)
-        warm = self._rounded(_warm_basis(warm, root, jnp.zeros_like(warm), jnp.zeros_like(noise), noise))
+        """K_w (and what is measured in it) of factors that the state knows nothing of: scaled to 1, then made
+        orthonormal three times, each of which makes the Gram matrix better conditioned (rite.initial_basis)."""
+        scale = self._join([jnp.max(jnp.abs(x), (-2, -1), keepdims=True) for x in self.x])
+        warm = jnp.eye(self.small.basis.shape[-1], dtype=self.algebra) / jnp.where(scale == 0, 1, scale)
+        noise, none = NOISE * self.rounding * self._norms(self.x), jnp.zeros_like(warm)
+        for _ in range(3):
+            w, u = _eigh(self._grams(warm)[0])
+            s = jnp.sqrt(jnp.maximum(w, w[..., -1:] * (10 * jnp.finfo(self.dtype).eps)))
+            warm = self._rounded(_warm_basis(warm, s[..., None] * u.mT, none, noise, noise))
         return warm, self._grams(warm)
 
     def _rounded(self, m: jax.Array) -> jax.Array:
@@ -526,8 +520,9 @@ class _Batch:
 
 def _new_factor_state(factors: list[_Factor], rank: int, dtype: jnp.dtype) -> FactorState:
     f = sum(factor.slices for factor in factors)
-    matrix, scalar = jnp.zeros((f, rank, rank), dtype), jnp.zeros((f,), dtype)
-    return FactorState(matrix, scalar, matrix, matrix, matrix, matrix, scalar, scalar, jnp.zeros((f,), bool))
+    matrices = {"second_moment", "basis", "root", "warm_basis", "step"}
+    shapes = {key: (f, rank, rank) if key in matrices else (f,) for key in FactorState._fields}
+    return FactorState(**{key: jnp.zeros(shape, bool if key == "damped" else dtype) for key, shape in shapes.items()})
 
 
 def _transformation(learning_rate: Any, layouts: Sequence[Layout], **options: Any) -> Any:
@@ -546,8 +541,15 @@ def _transformation(learning_rate: Any, layouts: Sequence[Layout], **options: An
                 shapes[f.leaf] = (*leaves[f.leaf].shape[: f.axis], 1, *leaves[f.leaf].shape[f.axis + 1 :])
         rows = jax.tree.unflatten(jax.tree.structure(params), [jnp.zeros(shape, dtype) for shape in shapes])
         moment = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params)
-        zero = jnp.zeros((), jnp.int32)
-        return LoRARiteState(zero, zero, jax.tree.map(jnp.asarray, params), moment, rows, small)
+        # (each array is one of its own: a caller may donate the state, and a buffer can be donated once)
+        return LoRARiteState(
+            count=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
+            previous=jax.tree.map(jnp.zeros_like, params),
+            first_moment=moment,
+            row_moment=rows,
+            factors=small,
+        )
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
