@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from problems import factors, gradients_of_w, random_matrix, regauged, relative, train, w
+from reference import Reference
 from test_import import loaded_after
 from test_reference import CASES, FOLDER
 
@@ -26,7 +27,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from lora_rite import optax as ours  # noqa: E402
 
-TX = ours.lora_rite(1e-2)
+TX, PUBLISHED = ours.lora_rite(1e-2), ours.lora_rite(1e-2, **ours.PUBLISHED)
 NUMBERS = (
     "eps", "weight_decay", "damping", "row_beta", "relative_eps", "clip_unmagnified_grad", "update_skipping",
     "update_capping",
@@ -124,6 +125,18 @@ def test_float64_equals_the_authors_code(case, x64):
 def test_float32_is_near_in_w(case):
     for expected, got in trajectory(case):
         assert relative(w(got), w(expected)) < (1e-2 if case == "ill_conditioned" else 1e-5)
+
+
+@pytest.mark.parametrize(("condition", "tolerance"), [(0, 5e-6), (1e3, 2e-6), (1e5, 1e-4)])
+def test_float32_is_near_the_reference(condition, tolerance):
+    """30 steps of the published settings, B = 0 or dense factors of that condition, r×r matrices in float32 too."""
+    pair, gradients = factors(8, 50, 40, zero_b=not condition, condition=condition or 1.0), gradients_of_w(30, 40, 50)
+    reference = Reference([[x.clone() for x in pair]], lr=1e-2, update_skipping=1.0)
+    for g in gradients:
+        a, b = reference.pairs[0]
+        reference.step([(b.mT @ g, g @ a.mT)])
+    params, _ = steps(PUBLISHED, tree([pair]), [gradients])
+    assert relative(w(pairs_of(params)[0]), w(reference.pairs[0])) < tolerance
 
 
 EVERYTHING = {
