@@ -258,15 +258,18 @@ def _pseudo_inverse(t: jax.Array, live: jax.Array) -> jax.Array:
     return jnp.where(good, jnp.flip(inverse, -1), jnp.nan)
 
 
-def _damped_inverse(y: jax.Array, x: jax.Array, delta: jax.Array) -> jax.Array:
-    """D = T_Xᵀ V diag(σ/(σ² + δ²)) Uᵀ with T_Y·T_Xᵀ = U diag(σ) Vᵀ; 0 where σ = 0 (rite.damped_inverse)."""
-    s = _times(y, x.mT)
-    good = _finite(s)
-    u, sigma, vh = jnp.linalg.svd(jnp.where(good, s, 0))
-    live = sigma > sigma[..., :1] * (s.shape[-1] * jnp.finfo(s.dtype).eps)
-    sigma = jnp.where(live, sigma, 1)
-    f = jnp.where(live, 1 / (sigma + delta[..., 0] ** 2 / sigma), 0)
-    return jnp.where(good, _times(_times(x.mT, vh.mT), f[..., None] * u.mT), jnp.nan)
+def _damped_inverse(s: jax.Array, delta: jax.Array) -> jax.Array:
+    """V diag(σ/(σ² + δ²)) Uᵀ of S = U diag(σ) Vᵀ, by QR of [Sᵀ; δ] (rite.damped_inverse). 0 where σ = 0, also for δ = 0.
+
+    δ is at least 1e-6·‖S‖, so that σ that are rounding noise count for little.
+    """
+    good, r = _finite(s), s.shape[-1]
+    s = jnp.where(good, s, 0)
+    floor = float(jnp.finfo(jnp.float64).eps) ** 0.375
+    delta = jnp.maximum(jnp.maximum(delta, floor * _norm(s)), 1e-30)
+    q, root = jnp.linalg.qr(jnp.concatenate([s.mT, delta * jnp.eye(r, dtype=s.dtype)], -2))
+    inverse = jax.lax.linalg.triangular_solve(root, q[..., :r, :], left_side=False, lower=False, transpose_a=True)
+    return jnp.where(good, inverse, jnp.nan)
 
 
 def _stochastic_round(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
@@ -423,7 +426,7 @@ class _Batch:
             damps_a = self.damped[:half]
             delta = damping * lr * jnp.sqrt(jnp.where(damps_a, self.rows[:half], self.rows[half:]))
             y, x = jnp.where(damps_a, t[:half], t[half:]), jnp.where(damps_a, t[half:], t[:half])
-            damped = jnp.tile(_damped_inverse(y, x, delta), (2, 1, 1))
+            damped = jnp.tile(_times(x.mT, _damped_inverse(_times(y, x.mT), delta)), (2, 1, 1))
             self.inverse = jnp.where(self._partners(self.damped) & (damping > 0), damped, self.inverse)
         unmagnified = self._each(_times, self.gradients, self.inverse)
         self.squares = self._join([_gram(g, g) for g in unmagnified])
@@ -486,12 +489,12 @@ class _Batch:
         self, g: jax.Array, m: jax.Array, rows: jax.Array, whiten: jax.Array, carry: jax.Array, rest: jax.Array,
         row_decay: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-        """M ← M·(β₁ₜPᵀ) + (1 − β₁ₜ)·S, rows of S equilibrated (rite.equilibrate_rows), and the row moment."""
+        """M ← M·(β₁ₜPᵀ) + (1 − β₁ₜ)·S, rows of S equilibrated (rite.row_factors), and the row moment."""
         s = _times(g, whiten)
         if self.options["row_equilibration"]:
             squares = jnp.mean(s * s, -1, keepdims=True)
             rows = row_decay * rows + (1 - row_decay) * squares
-            factors = 1 / (jnp.sqrt(rows) + 1e-12)
+            factors = jax.lax.rsqrt(rows + 1e-24)
             even = jnp.sum(squares * factors**2, -2, keepdims=True)
             rest = rest * factors * jnp.sqrt(jnp.sum(squares, -2, keepdims=True) / jnp.maximum(even, 1e-30))
         return _times(m, carry) + rest * s, rows
