@@ -259,7 +259,7 @@ def _pseudo_inverse(t: jax.Array, live: jax.Array) -> jax.Array:
 
 
 def _damped_inverse(s: jax.Array, delta: jax.Array) -> jax.Array:
-    """V diag(σ/(σ² + δ²)) Uᵀ of S = U diag(σ) Vᵀ, by QR of [Sᵀ; δ] (rite.damped_inverse). 0 where σ = 0, also for δ = 0.
+    """V diag(σ/(σ² + δ²)) Uᵀ of S = U diag(σ) Vᵀ, by QR of [Sᵀ; δ]; 0 where σ = 0 (rite.damped_inverse).
 
     δ is at least 1e-6·‖S‖, so that σ that are rounding noise count for little.
     """
