@@ -1,4 +1,4 @@
-"""The command line: ``lora-rite demo | train | pairs | bench | audit``. Heavy imports are inside the verbs."""
+"""The command line: ``lora-rite demo | train | pairs | bench | audit | theory``. Heavy imports are inside verbs."""
 
 import inspect
 import sys
@@ -134,6 +134,28 @@ def audit_verb(
     return audit_command(**arguments)
 
 
+def theory_verb(
+    experiment: Literal["width", "transfer", "regret", "factors", "cost", "damping", "noise", "ablation"],
+    out: Path | None = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Puts the paper's theorems, the costs and our own additions to the test: figures, a picture and a paragraph each.
+
+    width: Theorem 1, the change of the output through A and through B over the width. transfer: the best lr over width
+    and rank. regret: Theorems 3 and 4. factors: how much A and B learn, on the embedded model. cost: operations, time
+    and memory over width and rank. damping: where the published step blows up. noise: 20,000 steps of noise. ablation:
+    every part of the step taken out or exchanged. Each takes one to ten minutes on one core.
+
+    Args:
+        experiment: which one to run.
+        out: folder for EXPERIMENT.json and EXPERIMENT.png.
+        settings: keyword arguments of the experiment's run function, to make it smaller or larger.
+    """
+    from .theory import theory
+
+    theory(experiment, out, **(settings or {}))
+
+
 def train(**kwargs: Any) -> None:
     from .finetune.train import summary
     from .finetune.train import train as run
@@ -160,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pairs": (pairs, pairs),
         "bench": (bench, bench),
         "audit": (audit_verb, audit_verb),
+        "theory": (theory_verb, theory_verb),
     }
     parser = ArgumentParser(
         prog="lora-rite", description="Fine-tuning with LoRA-RITE.", version=__version__, exit_on_error=False
