@@ -118,6 +118,15 @@ SMALL = {
     "cost": {"widths": [128, 256, 512], "ranks": [4, 8, 16], "rounds": 1},
     "damping": {"gradient_ranks": [2, 8], "lrs": [1e-2], "steps": 8, "seeds": 1},
     "noise": {"steps": 60},
+    "few_tokens": {"rank": 2, "steps": 2, "lrs": [1e-2], "expert_steps": 4, "expert_lrs": [1e-2], "expert_seeds": 1},
+    "ablation": {
+        "cases": ["LoRARite", "no second moment", "AdamW"],
+        "widths": [16],
+        "rank": 2,
+        "steps": [4],
+        "lrs": [1e-2],
+        "seeds": 2,
+    },
 }
 
 

@@ -135,7 +135,7 @@ def audit_verb(
 
 
 def theory_verb(
-    experiment: Literal["width", "transfer", "regret", "factors", "cost", "damping", "noise", "ablation"],
+    experiment: Literal["width", "transfer", "regret", "factors", "cost", "damping", "few_tokens", "noise", "ablation"],
     out: Path | None = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
@@ -143,8 +143,9 @@ def theory_verb(
 
     width: Theorem 1, the change of the output through A and through B over the width. transfer: the best lr over width
     and rank. regret: Theorems 3 and 4. factors: how much A and B learn, on the embedded model. cost: operations, time
-    and memory over width and rank. damping: where the published step blows up. noise: 20,000 steps of noise. ablation:
-    every part of the step taken out or exchanged. Each takes one to ten minutes on one core.
+    and memory over width and rank. damping: where the published step blows up; few_tokens: the same where it occurs.
+    noise: 20,000 steps of noise. ablation: every part of the step taken out or exchanged. Each takes one to ten minutes
+    on one core.
 
     Args:
         experiment: which one to run.

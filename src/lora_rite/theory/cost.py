@@ -17,8 +17,8 @@ for AdamW."""
 
 
 def run(
-    widths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384),
-    ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128),
+    widths: tuple[int, ...] = (1024, 4096, 16384, 32768, 65536),
+    ranks: tuple[int, ...] = (4, 8, 16, 32, 64),
     rounds: int = 5,
 ) -> dict[str, Any]:
     """One pair with n = m = width. ``operations``: of matrix products, counted (not those of eigenvalues, SVD and

@@ -50,7 +50,7 @@ def run(
     rank: int = 2,
     steps: int = 2048,
     imbalances: tuple[float, ...] = (1.0, 1e1, 1e2, 1e3, 1e4),
-    lrs: tuple[float, ...] = tuple(2.0**k for k in range(-7, 2)),
+    lrs: tuple[float, ...] = tuple(2.0**k for k in range(-7, 6)),
     seeds: int = 2,
 ) -> dict[str, Any]:
     """Online absolute regression |⟨xyᵀ, W⟩ − ⟨xyᵀ, W*⟩| with unit x and y (convex in W, G = 1, smallest loss 0).
