@@ -187,6 +187,14 @@ def test_noise_keeps_bases_orthonormal(results):
         assert math.isfinite(walk["w"][-1])
 
 
+def test_the_gauge_ablation_trains_in_both_dtypes():
+    from lora_rite.theory import ablation
+
+    rows = ablation.run("gauge", widths=(16,), rank=2, seeds=1)["rows"]
+    assert len(rows) == 8
+    assert all(loss < 1 for row in rows for loss in row["losses"])
+
+
 def test_unknown_settings(capsys):
     assert main(["theory", "--experiment", "width", "--settings", '{"with": 3}']) == 2
     assert "--settings: width has no 'with'; it has widths, rank" in capsys.readouterr().err

@@ -85,6 +85,8 @@ def audit_command(
     if out is not None:
         packages = {name: _version(name) for name in ("pytorch_optimizer",)}
         out.mkdir(parents=True, exist_ok=True)
+        for row in result["rows"]:
+            row["errors"] = [float(f"{error:.3g}") for error in row["errors"]]
         write_json(out / "audit.json", {**result, "peers": others, "versions": {**versions(), **packages}})
         _plot(result, others, out / "audit.png")
         print(f"Figures: {out / 'audit.json'}, picture: {out / 'audit.png'}")

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import torch
 
+from ..errors import NonFiniteError
 from .embedded import pair_parameters, train_embedded
-from .problems import Regression, adamw
+from .problems import Regression, adamw, rite
 from .variant import Variant
 
 EXPECTED = """What the literature leaves open: nobody has published what the parts of LoRA-RITE are worth alone.
@@ -59,7 +60,7 @@ EMBEDDED: dict[str, tuple[float, ...]] = {
 
 
 def run(
-    problem: Literal["synthetic", "embedded"] = "synthetic",
+    problem: Literal["synthetic", "embedded", "gauge"] = "synthetic",
     cases: tuple[str, ...] | None = None,
     widths: tuple[int, ...] = (48, 192),
     rank: int = 8,
@@ -69,7 +70,11 @@ def run(
     seeds: int = 5,
 ) -> dict[str, Any]:
     """Synthetic: relative loss on fresh samples of :class:`.problems.Regression` with noisy targets; lr chosen with
-    seed 100, then ``seeds`` other ones. Embedded: validation loss after 200 steps, rank 16, seed 100."""
+    seed 100, then ``seeds`` other ones. Embedded: validation loss after 200 steps, rank 16, seed 100. Gauge: LoRARite
+    with and without ``balance_param``, in float32 and bfloat16, from factors that are balanced or a thousand times
+    larger in A; synthetic, lr 3e-2."""
+    if problem == "gauge":
+        return {"settings": {"problem": problem, "rank": rank, "seeds": seeds}, "rows": _gauge(widths[0], rank, seeds)}
     torch.set_num_threads(1)
     rows = []
     for case in cases or (EMBEDDED if problem == "embedded" else (*CASES, "AdamW")):
@@ -95,11 +100,33 @@ def run(
     return {"settings": settings, "rows": rows}
 
 
+def _gauge(width: int, rank: int, seeds: int) -> list[dict[str, Any]]:
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for scale in (1.0, 1e3):
+            for balance in (False, True):
+                make = rite(balance_param=balance)
+                losses = [_train(make, width, rank, 200, 0.1, 3e-2, seed, dtype, scale) for seed in range(seeds)]
+                case = f"{str(dtype)[6:]}, A × {scale:g}, {'balanced' if balance else 'as it is'}"
+                rows.append({"case": case, "lr": 3e-2, "losses": losses})
+    return rows
+
+
 def _loss(case: str, width: int, rank: int, steps: int, warmup: float, lr: float, seed: int) -> float:
+    make = adamw if case == "AdamW" else lambda pair, lr: Variant(pair, lr, **CASES[case])
+    return _train(make, width, rank, steps, warmup, lr, seed)
+
+
+def _train(
+    make: Any, width: int, rank: int, steps: int, warmup: float, lr: float, seed: int,
+    dtype: torch.dtype = torch.float32, scale: float = 1.0,
+) -> float:  # fmt: skip
     problem = Regression(width, rank, seed, batch=8)
     held_out = problem.data(256)
     pair = [problem.a, problem.b]
-    optimizer = adamw(pair, lr) if case == "AdamW" else Variant(pair, lr, **CASES[case])
+    for p, factor in zip(pair, (scale, 1 / scale), strict=True):
+        p.data = (p.data * factor).to(dtype)
+    optimizer = make(pair, lr)
     for step in range(1, steps + 1):
         rise = step / (warmup * steps) if warmup else 1.0
         optimizer.param_groups[0]["lr"] = lr * min(1.0, rise, 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -107,7 +134,7 @@ def _loss(case: str, width: int, rank: int, steps: int, warmup: float, lr: float
         problem.gradients(x, y + torch.randn(y.shape, generator=problem.generator) * y.std())
         try:
             optimizer.step()
-        except torch.linalg.LinAlgError:  # not finite
+        except (torch.linalg.LinAlgError, NonFiniteError):
             return math.inf
     value = problem.loss(*held_out)
     return value if math.isfinite(value) else math.inf
@@ -128,7 +155,8 @@ def found(result: dict[str, Any]) -> str:
             + f" (lr {r['lr']:g})"
             for case, r in sorted(best.items(), key=lambda item: statistics.mean(item[1]["losses"]))
         )
-        where = f"Width {width}, {steps} steps, warm-up {warmup:g}" if width else "Embedded model, 200 steps"
+        other = f"{result['settings']['problem'].capitalize()}, 200 steps"
+        where = f"Width {width}, {steps} steps, warm-up {warmup:g}" if width else other
         parts.append(f"{where}: {text}.")
     return " ".join(parts)
 
@@ -152,6 +180,6 @@ def plot(result: dict[str, Any], figure: Any) -> None:
             axis.plot(statistics.mean(losses), i, "|", color="tab:blue", markersize=14, markeredgewidth=2)
         axis.axvline(base, color="black", linewidth=0.7)
         axis.set(yticks=range(len(cases)), yticklabels=cases, xscale="log",
-                 title=f"width {width}, {steps} steps" if width else "embedded model")  # fmt: skip
+                 title=f"width {width}, {steps} steps" if width else result["settings"]["problem"])  # fmt: skip
         axis.grid(alpha=0.3, which="both")
     axes[0].invert_yaxis()

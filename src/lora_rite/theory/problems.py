@@ -46,14 +46,16 @@ class Regression:
     @torch.no_grad()
     def gradients(self, x: Tensor, y: Tensor) -> None:
         """Of the mean over the batch of ‖BAx − y‖²/2, into ``a.grad`` and ``b.grad``."""
-        inner = x @ self.a.mT
-        error = (inner @ self.b.mT - y) / len(x)
-        self.b.grad, self.a.grad = error.mT @ inner, (error @ self.b).mT @ x
+        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
+        inner = x @ a.mT
+        error = (inner @ b.mT - y) / len(x)
+        self.b.grad, self.a.grad = (error.mT @ inner).to(self.b.dtype), ((error @ b).mT @ x).to(self.a.dtype)
 
     @torch.no_grad()
     def loss(self, x: Tensor, y: Tensor) -> float:
         """Mean square of the error, in units of that of y."""
-        return float((x @ self.a.mT @ self.b.mT - y).square().mean() / y.square().mean())
+        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
+        return float((x @ a.mT @ b.mT - y).square().mean() / y.square().mean())
 
 
 def loraplus(ratio: float) -> Any:
