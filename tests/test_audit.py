@@ -128,6 +128,15 @@ def test_what_does_not_move_or_is_not_finite_does_not_pass():
         def step(self, closure=None):
             self.param_groups[0]["params"][0].fill_(math.nan)
 
+    class Picky(torch.optim.SGD):
+        def step(self, closure=None):
+            if max(p.abs().max() for p in self.param_groups[0]["params"]) > 100:
+                raise RuntimeError("too large")
+            super().step(closure)
+
+    result = audit(Picky, options={"lr": 1e-2}, problems=["linear"], steps=2, conditions=[10])
+    assert {row["worst"] for row in rows_of(result, transform="scale 1e-3")} == {math.inf}
+    assert {row["verdict"] for row in rows_of(result, transform="scale 1e-3")} == {"failed"}
     for optimizer in (Still, Broken):
         result = audit(optimizer, options={"lr": 1e-2}, problems=["linear"], steps=2, conditions=[10])
         assert not result["passed"]

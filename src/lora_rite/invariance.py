@@ -122,7 +122,8 @@ def audit(
         - "control": no K, but every element changed by one rounding of its dtype: what training itself makes of noise;
         - "passed": ``worst`` is within the tolerance;
         - "rounding": it is not, but within 10·condition(K) times the control's: this dtype cannot tell;
-        - "failed": the step depends on the factorisation (also where W did not move or is not finite).
+        - "failed": the step depends on the factorisation (also where W did not move, is not finite, or the optimizer
+          raised from the transformed factors alone).
 
         ``passed``: nothing failed, and in each dtype something passed. ``failures``: problems that the optimizer cannot
         train, and why (they do not count). ``settings``.
@@ -217,8 +218,8 @@ class _Run:
     def __init__(
         self, make: Callable[[nn.Module], torch.optim.Optimizer], model: nn.Module, change: Any = None, seed: int = 0
     ):
-        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-        self.model = copy.deepcopy(model, {**frozen, **{id(b): b for b in model.buffers()}})
+        self.model = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+        self.transformed, self.broken = change is not None, False
         pairs = find_pairs(self.model).pairs
         self.pairs = [(pair.a_name, pair.a, pair.b) for pair in pairs]
         generator = torch.Generator().manual_seed(seed)
@@ -233,6 +234,8 @@ class _Run:
             raise _CannotTrain(f"{type(error).__name__}: {_first_line(error)}") from error
 
     def step(self, loss: Loss, step: int, seed: int) -> None:
+        if self.broken:
+            return
         self.optimizer.zero_grad()
         with torch.random.fork_rng():
             torch.manual_seed(seed + step)
@@ -240,12 +243,15 @@ class _Run:
             try:
                 self.optimizer.step()
             except Exception as error:
-                raise _CannotTrain(f"step {step}: {type(error).__name__}: {_first_line(error)}") from error
+                if not self.transformed:
+                    raise _CannotTrain(f"step {step}: {type(error).__name__}: {_first_line(error)}") from error
+                self.broken = True  # what trains from (B, A) and not from (BK, K⁻¹A) is not invariant
 
     def change_of_w(self) -> list[tuple[Tensor, Tensor]]:
-        """B·A − B₀·A₀ of each pair as one product [B −B₀]·[A; A₀], in float64 on the CPU."""
+        """B·A − B₀·A₀ of each pair as one product [B −B₀]·[A; A₀], in float64 on the CPU; NaN after a failed step."""
+        factor = math.nan if self.broken else 1.0
         return [
-            (torch.cat([_matrix(b), -b_0], 1), torch.cat([_matrix(a), a_0]))
+            (torch.cat([_matrix(b), -b_0], 1) * factor, torch.cat([_matrix(a), a_0]))
             for (_, a, b), (a_0, b_0) in zip(self.pairs, self.start, strict=True)
         ]
 
