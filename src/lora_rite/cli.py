@@ -121,7 +121,7 @@ def audit_verb(
             synthetic problems, and a model's own.
         conditions: condition numbers of the random K.
         steps: optimizer steps of each run.
-        tolerance: largest relative difference of the changes of W that passes; by default 1e-6 in float64, 1e-2 in
+        tolerance: largest relative difference of the changes of W that passes; by default 1e-4 in float64, 1e-2 in
             float32, 0.3 in bfloat16, 0.1 in float16.
         peers: show other optimizers beside it (AdamW, LoRA+, Riemannian, Muon, Shampoo, Lamb, the published step).
         seed: of the problems, the transformations and the adapter.
