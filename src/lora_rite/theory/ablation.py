@@ -181,5 +181,6 @@ def plot(result: dict[str, Any], figure: Any) -> None:
         axis.axvline(base, color="black", linewidth=0.7)
         axis.set(yticks=range(len(cases)), yticklabels=cases, xscale="log",
                  title=f"width {width}, {steps} steps" if width else result["settings"]["problem"])  # fmt: skip
+        axis.tick_params(axis="x", which="minor", labelbottom=False)
         axis.grid(alpha=0.3, which="both")
     axes[0].invert_yaxis()

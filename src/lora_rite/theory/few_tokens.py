@@ -102,5 +102,6 @@ def plot(result: dict[str, Any], figure: Any) -> None:
             means = [min(statistics.mean(row["losses"]), 1e3) for row in own]
             axis.loglog([row["lr"] for row in own], means, marker=".", color=f"C{i}", label=name)
         axis.set(title=problem, xlabel="lr", ylabel="loss")
+        axis.tick_params(axis="x", which="minor", labelbottom=False)
         axis.grid(alpha=0.3, which="both")
     figure.axes[0].legend(fontsize="small")
