@@ -74,7 +74,8 @@ def run(
     with and without ``balance_param``, in float32 and bfloat16, from factors that are balanced or a thousand times
     larger in A; synthetic, lr 3e-2."""
     if problem == "gauge":
-        return {"settings": {"problem": problem, "rank": rank, "seeds": seeds}, "rows": _gauge(widths[0], rank, seeds)}
+        settings = {"problem": problem, "width": widths[0], "rank": rank, "steps": steps[-1], "seeds": seeds}
+        return {"settings": settings, "rows": _gauge(widths[0], rank, steps[-1], seeds)}
     torch.set_num_threads(1)
     rows = []
     for case in cases or (EMBEDDED if problem == "embedded" else (*CASES, "AdamW")):
@@ -100,13 +101,13 @@ def run(
     return {"settings": settings, "rows": rows}
 
 
-def _gauge(width: int, rank: int, seeds: int) -> list[dict[str, Any]]:
+def _gauge(width: int, rank: int, steps: int, seeds: int) -> list[dict[str, Any]]:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for scale in (1.0, 1e3):
             for balance in (False, True):
                 make = rite(balance_param=balance)
-                losses = [_train(make, width, rank, 200, 0.1, 3e-2, seed, dtype, scale) for seed in range(seeds)]
+                losses = [_train(make, width, rank, steps, 0.1, 3e-2, seed, dtype, scale) for seed in range(seeds)]
                 case = f"{str(dtype)[6:]}, A × {scale:g}, {'balanced' if balance else 'as it is'}"
                 rows.append({"case": case, "lr": 3e-2, "losses": losses})
     return rows

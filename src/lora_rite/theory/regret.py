@@ -69,7 +69,7 @@ def run(
                 rows.append({"optimizer": name, "imbalance": imbalance, "lr": lr,
                              "regret": [mean[t - 1] for t in times],
                              "first_order": [first_order[t - 1] for t in times]})  # fmt: skip
-    best = []
+    best, late = [], len(times) // 3
     for name in OPTIMIZERS:
         for imbalance in imbalances:
             own = [r for r in rows if (r["optimizer"], r["imbalance"]) == (name, imbalance)]
@@ -77,8 +77,8 @@ def run(
             chosen = min(own, key=lambda r: r["regret"][-1])
             best.append({"optimizer": name, "imbalance": imbalance, "lr": chosen["lr"], "regret": lowest,
                          "first_order": chosen["first_order"],
-                         "slope": slope(times[2:], lowest[2:]),
-                         "first_order_slope": slope(times[2:], chosen["first_order"][2:])})  # fmt: skip
+                         "slope": slope(times[late:], lowest[late:]),
+                         "first_order_slope": slope(times[late:], chosen["first_order"][late:])})  # fmt: skip
     settings = {"size": size, "rank": rank, "steps": steps, "imbalances": imbalances, "lrs": lrs, "seeds": seeds}
     return {"settings": settings, "times": times, "rows": rows, "best": best}
 
