@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .callback import LoRARiteCallback
     from .errors import LoRARiteError, LoRARiteTypeError, LoRARiteValueError, NonFiniteError
     from .hf import LoRARiteFactory, create_lora_rite
+    from .invariance import audit
     from .optimizer import PUBLISHED, LoRARite
     from .pairs import find_pairs, param_groups
 
@@ -21,6 +22,7 @@ _HOME = {
     "create_lora_rite": "hf",
     "LoRARiteFactory": "hf",
     "LoRARiteCallback": "callback",
+    "audit": "invariance",
     "LoRARiteError": "errors",
     "LoRARiteTypeError": "errors",
     "LoRARiteValueError": "errors",
@@ -36,6 +38,7 @@ __all__ = [
     "LoRARiteTypeError",
     "LoRARiteValueError",
     "NonFiniteError",
+    "audit",
     "create_lora_rite",
     "find_pairs",
     "param_groups",

@@ -1,4 +1,4 @@
-"""The command line: ``lora-rite demo | train | eval | compare | report | pairs | bench``.
+"""The command line: ``lora-rite demo | train | eval | compare | report | pairs | bench | audit | theory``.
 
 Heavy imports are inside the verbs.
 """
@@ -85,6 +85,82 @@ def bench(
         write_json(out, {**result, "versions": versions()})
 
 
+def audit_verb(
+    optimizer: str = "lora_rite:LoRARite",
+    lr: float = 1e-2,
+    optimizer_args: dict[str, Any] | None = None,
+    takes: Literal["params", "named", "model"] | None = None,
+    model: str | None = None,
+    adapter: Path | None = None,
+    data: Path | None = None,
+    rank: int = 16,
+    target_modules: str | list[str] = "all-linear",
+    dtypes: list[str] | None = None,
+    conditions: list[float] = [10.0, 1e2, 1e4, 1e6],  # noqa: B006
+    steps: int = 50,
+    tolerance: float | None = None,
+    peers: bool = False,
+    seed: int = 0,
+    out: Path | None = None,
+    trust_remote_code: bool = False,
+) -> int:
+    """Measures whether an optimizer's step depends on how W = BA is factorised: any optimizer, on your own model.
+
+    Trains from (B, A) and from (BK, K⁻¹A), for scalings, a rotation and random K, and compares what training has
+    written into W. The exit code is 0 where that agrees and 3 where it does not.
+
+    Args:
+        optimizer: import path of a class or function, like torch.optim:AdamW or my_package.optimizers:make.
+        lr: its learning rate.
+        optimizer_args: its further keyword arguments.
+        takes: what it is called with, the list of parameters, (name, parameter) pairs, or the model; by default a class
+            gets parameters (LoRARite pairs), and a function the model unless its first parameter is called params.
+        model: hub id or local folder of a causal language model, or "tiny", the one inside this package; without it,
+            synthetic problems (linear maps, embeddings, convolutions).
+        adapter: folder of a PEFT adapter of the model; without it, a new LoRA adapter is attached.
+        data: training text for the model as in lora-rite train; without it, random tokens.
+        rank: rank of a new adapter.
+        target_modules: layers that get a new adapter: all-linear, a list of names, or a regular expression.
+        dtypes: dtypes to audit in (float64, float32, bfloat16, float16); by default float64 and float32 for the
+            synthetic problems, and a model's own.
+        conditions: condition numbers of the random K.
+        steps: optimizer steps of each run.
+        tolerance: largest relative difference of the changes of W that passes; by default 1e-4 in float64, 1e-2 in
+            float32, 0.3 in bfloat16, 0.1 in float16.
+        peers: show other optimizers beside it (AdamW, LoRA+, Riemannian, Muon, Shampoo, Lamb, the published step).
+        seed: of the problems, the transformations and the adapter.
+        out: folder for audit.json and audit.png.
+        trust_remote_code: allow the model's own code to run.
+    """
+    arguments = locals()
+    from .finetune.audit import audit_command
+
+    return audit_command(**arguments)
+
+
+def theory_verb(
+    experiment: Literal["width", "transfer", "regret", "factors", "cost", "damping", "few_tokens", "noise", "ablation"],
+    out: Path | None = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Puts the paper's theorems, the costs and our own additions to the test: figures, a picture and a paragraph each.
+
+    width: Theorem 1, the change of the output through A and through B over the width. transfer: the best lr over width
+    and rank. regret: Theorems 3 and 4. factors: how much A and B learn, on the embedded model. cost: operations, time
+    and memory over width and rank. damping: where the published step blows up; few_tokens: the same where it occurs.
+    noise: 20,000 steps of noise. ablation: every part of the step taken out or exchanged. Each takes one to ten minutes
+    on one core.
+
+    Args:
+        experiment: which one to run.
+        out: folder for EXPERIMENT.json and EXPERIMENT.png.
+        settings: keyword arguments of the experiment's run function, to make it smaller or larger.
+    """
+    from .theory import theory
+
+    theory(experiment, out, **(settings or {}))
+
+
 def train(**kwargs: Any) -> None:
     from .finetune.train import summary
     from .finetune.train import train as run
@@ -125,7 +201,8 @@ def report(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point of ``lora-rite``. Returns the exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    """The entry point of ``lora-rite``. Returns the exit code: 0, 1 for an error, 2 for wrong usage, 3 where an
+    audit fails, 130 for Ctrl-C."""
     try:
         from argparse import ArgumentError
 
@@ -146,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": (report, report),
         "pairs": (pairs, pairs),
         "bench": (bench, bench),
+        "audit": (audit_verb, audit_verb),
+        "theory": (theory_verb, theory_verb),
     }
     parser = ArgumentParser(
         prog="lora-rite", description="Fine-tuning with LoRA-RITE.", version=__version__, exit_on_error=False
@@ -178,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("ignore", category)
             warnings.showwarning = lambda message, *_, **__: print(f"lora-rite: {message}", file=sys.stderr)
         try:
-            verbs[verb][1](**options)
+            return verbs[verb][1](**options) or 0
         except KeyboardInterrupt:
             print("lora-rite: interrupted", file=sys.stderr)
             return 130
@@ -187,7 +266,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             print(f"lora-rite {verb}: error: {error}", file=sys.stderr)
             return 2 if isinstance(error, LoRARiteValueError) else 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""``lora-rite theory``: the paper's theorems, the costs, and our own additions, put to the test.
+
+An experiment is a module with ``EXPECTED`` (a paragraph), ``run(**settings)`` (figures as JSON can hold them),
+``found(result)`` (a paragraph made of them) and ``plot(result, figure)``.
+"""
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoRARiteValueError
+
+
+def theory(experiment: str, out: Path | None = None, **settings: Any) -> dict[str, Any]:
+    """Runs an experiment, prints what was expected and what came out, and writes EXPERIMENT.json and EXPERIMENT.png
+    into ``out``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from ..finetune.train import versions, write_json
+
+    module: Any = import_module(f".{experiment}", __name__)
+    known = inspect.signature(module.run).parameters
+    if unknown := [key for key in settings if key not in known]:
+        raise LoRARiteValueError(f"--settings: {experiment} has no {unknown[0]!r}; it has {', '.join(known)}")
+    result = {"experiment": experiment, **module.run(**settings)}
+    result.update(expected=" ".join(module.EXPECTED.split()), found=module.found(result))
+    print(f"Expected: {result['expected']}\n\nFound: {result['found']}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / f"{experiment}.json", {**result, "versions": versions()})
+        figure = plt.figure(figsize=(11, 4.5), layout="constrained")
+        module.plot(result, figure)
+        figure.savefig(out / f"{experiment}.png", dpi=110)
+        plt.close(figure)
+        print(f"\nFigures: {out / experiment}.json, picture: {out / experiment}.png")
+    return result
