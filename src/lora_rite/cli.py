@@ -1,14 +1,17 @@
 """The command line: ``lora-rite demo | train | pairs | bench``. Heavy imports are inside the verbs."""
 
+import errno
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from . import __version__
-from .errors import LoRARiteError, LoRARiteValueError
+from .errors import LoRARiteError, LoRARiteValueError, WriteError
 
 
 def demo(out: Path = Path("demo"), seeds: int = 2, progress: bool = True) -> None:
@@ -72,7 +75,8 @@ def bench(
         out: file for the figures as JSON, with versions and hardware.
     """
     from .bench import bench_step, table
-    from .finetune.train import versions, write_json
+    from .finetune.checkpoint import write_json
+    from .finetune.train import versions
 
     result = bench_step(model, layers, rank, dtype, device, rounds)
     print(table(result), end="")
@@ -89,7 +93,8 @@ def train(**kwargs: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point of ``lora-rite``. Returns the exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    """The entry point of ``lora-rite``. Returns the exit code: 0, 2 for wrong usage, 128 + n for signal n, and 1 or
+    the code of the error's class (:mod:`lora_rite.errors`) otherwise."""
     try:
         from argparse import ArgumentError
 
@@ -99,6 +104,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print('lora-rite: the command line needs its extra: pip install "lora-rite[finetune]"', file=sys.stderr)
         return 1
     from .finetune.train import train as train_function
+    from .finetune.untrusted import read_config
+
+    places: dict[str, str] = {}  # file:line of what came from a config file
+
+    class ConfigFile(ActionConfigFile):
+        """Checks a config file, which may come from a stranger, before it is read."""
+
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+            options = [action.dest for action in parser._actions]
+            try:
+                config = read_config(Path(values))
+            except LoRARiteValueError as error:
+                raise TypeError(str(error)) from None
+            places.update(config.lines)
+            for key in config:
+                if key.partition(".")[0] not in options:
+                    near = get_close_matches(key, options, 1, 0.5)
+                    raise TypeError(f"{places[key]}: no option {key}{f', did you mean {near[0]}?' if near else ''}")
+                if key in ("config", "debug") or (key == "trust_remote_code" and config[key] is not False):
+                    raise TypeError(f"{places[key]}: --{key} can be given on the command line only")
+            super().__call__(parser, cfg, values, option_string)
 
     verbs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "demo": (demo, demo),
@@ -112,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subcommands(dest="verb")
     for name, (signature, _) in verbs.items():
         verb = ArgumentParser(description=(signature.__doc__ or "").split("\n\n    Args:")[0], exit_on_error=False)
-        verb.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
+        verb.add_argument("--config", action=ConfigFile, help="YAML file with any of these options")
         verb.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
         switches = [p for p in inspect.signature(signature).parameters.values() if isinstance(p.default, bool)]
         skip: set[str | int] = {p.name for p in switches}
@@ -124,7 +150,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser.parse_args(argv)
     except ArgumentError as error:
-        print(f"lora-rite: error: {' '.join(str(error).split())} (see lora-rite VERB --help)", file=sys.stderr)
+        message = " ".join(str(error).split())
+        key = re.search(r'key "(\w+)', message)
+        given = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+        if key and key[1] in places and f"--{key[1]}" not in given:
+            message = f"{places[key[1]]}: {message}"
+        print(f"lora-rite: error: {message} (see lora-rite VERB --help)", file=sys.stderr)
         return 2
     verb = arguments.verb
     options = parser.instantiate(arguments)[verb].as_dict()
@@ -144,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if debug:
                 raise
             print(f"lora-rite {verb}: error: {error}", file=sys.stderr)
-            return 2 if isinstance(error, LoRARiteValueError) else 1
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+            return WriteError.exit_code if full else getattr(error, "exit_code", 1)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,23 +23,38 @@ class Split(NamedTuple):
     held_out: list[Example]
 
 
-def read_examples(path: Path) -> list[Example]:
+def read_examples(path: Path, skip_bad_lines: bool = False) -> list[Example]:
     """Examples from a ``.jsonl`` file (an object a line: ``{"text": …}``, or ``{"prompt": …, "completion": …}``) or
     from any other text file (one example).
+
+    Args:
+        path: the file.
+        skip_bad_lines: leave out bad lines of a ``.jsonl`` file, with one warning that counts them.
 
     Raises:
         LoRARiteValueError: no such file, not UTF-8, or a bad line, named as file:line.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise LoRARiteValueError(f"cannot read {path}: it is not a file (a run that is resumed reads it again)")
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise LoRARiteValueError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise LoRARiteValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if path.suffix in (".jsonl", ".json"):
-        examples = [_example(line, f"{path}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    else:
+    if path.suffix not in (".jsonl", ".json"):
         examples = [Example("", text)] if text.strip() else []
+    else:
+        examples, bad = [], []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                examples += [_example(line, f"{path}:{number}")] if line.strip() else []
+            except LoRARiteValueError as error:
+                if not skip_bad_lines:
+                    raise
+                bad.append(error)
+        if bad:
+            warnings.warn(f"{len(bad)} lines are left out, {len(examples)} are used; the first: {bad[0]}", stacklevel=3)
     if not examples:
         raise LoRARiteValueError(f"{path} has no text")
     return examples
@@ -49,6 +65,8 @@ def _example(line: str, where: str) -> Example:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise LoRARiteValueError(f"{where}: not a JSON object on one line: {error.msg}") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, brackets in brackets without end
+        raise LoRARiteValueError(f"{where}: not a JSON object that can be read") from None
     if not isinstance(record, dict):
         raise LoRARiteValueError(f"{where}: expected a JSON object, got a {type(record).__name__}")
     keys = ("text",) if "text" in record else ("prompt", "completion")
@@ -57,6 +75,8 @@ def _example(line: str, where: str) -> Example:
             raise LoRARiteValueError(f'{where}: expected "text", or "prompt" and "completion"; got {sorted(record)}')
         if not isinstance(record[key], str):
             raise LoRARiteValueError(f'{where}: "{key}" must be a string, got a {type(record[key]).__name__}')
+        if any("\ud800" <= c <= "\udfff" for c in record[key]):
+            raise LoRARiteValueError(f'{where}: "{key}" is not Unicode text: it has half of a surrogate pair')
     if not record[keys[-1]].strip():
         raise LoRARiteValueError(f'{where}: "{keys[-1]}" is empty')
     return Example(record.get("prompt", "") if len(keys) == 2 else "", record[keys[-1]])

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
-from .train import train, versions, write_json
+from .checkpoint import write_json
+from .train import train, versions
 
 
 class Entry(NamedTuple):
