@@ -12,8 +12,9 @@ import json
 import pathlib
 import statistics
 
+from lora_rite.finetune.checkpoint import write_json
 from lora_rite.finetune.demo import SETTINGS, write_data
-from lora_rite.finetune.train import train, versions, write_json
+from lora_rite.finetune.train import train, versions
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 GRID = (2.5e-3, 5e-3, 7e-3, 1e-2, 1.4e-2, 2e-2, 4e-2, 8e-2)

@@ -516,8 +516,8 @@ class Run:
         """
         step = trainer.state.global_step
         checkpoint = self.folder / f"checkpoint-{step}"
-        failpoint("checkpoint begins")
         with writing(checkpoint, f"the checkpoint of step {step}", self._where_to_go_on):
+            failpoint("checkpoint begins")
             write()
             failpoint("checkpoint written")
             seal(checkpoint, self.record["id"], digest_state(trainer.model, trainer.optimizer))
@@ -551,9 +551,10 @@ def writing(path: Path, what: str, advice: Callable[[], str]) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch's zip writer raises RuntimeError: "[enforce fail at inline_container.cc:…] … file write failed"
-        if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
+    except Exception as error:
+        # torch's writer raises RuntimeError "[enforce fail at inline_container.cc:…] …", tokenizers a bare Exception
+        known = isinstance(error, (OSError, SafetensorError))
+        if not (known or re.search(r"inline_container|PytorchStreamWriter|\(os error \d+\)", str(error))):
             raise
         shutil.rmtree(path, ignore_errors=True)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())

@@ -123,6 +123,8 @@ def train(
     set_seed(seed)
     network = attach_adapter(network, rank=rank, alpha=alpha, target_modules=target_modules, dropout=dropout)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    with checkpoint.locked(out):
+        pass  # the Trainer makes folders: from here on, the folder is known as one of ours
     with _blame(f"--scheduler {scheduler}"):
         arguments = TrainingArguments(
             output_dir=str(out / "checkpoints"),
@@ -340,6 +342,8 @@ def _check(settings: dict[str, Any]) -> None:
         raise LoRARiteValueError(f"--holdout must be between 0 and 1, got {settings['holdout']}")
     if not 0 <= settings["seed"] < 2**32:
         raise LoRARiteValueError(f"--seed must be from 0 to 2³² − 1, got {settings['seed']}")
+    if "://" in settings["model"]:  # not repeated: it may hold a password
+        raise LoRARiteValueError("--model must be a hub id or a local folder, not a URL")
     if "lr" in (settings["optimizer_args"] or {}):
         raise LoRARiteValueError("--optimizer_args.lr: give the learning rate by --lr")
 
