@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         """Checks a config file, which may come from a stranger, before it is read."""
 
         def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-            options = [action.dest for action in parser._actions]
+            options = {action.dest: action for action in parser._actions}
             try:
                 config = read_config(Path(values))
             except LoRARiteValueError as error:
@@ -124,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     raise TypeError(f"{places[key]}: no option {key}{f', did you mean {near[0]}?' if near else ''}")
                 if key in ("config", "debug") or (key == "trust_remote_code" and config[key] is not False):
                     raise TypeError(f"{places[key]}: --{key} can be given on the command line only")
+                if isinstance(options.get(key), ActionYesNo) and not isinstance(config[key], bool):
+                    raise TypeError(f"{places[key]}: {key} must be true or false, got {config[key]!r}")
             super().__call__(parser, cfg, values, option_string)
 
     verbs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

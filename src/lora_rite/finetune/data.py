@@ -42,6 +42,10 @@ def read_examples(path: Path, skip_bad_lines: bool = False) -> list[Example]:
         raise LoRARiteValueError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise LoRARiteValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except LoRARiteValueError:
+        raise
+    except ValueError as error:  # a null byte in the name
+        raise LoRARiteValueError(f"cannot read {str(path)!r}: {error}") from None
     if path.suffix not in (".jsonl", ".json"):
         examples = [Example("", text)] if text.strip() else []
     else:

@@ -73,6 +73,10 @@ def _read_text(path: Path) -> str:
         raise LoRARiteValueError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise LoRARiteValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except LoRARiteValueError:
+        raise
+    except ValueError as error:  # a null byte in the name
+        raise LoRARiteValueError(f"cannot read {str(path)!r}: {error}") from None
     if bad := re.search(r"[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", text):
         line = text.count("\n", 0, bad.start()) + 1
         raise LoRARiteValueError(f"{path}:{line}: the character {bad[0]!r} is not allowed")
@@ -98,10 +102,11 @@ def _loader() -> type:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[str] = set()
             for key, _ in node.value:
-                if key.value in seen:
-                    problem = f"{key.value} is given twice"
+                plain = isinstance(key, yaml.ScalarNode)
+                if not plain or key.value in seen:
+                    problem = f"{key.value} is given twice" if plain else "a key must be a word"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-                seen.add(str(key.value))
+                seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     # YAML 1.1, which PyYAML follows, wants a point and a signed exponent
