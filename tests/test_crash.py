@@ -428,6 +428,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path, monkeypatch, cap
     assert (out / "adapter").exists()
 
 
+def test_an_adapter_that_is_not_finite_is_not_saved(data, tmp_path, monkeypatch, capsys):
+    """E11: also where no loss was logged in between."""
+    from transformers import TrainerCallback
+
+    monkeypatch.setattr(checkpoint.Run, "_checks", lambda self, trainer: TrainerCallback())
+    poison(monkeypatch, 3, 3)
+    assert run(data, tmp_path / "run", "--optimizer", "adamw") == 3
+    assert "contains NaN or Inf at step 4: lower --lr. No adapter was written; the last" in capsys.readouterr().err
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")] == ["checkpoint-2"]
+
+
 def poison(monkeypatch, first, last):
     """The loss is NaN in the steps from ``first`` to ``last``."""
     original = Trainer.compute_loss

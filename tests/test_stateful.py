@@ -245,7 +245,7 @@ class Training(RuleBasedStateMachine):
 OPTIONS = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
-@pytest.mark.parametrize(("runs", "actions"), [(25, 15), pytest.param(400, 50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("runs", "actions"), [(25, 15), pytest.param(200, 50, marks=pytest.mark.slow)])
 def test_any_sequence_of_events(runs, actions):
     """So many runs of at most so many actions."""
     run_state_machine_as_test(Training, settings=settings(max_examples=runs, stateful_step_count=actions, **OPTIONS))

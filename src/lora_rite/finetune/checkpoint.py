@@ -512,9 +512,13 @@ class Run:
         """Has the Trainer write its checkpoint, seals it, and rotates the older ones.
 
         Raises:
+            NonFiniteError: the adapter is not finite; nothing is written.
             WriteError: it cannot be written; what was written of it is removed.
         """
         step = trainer.state.global_step
+        for name, p in trainer.model.named_parameters():
+            if p.requires_grad and not p.isfinite().all():
+                raise NonFiniteError(f"{name} contains NaN or Inf at step {step}: lower --lr")
         checkpoint = self.folder / f"checkpoint-{step}"
         with writing(checkpoint, f"the checkpoint of step {step}", self._where_to_go_on):
             failpoint("checkpoint begins")
