@@ -128,6 +128,16 @@ def test_what_a_config_may_say(tmp_path):
     assert config.lines["lr"] == f"{path}:1"
 
 
+def test_what_print_config_writes_is_read(data, tmp_path, capsys):
+    """Options that a file may not switch on are in there, switched off."""
+    words = ["train", "--data", str(data), "--out", str(tmp_path / "run"), *WORDS]
+    with pytest.raises(SystemExit):
+        main([*words, "--print_config"])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert read_config(tmp_path / "run.yaml")["trust_remote_code"] is False
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
+
+
 @pytest.mark.parametrize("path", ["missing.yaml", ".", "/dev/zero", "x" * 5000 + ".yaml", "a\0b"])
 def test_configs_that_are_no_files(path, data, tmp_path, capsys):
     assert main(["train", "--data", str(data), "--out", str(tmp_path / "run"), "--config", path]) == 2

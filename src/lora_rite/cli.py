@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import __version__
-from .errors import LoRARiteError, LoRARiteValueError, WriteError
+from .errors import InterruptedRunError, LoRARiteError, LoRARiteValueError, WriteError
 
 
 def demo(out: Path = Path("demo"), seeds: int = 2, progress: bool = True) -> None:
@@ -122,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if key.partition(".")[0] not in options:
                     near = get_close_matches(key, options, 1, 0.5)
                     raise TypeError(f"{places[key]}: no option {key}{f', did you mean {near[0]}?' if near else ''}")
-                if key in ("config", "debug") or (key == "trust_remote_code" and config[key] is not False):
+                on = config[key] not in (False, None)  # --print_config writes them where they are off
+                if on and key in ("config", "debug", "trust_remote_code"):
                     raise TypeError(f"{places[key]}: --{key} can be given on the command line only")
                 if isinstance(options.get(key), ActionYesNo) and not isinstance(config[key], bool):
                     raise TypeError(f"{places[key]}: {key} must be true or false, got {config[key]!r}")
@@ -176,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (LoRARiteError, OSError, ImportError) as error:
             if debug:
                 raise
-            print(f"lora-rite {verb}: error: {error}", file=sys.stderr)
+            what = "" if isinstance(error, InterruptedRunError) else "error: "
+            print(f"lora-rite {verb}: {what}{error}", file=sys.stderr)
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
             return WriteError.exit_code if full else getattr(error, "exit_code", 1)
     return 0

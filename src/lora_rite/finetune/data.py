@@ -34,18 +34,7 @@ def read_examples(path: Path, skip_bad_lines: bool = False) -> list[Example]:
     Raises:
         LoRARiteValueError: no such file, not UTF-8, or a bad line, named as file:line.
     """
-    try:
-        if path.exists() and not path.is_file():
-            raise LoRARiteValueError(f"cannot read {path}: it is not a file (a run that is resumed reads it again)")
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise LoRARiteValueError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise LoRARiteValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except LoRARiteValueError:
-        raise
-    except ValueError as error:  # a null byte in the name
-        raise LoRARiteValueError(f"cannot read {str(path)!r}: {error}") from None
+    text = read_text(path)
     if path.suffix not in (".jsonl", ".json"):
         examples = [Example("", text)] if text.strip() else []
     else:
@@ -62,6 +51,30 @@ def read_examples(path: Path, skip_bad_lines: bool = False) -> list[Example]:
     if not examples:
         raise LoRARiteValueError(f"{path} has no text")
     return examples
+
+
+def read_text(path: Path, limit: int | None = None) -> str:
+    """The text of a UTF-8 file of at most ``limit`` bytes, its lines ended by ``\\n``.
+
+    Raises:
+        LoRARiteValueError: no such file, a folder, a pipe or a device, too large, or not UTF-8.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(None, "it is not a file (what is resumed is read again)")
+        with path.open("rb") as file:
+            data = file.read(-1 if limit is None else limit + 1)
+        if limit is not None and len(data) > limit:
+            raise LoRARiteValueError(f"{path} has more than {limit} bytes")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except OSError as error:
+        raise LoRARiteValueError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise LoRARiteValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except LoRARiteValueError:
+        raise
+    except ValueError as error:  # a null byte in the name
+        raise LoRARiteValueError(f"cannot read {str(path)!r}: {error}") from None
 
 
 def _example(line: str, where: str) -> Example:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from .data import read_text
 
 MAX_CONFIG_BYTES = 2**20
 MAX_DEPTH = 20
@@ -61,22 +62,7 @@ def read_config(path: Path) -> Config:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        if path.exists() and not path.is_file():
-            raise LoRARiteValueError(f"cannot read {path}: it is not a file")
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-        if len(data) > MAX_CONFIG_BYTES:
-            raise LoRARiteValueError(f"{path} has more than {MAX_CONFIG_BYTES} bytes: that is no config")
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise LoRARiteValueError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise LoRARiteValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except LoRARiteValueError:
-        raise
-    except ValueError as error:  # a null byte in the name
-        raise LoRARiteValueError(f"cannot read {str(path)!r}: {error}") from None
+    text = read_text(path, MAX_CONFIG_BYTES)
     if bad := re.search(r"[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", text):
         line = text.count("\n", 0, bad.start()) + 1
         raise LoRARiteValueError(f"{path}:{line}: the character {bad[0]!r} is not allowed")
