@@ -215,8 +215,9 @@ class Harness:
             "seconds": round(time.monotonic() - begin),
         }
 
-    def failpoints(self) -> dict[str, object]:
-        for i, point in enumerate(FAILPOINTS):
+    def failpoints(self, every: int) -> dict[str, object]:
+        points = FAILPOINTS[::every]
+        for i, point in enumerate(points):
             out = self.folder / f"point{i}"
             code = wait(fork(words(self.data, out), self.log, point))
             if code != -signal.SIGKILL:
@@ -224,7 +225,7 @@ class Harness:
                 continue
             self.check_checkpoints(out, 0, point)
             self.compare(out, wait(fork(words(self.data, out, "--resume"), self.log)), point)
-        return {"failpoints": len(FAILPOINTS)}
+        return {"failpoints": len(points)}
 
     def disk(self) -> dict[str, object]:
         """A failing write ends the run with exit code 4 and leaves its checkpoints; --resume ends as the golden run.
@@ -247,7 +248,7 @@ class Harness:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, help="number of random kills")
-    parser.add_argument("--failpoints", action="store_true", help="a kill at each step of saving")
+    parser.add_argument("--failpoints", type=int, nargs="?", const=1, help="a kill at each step of saving, or each Nth")
     parser.add_argument("--disk", action="store_true", help="a failing write at each step of saving")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--folder", type=Path, help="work here and keep everything (default: a temporary folder)")
@@ -260,7 +261,7 @@ def main() -> int:
         if options.kills:
             figures |= harness.random_kills(options.kills, options.seed)
         if options.failpoints:
-            figures |= harness.failpoints()
+            figures |= harness.failpoints(options.failpoints)
         if options.disk:
             figures |= harness.disk()
         if harness.failures and harness.log.exists():
