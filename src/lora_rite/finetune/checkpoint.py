@@ -327,11 +327,12 @@ def digest_state(model: Any, optimizer: Any) -> str:
 
 
 def environment(versions: dict[str, Any]) -> dict[str, Any]:
-    """What bitwise equality needs to stay the same: versions, code, device, instruction set and threads."""
+    """What bitwise equality needs to stay the same: versions, this package's code, device, instruction set, threads."""
     import torch
 
-    kept = {key: value for key, value in versions.items() if key not in ("date", "machine")}
-    return {**kept, "cpu": torch.backends.cpu.get_cpu_capability()}
+    kept = {key: value for key, value in versions.items() if key not in ("date", "machine", "git_commit")}
+    code = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parents[1].rglob("*.py"))))
+    return {**kept, "code": code.hexdigest(), "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
 def read_settings(out: Path) -> dict[str, Any] | None:
