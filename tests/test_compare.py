@@ -74,12 +74,12 @@ def fake_train(monkeypatch):
             optimizer={"state_bytes": 100},
         )
         options["out"].mkdir(parents=True)
-        train_module.write_json(options["out"] / "settings.json", result["settings"])
+        write_json(options["out"] / "settings.json", result["settings"])
         if len(calls) == train.interrupt_at:
             raise KeyboardInterrupt
         if options["lr"] > train.diverge_above:
             raise NonFiniteError("the loss is nan")
-        train_module.write_json(options["out"] / "result.json", result)
+        write_json(options["out"] / "result.json", result)
         return result
 
     train.interrupt_at, train.diverge_above, train.calls = 0, math.inf, calls

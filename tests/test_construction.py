@@ -69,6 +69,7 @@ def test_orphans(left):
 
 
 def test_a_frozen_half_is_an_orphan_with_the_reason():
+    """A15: training one factor alone is refused."""
     pair = named()
     pair[0][1].requires_grad_(False)
     with pytest.raises(ValueError, match=r"unpaired factor layer.lora_B.*frozen"):

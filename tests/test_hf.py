@@ -99,6 +99,7 @@ def test_factory_with_and_without_training_arguments():
 
 
 def test_callback_warns_and_logs(tmp_path):
+    """B23: max_grad_norm, too."""
     run = trainer(tmp_path, steps=3, save_strategy="no", max_grad_norm=1.0, learning_rate=5e-5)
     run.callback_handler.callbacks.insert(0, LoRARiteCallback())
     with warnings.catch_warnings(record=True) as caught:

@@ -509,7 +509,7 @@ def test_gradients_are_not_modified_and_their_layout_does_not_matter():
 
 
 def test_state_is_small():
-    """At most 0.55 of AdamW's bytes at Gemma-2B's shapes, rank 16, float32 (one layer of 18 is enough: all alike)."""
+    """B27: at most 0.55 of AdamW's bytes at Gemma-2B's shapes, rank 16, float32 (one layer of 18: all are alike)."""
     shapes = [(2048, 2048), (2048, 256), (2048, 256), (2048, 2048), (2048, 16384), (2048, 16384), (16384, 2048)]
     pairs = [[torch.nn.Parameter(torch.randn(16, n)), torch.nn.Parameter(torch.zeros(m, 16))] for n, m in shapes]
     params = [p for pair in pairs for p in pair]

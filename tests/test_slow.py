@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 2, None], ids=["rank1", "rank2", "full"])
 def test_thousands_of_noisy_steps_do_not_drift(dtype, rank):
-    """5,000 steps of white noise: W grows as a random walk does, bases stay orthonormal, V symmetric."""
+    """B31, with 5,000 steps of white noise: W grows as a random walk does, bases stay orthonormal, V symmetric."""
     r, n, m, lr, steps = 8, 50, 40, 1e-3, 5000
     a, b = (torch.nn.Parameter(x) for x in factors(r, n, m, zero_b=True, dtype=dtype))
     optimizer = LoRARite([a, b], lr=lr)

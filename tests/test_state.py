@@ -208,7 +208,7 @@ def test_initialising_step_of_distributed_checkpoints_changes_nothing():
 
 
 def test_distributed_checkpoint_api_round_trip():
-    """torch.distributed.checkpoint.state_dict by names, into a model whose optimizer has not stepped yet."""
+    """C10: torch.distributed.checkpoint.state_dict by names, into a model whose optimizer has not stepped yet."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     class Layer(torch.nn.Module):

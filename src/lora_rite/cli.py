@@ -3,16 +3,18 @@
 Heavy imports are inside the verbs.
 """
 
+import errno
 import inspect
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from . import __version__
-from .errors import LoRARiteError, LoRARiteValueError
+from .errors import InterruptedRunError, LoRARiteError, LoRARiteValueError, WriteError
 
 
 def demo(out: Path = Path("demo"), seeds: int = 2, progress: bool = True) -> None:
@@ -76,7 +78,8 @@ def bench(
         out: file for the figures as JSON, with versions and hardware.
     """
     from .bench import bench_step, table
-    from .finetune.train import versions, write_json
+    from .finetune.checkpoint import write_json
+    from .finetune.train import versions
 
     result = bench_step(model, layers, rank, dtype, device, rounds)
     print(table(result), end="")
@@ -201,8 +204,8 @@ def report(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point of ``lora-rite``. Returns the exit code: 0, 1 for an error, 2 for wrong usage, 3 where an
-    audit fails, 130 for Ctrl-C."""
+    """The entry point of ``lora-rite``. Returns the exit code: 0, 2 for wrong usage, 3 where an audit fails, 128 + n
+    for signal n, and 1 or the code of the error's class (:mod:`lora_rite.errors`) otherwise."""
     try:
         from argparse import ArgumentError
 
@@ -214,6 +217,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .finetune.compare import compare as compare_function
     from .finetune.evaluate import evaluate as evaluate_function
     from .finetune.train import train as train_function
+    from .finetune.untrusted import read_config
+
+    places: dict[str, str] = {}  # file:line of what came from a config file
+
+    class ConfigFile(ActionConfigFile):
+        """Checks a config file, which may come from a stranger, before it is read."""
+
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+            options = {action.dest: action for action in parser._actions}
+            try:
+                config = read_config(Path(values))
+            except LoRARiteValueError as error:
+                raise TypeError(str(error)) from None
+            places.update(config.lines)
+            for key in config:
+                if key.partition(".")[0] not in options:
+                    near = get_close_matches(key, options, 1, 0.5)
+                    raise TypeError(f"{places[key]}: no option {key}{f', did you mean {near[0]}?' if near else ''}")
+                on = config[key] not in (False, None)  # --print_config writes them where they are off
+                if on and key in ("config", "debug", "trust_remote_code"):
+                    raise TypeError(f"{places[key]}: --{key} can be given on the command line only")
+                if isinstance(options.get(key), ActionYesNo) and not isinstance(config[key], bool):
+                    raise TypeError(f"{places[key]}: {key} must be true or false, got {config[key]!r}")
+            super().__call__(parser, cfg, values, option_string)
 
     verbs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "demo": (demo, demo),
@@ -232,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subcommands(dest="verb")
     for name, (signature, _) in verbs.items():
         verb = ArgumentParser(description=(signature.__doc__ or "").split("\n\n    Args:")[0], exit_on_error=False)
-        verb.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
+        verb.add_argument("--config", action=ConfigFile, help="YAML file with any of these options")
         verb.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
         switches = [p for p in inspect.signature(signature).parameters.values() if isinstance(p.default, bool)]
         skip: set[str | int] = {p.name for p in switches}
@@ -245,7 +272,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser.parse_args(words)
     except ArgumentError as error:
-        print(f"lora-rite: error: {' '.join(str(error).split())} (see lora-rite VERB --help)", file=sys.stderr)
+        message = " ".join(str(error).split())
+        key = re.search(r'key "(\w+)', message)
+        given = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+        if key and key[1] in places and f"--{key[1]}" not in given:
+            message = f"{places[key[1]]}: {message}"
+        print(f"lora-rite: error: {message} (see lora-rite VERB --help)", file=sys.stderr)
         return 2
     verb = arguments.verb
     options = parser.instantiate(arguments)[verb].as_dict()
@@ -264,8 +296,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (LoRARiteError, OSError, ImportError) as error:
             if debug:
                 raise
-            print(f"lora-rite {verb}: error: {error}", file=sys.stderr)
-            return 2 if isinstance(error, LoRARiteValueError) else 1
+            what = "" if isinstance(error, InterruptedRunError) else "error: "
+            print(f"lora-rite {verb}: {what}{error}", file=sys.stderr)
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+            return WriteError.exit_code if full else getattr(error, "exit_code", 1)
+    return 0
 
 
 if __name__ == "__main__":

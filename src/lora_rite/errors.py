@@ -2,16 +2,50 @@
 
 
 class LoRARiteError(Exception):
-    """Base of all errors that lora-rite raises on purpose."""
+    """Base of all errors that lora-rite raises on purpose. ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 1
 
 
 class LoRARiteValueError(LoRARiteError, ValueError):
     """A parameter, hyperparameter or state that cannot be used as given."""
 
+    exit_code = 2
+
 
 class LoRARiteTypeError(LoRARiteError, TypeError):
     """An argument of the wrong kind."""
 
+    exit_code = 2
+
 
 class NonFiniteError(LoRARiteError, RuntimeError):
-    """NaN or Inf in a parameter, or in the gradients of several steps in a row."""
+    """NaN or Inf in a parameter, in the loss, or in the gradients of several steps in a row."""
+
+    exit_code = 3
+
+
+class WriteError(LoRARiteError, OSError):
+    """A file of the run cannot be written: no space left, no permission, an error of the device."""
+
+    exit_code = 4
+
+
+class FolderInUseError(LoRARiteError, RuntimeError):
+    """Another process has the lock of the run's folder."""
+
+    exit_code = 5
+
+
+class CheckpointError(LoRARiteError, RuntimeError):
+    """No checkpoint of the run can be trusted."""
+
+    exit_code = 6
+
+
+class InterruptedRunError(LoRARiteError, RuntimeError):
+    """A signal has ended the run, after a step and a checkpoint."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

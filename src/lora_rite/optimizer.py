@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate, chain
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0,
 #: Non-finite gradients in so many steps in a row are an error.
 MAX_SKIPPED_IN_A_ROW = 3
 
+Step = TypeVar("Step", bound=Callable[..., Any])
+
 _SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 _LAYOUT_KEYS = ("blocks", "interleaved")
 ADAMW_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
@@ -32,6 +34,11 @@ _ATTACH = "attach an adapter first (peft.get_peft_model), and pass model.named_p
 _NON_NEGATIVE = (
     "weight_decay", "damping", "relative_eps", "clip_unmagnified_grad", "update_skipping", "update_capping",
 )  # fmt: skip
+
+
+def _untraced(function: Step) -> Step:
+    """Kept out of torch.compile: a graph of a whole step would be made anew with every change of the pairs."""
+    return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 class LoRARite(torch.optim.Optimizer):
@@ -231,7 +238,7 @@ class LoRARite(torch.optim.Optimizer):
 
     # --------------------------------------------------------------------------------------------------------- step
 
-    @torch.compiler.disable  # one graph for all of it would be made anew with every change of the pairs
+    @_untraced
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         """One step. Everything that can fail is computed before anything is written.

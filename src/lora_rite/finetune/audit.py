@@ -53,7 +53,8 @@ def audit_command(
     import torch
 
     from ..invariance import audit
-    from .train import attach_adapter, load_model, versions, write_json
+    from .checkpoint import write_json
+    from .train import attach_adapter, load_model, versions
 
     if model is None and (adapter or data):
         raise LoRARiteValueError(f"--{'adapter' if adapter else 'data'} is for a --model; give one")

@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError
+from .checkpoint import write_json
 from .data import Example, read_examples, read_text, split
 from .optimizers import find_optimizer
 from .tasks import examples, find_task, read_rows, read_task
-from .train import train, versions, write_json
+from .train import train, versions
 
 #: Learning rates tried beyond the recipe's grid where the best lies on its edge.
 MAX_EXTENSIONS = 4

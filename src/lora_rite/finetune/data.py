@@ -2,6 +2,7 @@
 
 import json
 import random
+import warnings
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
@@ -32,30 +33,60 @@ class Split(NamedTuple):
     held_out: list[Example]
 
 
-def read_examples(path: Path) -> list[Example]:
+def read_examples(path: Path, skip_bad_lines: bool = False) -> list[Example]:
     """Examples from the records of a ``.jsonl``, ``.json`` or ``.parquet`` file (``{"text": …}``, or
     ``{"prompt": …, "completion": …}``; beside a prompt, ``"shorter"`` may list prompts for where it does not fit), or
     from any other text file (one example).
 
+    Args:
+        path: the file.
+        skip_bad_lines: leave out bad records, with one warning that counts them.
+
     Raises:
         LoRARiteValueError: no such file, not UTF-8, or a bad record, named as file:number.
     """
-    if path.suffix in RECORDS:
-        return [_example(record, where) for where, record in read_records(path)]
-    text = read_text(path)
-    if not text.strip():
+    if path.suffix not in RECORDS:
+        text = read_text(path)
+        if not text.strip():
+            raise LoRARiteValueError(f"{path} has no text")
+        return [Example("", text)]
+    found, bad = [], []
+    for n, value in _values(path):
+        try:
+            found.append(_example(_object(value, f"{path}:{n}"), f"{path}:{n}"))
+        except LoRARiteValueError as error:
+            if not skip_bad_lines:
+                raise
+            bad.append(error)
+    if bad:
+        warnings.warn(f"{len(bad)} lines are left out, {len(found)} are used; the first: {bad[0]}", stacklevel=3)
+    if not found:
         raise LoRARiteValueError(f"{path} has no text")
-    return [Example("", text)]
+    return found
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with an error that names it."""
+def read_text(path: Path, limit: int | None = None) -> str:
+    """The text of a UTF-8 file of at most ``limit`` bytes, its lines ended by ``\\n``.
+
+    Raises:
+        LoRARiteValueError: no such file, a folder, a pipe or a device, too large, or not UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        if path.exists() and not path.is_file():
+            raise OSError(None, "it is not a file (what is resumed is read again)")
+        with path.open("rb") as file:
+            data = file.read(-1 if limit is None else limit + 1)
+        if limit is not None and len(data) > limit:
+            raise LoRARiteValueError(f"{path} has more than {limit} bytes")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise LoRARiteValueError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise LoRARiteValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except LoRARiteValueError:
+        raise
+    except ValueError as error:  # a null byte in the name
+        raise LoRARiteValueError(f"cannot read {str(path)!r}: {error}") from None
 
 
 def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -65,26 +96,38 @@ def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         LoRARiteValueError: no such file, not UTF-8, no records, or something else than an object, named as file:number.
     """
-    values = _parquet(path) if path.suffix == ".parquet" else _json_values(read_text(path), path)
+    values = _values(path)
     if not values:
         raise LoRARiteValueError(f"{path} has no text")
-    for n, value in values:
-        if not isinstance(value, dict):
-            raise LoRARiteValueError(f"{path}:{n}: expected a JSON object, got a {type(value).__name__}")
-    return [(f"{path}:{n}", value) for n, value in values]
+    return [(f"{path}:{n}", _object(value, f"{path}:{n}")) for n, value in values]
+
+
+def _values(path: Path) -> list[tuple[int, Any]]:
+    """What a file of records holds, numbered; an exception where a line cannot be read."""
+    return _parquet(path) if path.suffix == ".parquet" else _json_values(read_text(path), path)
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, json.JSONDecodeError):
+        raise LoRARiteValueError(f"{where}: not a JSON object on one line: {value.msg}")
+    if isinstance(value, Exception):  # a number of thousands of digits, brackets in brackets without end
+        raise LoRARiteValueError(f"{where}: not a JSON object that can be read")
+    if not isinstance(value, dict):
+        raise LoRARiteValueError(f"{where}: expected a JSON object, got a {type(value).__name__}")
+    return value
 
 
 def _json_values(text: str, path: Path) -> list[tuple[int, Any]]:
     if path.suffix == ".json":
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError, RecursionError):
             whole = json.loads(text)
             return list(enumerate(whole if isinstance(whole, list) else [whole], 1))
-    values = []
+    values: list[tuple[int, Any]] = []
     for n, line in enumerate(text.split("\n"), 1):
         try:
             values += [(n, json.loads(line))] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise LoRARiteValueError(f"{path}:{n}: not a JSON object on one line: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            values.append((n, error))
     return values
 
 
@@ -106,6 +149,8 @@ def _example(record: dict[str, Any], where: str) -> Example:
             raise LoRARiteValueError(f'{where}: expected "text", or "prompt" and "completion"; got {sorted(record)}')
         if not isinstance(record[key], str):
             raise LoRARiteValueError(f'{where}: "{key}" must be a string, got a {type(record[key]).__name__}')
+        if any("\ud800" <= c <= "\udfff" for c in record[key]):
+            raise LoRARiteValueError(f'{where}: "{key}" is not Unicode text: it has half of a surrogate pair')
     if not record[keys[-1]].strip():
         raise LoRARiteValueError(f'{where}: "{keys[-1]}" is empty')
     shorter = record.get("shorter", [])

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
+from .checkpoint import write_json
 from .data import Example
 from .report import step_at
-from .train import train, versions, write_json
+from .train import train, versions
 
 
 class Entry(NamedTuple):

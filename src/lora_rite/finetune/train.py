@@ -2,20 +2,22 @@
 
 import json
 import math
-import os
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoRARiteValueError, NonFiniteError
+from ..errors import LoRARiteValueError
+from . import checkpoint
 from .data import IGNORED, Split, label_count, read_examples, split, windows
 from .optimizers import OptimizerFactory, find_optimizer
 from .tasks import examples, read_rows, read_task
+from .untrusted import check_adapter
 
 TINY = Path(__file__).parent / "tiny"
 #: Learning rates to start from where none is given, at the widths of real models (see the README).
@@ -52,6 +54,8 @@ def train(
     save_every: int = 0,
     report_to: str = "none",
     resume: bool = False,
+    allow_changed: list[str] | None = None,
+    skip_bad_lines: bool = False,
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -93,27 +97,35 @@ def train(
         bf16: load and run the model in bfloat16 (the adapter stays float32).
         log_every: steps between logged training losses; each is the mean of so many steps.
         eval_every: steps between measurements of the held-out loss; 0 measures before and after training alone.
-        save_every: steps between checkpoints; 0 saves none.
+        save_every: steps between checkpoints; 0 saves none, except where a signal ends the run. The last two are kept.
         report_to: transformers' name of a reporter: none, tensorboard, trackio, wandb, …
-        resume: go on from the last checkpoint in OUT with the same settings.
+        resume: go on from the newest checkpoint in OUT that verifies, with the same settings, bitwise.
+        allow_changed: names of settings, or of what else a refused --resume has listed (tokens, torch, threads, …),
+            that may differ from the interrupted run.
+        skip_bad_lines: leave out lines of .jsonl files that cannot be used, and say how many.
         trust_remote_code: allow the model's own code to run.
         progress: show a progress bar.
     """
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in locals().items()}
-    for key in ("resume", "progress"):
+    for key in ("resume", "progress", "allow_changed"):
         settings.pop(key)
     _check(settings)
     if lr is None and optimizer not in DEFAULT_LR:
         raise LoRARiteValueError(f"--lr is needed for --optimizer {optimizer}")
     settings["lr"] = lr = DEFAULT_LR[optimizer] if lr is None else lr
     settings["alpha"] = alpha = rank if alpha is None else alpha
-    parts, sources = _read(data, task, data_dir, validation, holdout, seed, progress)
-    if (finished := _check_folder(out, settings, resume)) is not None:
+    parts, sources = _read(data, task, data_dir, validation, holdout, seed, progress, skip_bad_lines)
+    contaminated = len(set(parts[0]) & set(parts[1]))
+    if contaminated:
+        warnings.warn(
+            f"{contaminated} held-out examples are in the training data too: the held-out loss is too good",
+            stacklevel=2,
+        )
+    if (finished := _check_folder(out, settings, resume, allow_changed)) is not None:
         return finished
 
     import torch
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from .. import LoRARite
 
@@ -125,9 +137,16 @@ def train(
         part, tokenizer, max_length, encoder_decoder=encoder_decoder, packing=packing
     )
     (train_rows, train_cut), (held_out_rows, held_out_cut) = cut_up(parts[0], packing), cut_up(parts[1], False)
+    _check_tokens(train_rows + held_out_rows, network)
+    inputs = {
+        "base_weights": checkpoint.digest_tensors(sorted(network.state_dict().items())),
+        "tokens": checkpoint.digest_rows(train_rows, held_out_rows),
+    }
     set_seed(seed)
     network = attach_adapter(network, rank=rank, alpha=alpha, target_modules=target_modules, dropout=dropout)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    with checkpoint.locked(out):
+        pass  # the Trainer makes folders: from here on, the folder is known as one of ours
     with _blame(f"--scheduler {scheduler}"):
         arguments = TrainingArguments(
             output_dir=str(out / "checkpoints"),
@@ -146,14 +165,14 @@ def train(
             include_num_input_tokens_seen="non_padding",
             save_strategy="steps" if save_every else "no",
             save_steps=save_every or 500,
-            save_total_limit=2,
+            save_total_limit=None,  # rotation is ours: it counts checkpoints that verify
             report_to=report_to,
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
         )
     optimizer_kwargs = {"name": optimizer, "lr": lr, "weight_decay": weight_decay, "options": optimizer_args}
     with _blame(f"--report_to {report_to}"):
-        trainer = Trainer(
+        trainer = checkpoint.crash_safe(Trainer)(
             network,
             arguments,
             data_collator=collator,
@@ -167,38 +186,46 @@ def train(
         _check_packing(network, train_rows)
     measure = lambda: held_out_loss(network, held_out_rows, collator, batch_size)
     clock = _add_callbacks(trainer, is_lora_rite, progress, measure, eval_every)
-    checkpoint = get_last_checkpoint(str(out / "checkpoints")) if resume else None
-    if resume and checkpoint is None:
-        raise LoRARiteValueError(f"no checkpoint in {out / 'checkpoints'} to resume from; train without --resume")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", settings)
-    before = measure()
-    begin = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - begin
-    after = measure()
-    if not math.isfinite(after):
-        raise NonFiniteError(f"the loss is {after} after training: lower --lr. No adapter was written")
-    network.save_pretrained(str(out / "adapter"), safe_serialization=True)
-    result = {
-        "settings": settings,
-        "data": sources,
-        "held_out": {"before": before, "after": after, "tokens": label_count(held_out_rows, encoder_decoder)},
-        "perplexity": {"before": math.exp(before), "after": math.exp(after)},
-        "losses": _entries(trainer.state.log_history, "loss", "learning_rate"),
-        "held_out_losses": _entries(trainer.state.log_history, "held_out_loss"),
-        "log": trainer.state.log_history,
-        "seconds": {"training": seconds, **clock.seconds()},
-        "optimizer": describe_optimizer(trainer.optimizer),
-        "windows": {"train": len(train_rows), "held_out": len(held_out_rows)},
-        "examples": {
-            "train": len(parts[0]),
-            "held_out": len(parts[1]),
-            "cut": {"train": train_cut, "held_out": held_out_cut},
-        },
-        "versions": versions(),
-    }
-    write_json(out / "result.json", result)
+    with checkpoint.locked(out):
+        if (finished := _check_folder(out, settings, resume, allow_changed)) is not None:
+            return finished  # by the process that had the lock before
+        if save_every:
+            checkpoint.check_space(out, network)
+        run = checkpoint.Run(out, settings, inputs, versions(), allow_changed)
+        run.begin(resume)
+        before = measure()
+        begin = time.perf_counter()
+        run.train(trainer, steps)
+        seconds = time.perf_counter() - begin
+        after = measure()
+        if not math.isfinite(after):
+            run.fail(f"the held-out loss is {after} after training: lower --lr", steps)
+        result = {
+            "settings": settings,
+            "data": sources,
+            "inputs": inputs,
+            "changes": run.record["changes"],
+            "held_out": {
+                "before": before,
+                "after": after,
+                "tokens": label_count(held_out_rows, encoder_decoder),
+                "examples_in_training_data": contaminated,
+            },
+            "perplexity": {"before": _perplexity(before), "after": _perplexity(after)},
+            "losses": _entries(trainer.state.log_history, "loss", "learning_rate"),
+            "held_out_losses": _entries(trainer.state.log_history, "held_out_loss"),
+            "log": trainer.state.log_history,
+            "seconds": {"training": seconds, **clock.seconds()},
+            "optimizer": describe_optimizer(trainer.optimizer),
+            "windows": {"train": len(train_rows), "held_out": len(held_out_rows)},
+            "examples": {
+                "train": len(parts[0]),
+                "held_out": len(parts[1]),
+                "cut": {"train": train_cut, "held_out": held_out_cut},
+            },
+            "versions": versions(),
+        }
+        run.finish(lambda folder: network.save_pretrained(str(folder), safe_serialization=True), result)
     return result
 
 
@@ -210,16 +237,17 @@ def _read(
     holdout: float,
     seed: int,
     progress: bool,
+    skip_bad_lines: bool,
 ) -> tuple[Split, dict[str, str]]:
     """The examples to train on and those held out, and where they come from."""
     if data is not None and task is None:
-        found, source = read_examples(data), str(data)
+        found, source = read_examples(data, skip_bad_lines), str(data)
     elif task is not None and data is None:
         found, source = read_task(task, "train", data_dir, progress=progress)
     else:
         raise LoRARiteValueError("give either --data or --task")
     if validation is not None:
-        return Split(found, read_examples(validation)), {"train": source, "held_out": str(validation)}
+        return Split(found, read_examples(validation, skip_bad_lines)), {"train": source, "held_out": str(validation)}
     if task is not None and (rows := read_rows(task, "validation", data_dir)) is not None:
         return Split(found, examples(task, rows)), {"train": source, "held_out": rows.source}
     return split(found, holdout, seed), {"train": source, "held_out": f"{holdout:g} of {source}"}
@@ -263,9 +291,9 @@ def attach_adapter(
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter is not None:
-        if not (adapter / "adapter_config.json").is_file():
-            raise LoRARiteValueError(f"--adapter {adapter} has no adapter_config.json")
-        with _blame(f"--adapter {adapter}"):
+        with _blame(f"--adapter {adapter}"), warnings.catch_warnings():
+            check_adapter(adapter)
+            warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
     with _blame(f"--target_modules {target_modules}"):
         config = LoraConfig(
@@ -366,13 +394,6 @@ def versions(*more: str) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that the file is either whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 @contextmanager
 def _blame(option: str) -> Iterator[None]:
     """Turns an error of a library inside into one that names the option it comes from, with its first line."""
@@ -380,7 +401,7 @@ def _blame(option: str) -> Iterator[None]:
         yield
     except LoRARiteValueError as error:
         raise LoRARiteValueError(f"{option}: {error}") from error
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, UserWarning) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise LoRARiteValueError(f"{option}: {lines[0]}") from error
 
@@ -409,27 +430,35 @@ def _check(settings: dict[str, Any]) -> None:
     if not 0 <= settings["seed"] < 2**32:
         raise LoRARiteValueError(f"--seed must be from 0 to 2³² − 1, got {settings['seed']}")
     find_optimizer(settings["optimizer"])
+    if "://" in settings["model"]:  # not repeated: it may hold a password
+        raise LoRARiteValueError("--model must be a hub id or a local folder, not a URL")
     if "lr" in (settings["optimizer_args"] or {}):
         raise LoRARiteValueError("--optimizer_args.lr: give the learning rate by --lr")
 
 
-def _check_folder(out: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+def _check_tokens(rows: list[dict[str, list[int]]], network: Any) -> None:
+    size, largest = network.get_input_embeddings().num_embeddings, max(max(row["input_ids"]) for row in rows)
+    if largest >= size:
+        raise LoRARiteValueError(f"the tokenizer of --model gives token {largest}, and the model knows {size} tokens")
+
+
+def _check_folder(
+    out: Path, settings: dict[str, Any], resume: bool, allow_changed: list[str] | None
+) -> dict[str, Any] | None:
     """Checks that OUT has nothing in it, or the run to resume. Returns the result where that run is finished."""
-    stored = out / "settings.json"
     if not resume:
-        if out.is_file() or any(not p.is_dir() for p in out.rglob("*")):
+        files = (p for p in out.rglob("*") if p != out / checkpoint.LOCK)
+        if out.is_file() or any(p.is_symlink() or not p.is_dir() for p in files):
             raise LoRARiteValueError(f"{out} is not an empty folder; choose another --out, or --resume the run in it")
         return None
-    if not stored.is_file():
-        raise LoRARiteValueError(f"{out} holds no run to resume (no settings.json)")
-    before, now = json.loads(stored.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
-    changed = [
-        f"{k}: {before.get(k)!r} → {now.get(k)!r}" for k in sorted({*before, *now}) if before.get(k) != now.get(k)
-    ]
-    changed = [line for line in changed if not line.startswith("out: ")]
-    if changed:
-        raise LoRARiteValueError(f"cannot resume {out} with other settings ({'; '.join(changed)})")
-    finished = out / "result.json"
+    if (stored := checkpoint.read_settings(out)) is None:
+        return None
+    if unknown := sorted({*(allow_changed or [])} - {*settings, *stored["inputs"], *stored["environment"]}):
+        raise LoRARiteValueError(f"--allow_changed {unknown[0]}: no such setting, input or version")
+    changed = checkpoint.changes(stored["settings"], settings)
+    changed.pop("out", None)
+    checkpoint.refuse_changes(out, changed, allow_changed)
+    finished = out / checkpoint.RESULT
     return json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else None
 
 
@@ -501,6 +530,10 @@ def _add_callbacks(
 def _entries(log: list[dict[str, float]], *keys: str) -> list[dict[str, float]]:
     """Those entries of the Trainer's log that have all the keys, with them and the step alone."""
     return [{key: entry[key] for key in ("step", *keys)} for entry in log if all(key in entry for key in keys)]
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # beyond the largest float
 
 
 def _git_commit() -> str | None:

@@ -20,7 +20,8 @@ def theory(experiment: str, out: Path | None = None, **settings: Any) -> dict[st
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from ..finetune.train import versions, write_json
+    from ..finetune.checkpoint import write_json
+    from ..finetune.train import versions
 
     module: Any = import_module(f".{experiment}", __name__)
     known = inspect.signature(module.run).parameters

@@ -1,0 +1,256 @@
+"""LoRARite under any sequence of what can happen to it: a state machine of hypothesis.
+
+Actions: steps on gradients of any rank and scale, with non-finite or missing ones; saving, loading into a fresh
+optimizer (by torch.save and weights_only), copies; further groups; other learning rates; factors moved to another dtype
+or changed from outside. After each action the invariants hold.
+"""
+
+import copy
+import io
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from problems import set_gradients
+from test_numerics import equal, snapshot
+
+from lora_rite import LoRARite, NonFiniteError
+
+SHAPES = [(4, 9, 7), (2, 5, 8), (8, 4, 3)]
+seeds = st.integers(0, 2**16)
+choices = {
+    "damping": st.sampled_from([0.0, 3.0]),
+    "weight_decay": st.just(0.1),
+    "row_equilibration": st.booleans(),
+    "apply_escape": st.booleans(),
+    "balance_param": st.booleans(),
+    "update_skipping": st.just(1.0),
+    "update_capping": st.just(0.5),
+    "maximize": st.booleans(),
+    "clip_unmagnified_grad": st.sampled_from([0.0, 0.01]),
+}
+
+
+class World:
+    """Pairs, one parameter of AdamW, and the optimizer of them all."""
+
+    def __init__(self, dtype, zero_b, options):
+        self.pairs, self.options = [], {"lr": 1e-2, "adamw_lr": 1e-2, **options}
+        named = self.new_pair(dtype, zero_b, 0) + self.new_pair(dtype, False, 1)
+        self.head = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        self.optimizer = LoRARite([*named, ("head", self.head)], **self.options)
+
+    def new_pair(self, dtype, zero_b, seed):
+        i, generator = len(self.pairs), torch.Generator().manual_seed(seed)
+        r, n, m = SHAPES[i % 3]
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
+        self.pairs.append([torch.nn.Parameter(draw(r, n)), torch.nn.Parameter(draw(m, r) * (not zero_b))])
+        return [(f"layer{i}.lora_{x}.weight", p) for x, p in zip("AB", self.pairs[-1], strict=True)]
+
+    def params(self):
+        return [*(p for pair in self.pairs for p in pair), self.head]
+
+    def set_gradients(self, seed, rank=None, scale=0.1):
+        generator = torch.Generator().manual_seed(seed)
+        draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for a, b in self.pairs:
+            m, n = b.shape[0], a.shape[1]
+            set_gradients(a, b, scale * (draw(m, n) if rank is None else draw(m, rank) @ draw(rank, n)))
+        self.head.grad = draw(3).to(self.head.dtype)
+
+    def step(self):
+        """A step; what it warned of."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.optimizer.step()
+        return [str(w.message) for w in caught]
+
+    def everything(self):
+        """Copies of parameters and state, bitwise comparable."""
+        return snapshot([*self.pairs, [self.head]], self.optimizer)
+
+    def reloaded(self):
+        """Copies of the parameters under a fresh optimizer, with the state as it comes from a file."""
+        file = io.BytesIO()
+        torch.save(self.optimizer.state_dict(), file)
+        file.seek(0)
+        twin = copy.deepcopy(self)
+        names = ("kind", "params")
+        groups = [
+            {**{k: g[k] for k in names}, "params": list(zip(g["param_names"], g["params"], strict=True))}
+            for g in twin.optimizer.param_groups
+        ]
+        twin.optimizer = LoRARite(groups, **self.options)
+        twin.optimizer.load_state_dict(torch.load(file, weights_only=True))
+        return twin
+
+
+class Training(RuleBasedStateMachine):
+    world = None
+
+    @initialize(
+        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+        zero_b=st.booleans(),
+        options=st.fixed_dictionaries({}, optional=choices),
+    )
+    def begin(self, dtype, zero_b, options):
+        self.world, self.skipped, self.bad_in_a_row = World(dtype, zero_b, options), 0, 0
+
+    def step(self):
+        self.bad_in_a_row = 0
+        return self.world.step()
+
+    @rule(seed=seeds, rank=st.sampled_from([None, 1, 2]), scale=st.sampled_from([0.1, 1e-6, 1e3, 0.0]))
+    def good_step(self, seed, rank, scale):
+        """All pairs are moved, without a word; gradients are not modified."""
+        self.world.set_gradients(seed, rank, scale)
+        gradients = [p.grad.clone() for p in self.world.params()]
+        assert not self.step()
+        assert equal([p.grad for p in self.world.params()], gradients)
+        assert self.world.optimizer.report()["pairs_preconditioned"] == len(self.world.pairs)
+
+    @rule(seed=seeds, where=seeds, bad=st.sampled_from([math.nan, math.inf, -math.inf]))
+    def non_finite_step(self, seed, where, bad):
+        """Bitwise as it was, counted, said; the third in a row raises."""
+        self.world.set_gradients(seed)
+        params = self.world.params()
+        params[where % len(params)].grad.view(-1)[where % 2] = bad
+        before = self.world.everything()
+        self.skipped += 1
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row >= 3:
+            with pytest.raises(NonFiniteError):
+                self.world.step()
+        else:
+            (message,) = self.world.step()
+            assert "step skipped" in message
+        assert equal(self.world.everything(), before)
+
+    @rule(seed=seeds, which=st.integers(0, 3))
+    def step_without_gradients_of_a_pair(self, seed, which):
+        """That pair and its state stay bitwise, and the others are moved."""
+        pair = self.world.pairs[which % len(self.world.pairs)]
+        self.world.set_gradients(seed)
+        for p in pair:
+            p.grad = None
+        own = lambda: copy.deepcopy([(p.detach(), dict(self.world.optimizer.state.get(p, {}))) for p in pair])
+        before = own()
+        self.step()
+        assert equal(own(), before)
+        assert self.world.optimizer.report()["pairs_preconditioned"] == len(self.world.pairs) - 1
+
+    @rule()
+    def step_without_gradients(self):
+        """Nothing."""
+        self.world.optimizer.zero_grad()
+        before = self.world.everything()
+        self.step()
+        assert equal(self.world.everything(), before)
+
+    @rule(seed=seeds)
+    def save_and_load(self, seed):
+        """A fresh optimizer with the state from a file makes the same next step, bit for bit."""
+        twin = self.world.reloaded()
+        assert equal(twin.everything(), self.world.everything())
+        for world in (self.world, twin):
+            world.set_gradients(seed)
+        assert twin.step() == self.step() == []
+        assert equal(twin.everything(), self.world.everything())
+
+    @rule(seed=seeds)
+    def step_of_a_copy(self, seed):
+        """Leaves this one alone."""
+        before = self.world.everything()
+        twin = copy.deepcopy(self.world)
+        twin.set_gradients(seed, 1)
+        twin.step()
+        assert equal(self.world.everything(), before)
+
+    @precondition(lambda self: len(self.world.pairs) < 4)
+    @rule(zero_b=st.booleans(), seed=st.integers(0, 9))
+    def add_a_group(self, zero_b, seed):
+        """The others stay as they are."""
+        before = [p.detach().clone() for p in self.world.params()]
+        old = self.world.params()
+        pair = self.world.new_pair(self.world.head.dtype, zero_b, seed)
+        self.world.optimizer.add_param_group({"params": pair, "lr": 3e-3})
+        assert equal([p.detach() for p in old], before)
+
+    @rule(lr=st.sampled_from([0.0, 1e-4, 3e-2]), as_tensor=st.booleans())
+    def change_lr(self, lr, as_tensor):
+        for group in self.world.optimizer.param_groups:
+            group["lr"] = torch.tensor(lr) if as_tensor and group["kind"] == "lora" else lr
+
+    @rule(seed=seeds)
+    def step_at_lr_zero(self, seed):
+        """Moves nothing."""
+        groups = self.world.optimizer.param_groups
+        rates, before = [group["lr"] for group in groups], self.world.everything()[0]
+        for group in groups:
+            group["lr"] = 0.0
+        self.world.set_gradients(seed)
+        self.step()
+        assert equal(self.world.everything()[0], before)
+        for group, lr in zip(groups, rates, strict=True):
+            group["lr"] = lr
+
+    @precondition(lambda self: self.world.head.dtype != torch.float64)
+    @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), seed=seeds)
+    def move_to_another_dtype(self, dtype, seed):
+        """As ``model.to(dtype)`` does: what is rounded by that has changed from outside, and that is all."""
+        for p in self.world.params():
+            p.data, p.grad = p.data.to(dtype), None
+        self.world.set_gradients(seed)
+        assert all("changed from outside" in message for message in self.step())
+
+    @rule(which=st.integers(0, 3), factor=st.sampled_from([0.5, 3.0]), seed=seeds)
+    def change_from_outside(self, which, factor, seed):
+        """Is noticed: the pair starts anew."""
+        a, _ = self.world.pairs[which % len(self.world.pairs)]
+        known = bool(self.world.optimizer.state.get(a))
+        with torch.no_grad():
+            a.mul_(factor)
+        self.world.set_gradients(seed)
+        self.step()
+        assert self.world.optimizer.state[a]["step"] == 1 or not known
+
+    @invariant()
+    def all_is_well(self):
+        if self.world is None:
+            return
+        optimizer, report = self.world.optimizer, self.world.optimizer.report()
+        assert report["pairs"] == len(self.world.pairs)
+        assert report["skipped"] == self.skipped
+        assert all(p.isfinite().all() for p in self.world.params())
+        for p, state in optimizer.state.items():
+            tensors = [t for t in state.values() if t.is_floating_point()]
+            assert all(t.dtype in (torch.float32, torch.float64) and t.grad_fn is None for t in tensors)
+            assert all(t.isfinite().all() for t in tensors)
+            if "second_moment" in state:
+                v = state["second_moment"].double()
+                assert state["first_moment"].shape == p.shape
+                assert (v - v.mT).abs().max() <= 1e-5 * v.abs().max()
+                assert torch.linalg.eigvalsh((v + v.mT) / 2).min() >= -1e-5 * v.abs().max()
+
+
+OPTIONS = {
+    "deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck),
+    "phases": [Phase.generate],  # shrinking a failure takes minutes: leave this line out to have it
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("runs", "actions"), [(25, 15), pytest.param(200, 50, marks=pytest.mark.slow)])
+def test_any_sequence_of_events(runs, actions):
+    """So many runs of at most so many actions."""
+    run_state_machine_as_test(Training, settings=settings(max_examples=runs, stateful_step_count=actions, **OPTIONS))
