@@ -251,7 +251,7 @@ def run(*words):
 
 def test_command_line(tmp_path, capsys):
     pytest.importorskip("jsonargparse")
-    small = ["--steps", 2, "--dtypes", '["float64"]', "--conditions", "[100]"]
+    small = ["--steps", 2, "--dtypes", '["float64"]', "--conditions", 100]
     assert run(*small, "--peers", "--out", tmp_path / "audit") == 0
     printed = capsys.readouterr().out
     assert "LoRARite is invariant: 40 passed" in printed
@@ -271,7 +271,7 @@ def test_command_line_on_a_model_and_its_text(tmp_path, capsys):
     pytest.importorskip("peft")
     data = tmp_path / "text.txt"
     data.write_text("for each of the lines, one more line of text\n" * 40)
-    words = ["--model", "tiny", "--rank", 2, "--target_modules", '["q_proj"]', "--steps", 2, "--conditions", "[10]"]
+    words = ["--model", "tiny", "--rank", 2, "--target_modules", '["q_proj"]', "--steps", 2, "--conditions", 10]
     words += ["--optimizer_args", '{"row_equilibration": false}', "--data", data]
     assert run(*words) == 0
     assert "as it is (linear), float32" in capsys.readouterr().out

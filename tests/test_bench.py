@@ -1,23 +1,54 @@
 """The benchmark measures what it says; nothing here is timed."""
 
 import json
+import re
 
 import pytest
 import torch
 
-from lora_rite import LoRARite
-from lora_rite.bench import Adapter, _Watch, bench_step
+from lora_rite import LoRARite, bench
+from lora_rite.bench import BASELINE, Adapter, Watch
 
 pytest.importorskip("jsonargparse")
+pytest.importorskip("peft")
 
 from lora_rite.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
+GEMMA_2B = [(2048, 2048), (2048, 256), (2048, 256), (2048, 2048), (2048, 16384), (2048, 16384), (16384, 2048)]
+GEMMA_7B = [(3072, 4096)] * 3 + [(4096, 3072), (3072, 24576), (3072, 24576), (24576, 3072)]
+FEED_FORWARD = [(4096, 10240), (4096, 10240), (10240, 4096)]
+MT5_XXL = [(4096, 4096)] * 4 + FEED_FORWARD + [(4096, 4096)] * 8 + FEED_FORWARD  # a layer of each, encoder first
+SHAPES = {"gemma-2b": (GEMMA_2B, 18), "gemma-7b": (GEMMA_7B, 28), "mt5-xxl": (MT5_XXL, 24)}
+
+
+def run(*words):
+    return main(["bench", *(str(word) for word in words)])
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_shapes_of_the_known_models(model):
+    layer, depth = SHAPES[model]
+    assert bench.linear_maps(model, 1) == layer
+    assert sorted(bench.linear_maps(model)) == sorted(layer * depth)
+
+
+def test_shapes_of_a_configuration_file(tmp_path):
+    from transformers import Qwen2Config
+
+    Qwen2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    layer = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    assert bench.linear_maps(str(tmp_path / "config.json")) == layer * 3
+    assert bench.linear_maps(str(tmp_path), layers=1) == layer
+
 
 def test_extra_memory_is_the_peak_of_what_lives_at_once():
     x = torch.zeros(1000)  # 4,000 bytes
-    with _Watch() as watch:
+    with Watch() as watch:
         y = x + 1
         z = y * 2
         del y
@@ -30,25 +61,103 @@ def test_extra_memory_is_the_peak_of_what_lives_at_once():
         x.add_(1)
     assert watch.now == 0
     assert watch.peak == 8000
-    with _Watch() as watch:
+    with Watch() as watch:
         float(x.sum())
     assert watch.synchronisations == 1
+    with Watch("cuda") as watch:
+        float(x.sum())
+    assert watch.synchronisations == 0  # a counter on the CPU does not stop a GPU
 
 
-def test_figures_of_a_small_case(tmp_path, capsys):
-    out = tmp_path / "results" / "step.json"
-    assert main(["bench", "--layers", "1", "--rank", "2", "--rounds", "2", "--out", str(out)]) == 0
+def test_step_of_small_cases(tmp_path, capsys):
+    out, picture = tmp_path / "results" / "step.json", tmp_path / "docs" / "step.png"
+    words = ["--layers", 1, "--ranks", 2, 3, "--dtypes", "float32", "bfloat16", "--rounds", 2, "--capturable"]
+    assert run("step", "--models", "tiny", *words, "--out", out, "--plot", picture) == 0
     printed = capsys.readouterr().out
+    assert picture.stat().st_size > 10_000
     result = json.loads(out.read_text())
-    rows = {row["optimizer"]: row for row in result["rows"]}
-    assert rows["AdamW (fused)"]["ratio"] == 1
-    elements = result["parameters"]
-    assert elements == 2 * sum(n + m for n, m in [(2048, 2048), (2048, 256)] * 2 + [(2048, 16384)] * 3)
-    assert rows["AdamW (foreach)"]["state_bytes"] == 8 * elements + 4 * 14  # two moments, and a counter a tensor
-    assert rows["LoRARite"]["synchronisations"] <= 1
-    assert rows["LoRARite"]["extra_bytes"] > 0
-    for name in rows:
-        assert name in printed
+    assert result["versions"]["torch"] == torch.__version__
+    assert {"cpu", "cpu_capability", "threads", "git_commit", "pytorch_optimizer"} <= set(result["versions"])
+    assert [(c["rank"], c["dtype"]) for c in result["cases"]] == [
+        (rank, dtype) for rank in (2, 3) for dtype in ("float32", "bfloat16")
+    ]
+    maps = sum(n + m for n, m in bench.linear_maps("tiny", 1))
+    for case in result["cases"]:
+        rows = {row["optimizer"]: row for row in case["rows"]}
+        assert set(rows) | set(case["left_out"]) == set(bench.optimizers(torch.nn.Module(), "cpu"))
+        size = {"float32": 4, "bfloat16": 2}[case["dtype"]]
+        assert case["parameter_bytes"] == size * case["parameters"] == size * case["rank"] * maps
+        assert rows[BASELINE]["ratio"] == 1
+        assert rows[BASELINE]["state_bytes"] == 2 * case["parameter_bytes"] + 4 * 14  # and a counter a tensor
+        assert rows["LoRARite"]["state_bytes"] == case["formula_bytes"]
+        assert rows["LoRARite"]["extra_bytes"] > 0
+        assert rows["LoRARite"]["synchronisations"] == 1
+        assert rows["LoRARite (capturable)"]["synchronisations"] == 0
+        for name, row in rows.items():
+            assert name in printed
+            low, high = row["ratio_quartiles"]
+            assert low <= row["ratio"] <= high
+        for name, reason in case["left_out"].items():
+            assert f"Left out: {name}, {reason}" in printed
+    assert printed.count(f"{result['cases'][0]['formula_bytes'] / 1e6:.2f} MB") == 2  # the formula is for both dtypes
+
+
+def test_share_of_training_steps(tmp_path, capsys):
+    out = tmp_path / "train.json"
+    words = ["--layers", 1, "--rank", 2, "--batch_size", 1, "--length", 8, "--rounds", 2]
+    assert run("train", *words, "--out", out) == 0
+    (case,) = json.loads(out.read_text())["cases"]
+    assert [row["optimizer"] for row in case["rows"]] == [BASELINE, "LoRARite"]
+    for row in case["rows"]:
+        assert 0 < row["share_quartiles"][0] <= row["share"] <= row["share_quartiles"][1] < 1
+        assert row["seconds"] > 0
+        assert row["model_seconds"] > 0
+    assert "share of a step" in capsys.readouterr().out
+
+
+def test_each_optimizer_trains_its_own_adapter(monkeypatch):
+    """Else LoRARite would warn that its factors were changed from outside (warnings are errors here)."""
+    made = []
+    monkeypatch.setattr(bench, "network", lambda *args, f=bench.network: made.append(f(*args)) or made[-1])
+    bench.bench_train(["tiny"], 1, 2, "float32", "cpu", 1, 8, 3)
+    factors = {
+        adapter: [p for name, p in made[0].named_parameters() if f"lora_B.{adapter}" in name]
+        for adapter in ("default", "second")
+    }
+    assert len(factors["default"]) == len(factors["second"]) == 7
+    assert all(p.any() for ps in factors.values() for p in ps)
+
+
+def test_exponents(tmp_path, capsys, monkeypatch):
+    """On times that are known: 3·x^1.5 a step for LoRARite, and a constant for AdamW."""
+
+    def measure(names, shapes, rank, dtype, device, rounds):
+        x = rank if len(shapes) == 8 and shapes[0][0] == 2048 else shapes[0][0] if len(shapes) == 8 else len(shapes)
+        return {"rows": [{"seconds": 1.0 if name == BASELINE else 3 * x**1.5} for name in names]}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    out, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    words = ["--pairs", 1, 10, 100, "--widths", 256, 16, 64, "--ranks", 2, 4, 8]
+    assert run("scaling", *words, "--out", out, "--plot", picture) == 0
+    sweeps = json.loads(out.read_text())["sweeps"]
+    assert {name: sweep["x"] for name, sweep in sweeps.items()} == {
+        "pairs": [1, 10, 100], "width": [16, 64, 256], "rank": [2, 4, 8]
+    }  # fmt: skip
+    for sweep in sweeps.values():
+        for half in ("all", "upper"):
+            assert sweep["exponents"]["LoRARite"][half] == pytest.approx(1.5)
+            assert sweep["exponents"][BASELINE][half] == pytest.approx(0)
+    assert picture.stat().st_size > 10_000
+    assert "1.50" in capsys.readouterr().out
+
+
+def test_scaling_measures_every_point(monkeypatch):
+    result = bench.bench_scaling([1, 2, 3], [4, 8, 16], [1, 2, 3], "float32", "cpu", 1)
+    assert [[case["pairs"] for case in sweep["cases"]] for sweep in result["sweeps"].values()] == [
+        [1, 2, 3], [8] * 3, [8] * 3
+    ]  # fmt: skip
+    assert [case["parameters"] for case in result["sweeps"]["width"]["cases"]] == [8 * 16 * 2 * n for n in (4, 8, 16)]
+    assert [case["rank"] for case in result["sweeps"]["rank"]["cases"]] == [1, 2, 3]
 
 
 def test_the_adapter_has_the_names_of_peft():
@@ -56,6 +165,32 @@ def test_the_adapter_has_the_names_of_peft():
     assert optimizer.report()["pairs"] == 2
 
 
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="at least 1"):
-        bench_step(rank=0)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["step", "--ranks", "4", "0"], "--ranks must be at least 1"),
+        (["step", "--rounds", "0"], "--rounds must be at least 1"),
+        (["step", "--layers", "0"], "--layers must be at least 1"),
+        (["step", "--models", "no-such-model"], "--models no-such-model: "),
+        (["step", "--dtypes", "int8"], "int8"),
+        (["train", "--length", "0"], "--length must be at least 1"),
+        (["scaling", "--widths", "8", "8", "16"], "--widths: an exponent needs three different values"),
+        (["train"], "--device cuda: torch sees no CUDA device"),
+        ([], "bench"),
+    ],
+)
+def test_bad_arguments(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "measure", lambda *args: pytest.fail("measured"))
+    assert run(*words, *(["--device", "cuda"] if words == ["train"] else [])) == 2
+    error = capsys.readouterr().err
+    assert re.search(re.escape(message), error)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda():
+    (case,) = bench.bench_step(["tiny"], 1, [4], ["float32"], "cuda", False, 2)["cases"]
+    rows = {row["optimizer"]: row for row in case["rows"]}
+    assert rows["LoRARite"]["synchronisations"] <= 1
+    assert rows["LoRARite (CUDA graph)"]["synchronisations"] == 0

@@ -1,42 +1,103 @@
 """``lora-rite bench``: what a step of LoRARite costs, beside its peers, in one run.
 
 Times are medians over rounds in which every optimizer takes one step (so that a slow moment of the machine meets all of
-them), and ratios are taken within a round. Needs torch alone; peers that are not installed are left out, and named.
+them), and ratios are taken within a round. Peers that are not installed, or fail, are left out, and named.
 """
 
+import math
+import platform
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .errors import LoRARiteValueError
 from .optimizer import LoRARite, state_bytes
 
-#: (in, out) of the linear maps of one layer, and the number of layers: what an adapter on all of them has.
-#: From the models' public configurations.
-SHAPES: dict[str, tuple[list[tuple[int, int]], int]] = {
+#: Model type and settings of transformers' configuration, from the models' public ones.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-2b": (
-        [(2048, 2048), (2048, 256), (2048, 256), (2048, 2048), (2048, 16384), (2048, 16384), (16384, 2048)],
-        18,
+        "gemma",
+        {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8,
+         "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000},
     ),
     "gemma-7b": (
-        [(3072, 4096), (3072, 4096), (3072, 4096), (4096, 3072), (3072, 24576), (3072, 24576), (24576, 3072)],
-        28,
+        "gemma",
+        {"hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16,
+         "num_key_value_heads": 16, "head_dim": 256, "vocab_size": 256000},
     ),
-    # a layer of the encoder (self-attention, gated feed-forward) and one of the decoder (cross-attention too)
-    "mt5-xxl": ([(4096, 4096)] * 12 + [(4096, 10240), (4096, 10240), (10240, 4096)] * 2, 24),
-}
+    "mt5-xxl": (
+        "mt5",
+        {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 64,
+         "feed_forward_proj": "gated-gelu", "vocab_size": 250112},
+    ),
+}  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BASELINE = "AdamW (fused)"
+BOTH = (BASELINE, "LoRARite")
+WARM_UP = 3
+Shapes = list[tuple[int, int]]
+
+
+# ------------------------------------------------------------------------------------------------ models and adapters
+
+
+def configuration(model: str, layers: int | None = None) -> Any:
+    """transformers' configuration of a name in :data:`CONFIGS`, of "tiny" (the embedded model), or of a config.json, a
+    folder with one or a hub id; cut to so many layers (of encoder and decoder each)."""
+    from transformers import AutoConfig
+
+    from .finetune.train import TINY, _blame
+
+    with _blame(f"--models {model}"):
+        if model in CONFIGS:
+            kind, options = CONFIGS[model]
+            config = AutoConfig.for_model(kind, **options)
+        else:
+            config = AutoConfig.from_pretrained(TINY if model == "tiny" else model)
+    if layers is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if hasattr(text, "num_decoder_layers"):
+            text.num_decoder_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def network(model: str, layers: int | None, rank: int, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model with random weights and a PEFT adapter on all linear maps."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from .finetune.train import _blame
+
+    config = configuration(model, layers)
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device(device), _blame(f"--models {model}"):
+        base = kind.from_config(config, dtype=dtype)
+        return get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
+
+
+def linear_maps(model: str, layers: int | None = None) -> Shapes:
+    """(in, out) of the linear maps that get an adapter; no weights are made."""
+    from .pairs import find_pairs
+
+    pairs = find_pairs(network(model, layers, 1, "meta").named_parameters()).pairs
+    return [(pair.a.shape[1], pair.b.shape[0]) for pair in pairs]
 
 
 class Adapter(nn.Module):
     """The factors of a PEFT adapter (and their names), without a model."""
 
-    def __init__(self, shapes: list[tuple[int, int]], rank: int, dtype: torch.dtype, device: str):
+    def __init__(self, shapes: Shapes, rank: int, dtype: torch.dtype, device: str):
         super().__init__()
         self.layers = nn.ModuleList()
         for n, m in shapes:
@@ -46,9 +107,13 @@ class Adapter(nn.Module):
             self.layers.append(layer)
 
 
-def peers(adapter: Adapter) -> dict[str, Callable[[], torch.optim.Optimizer]]:
-    """Makers of the optimizers to compare, LoRARite and fused AdamW first."""
-    named, params = list(adapter.named_parameters()), list(adapter.parameters())
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def optimizers(adapter: nn.Module, device: str) -> dict[str, Callable[[], torch.optim.Optimizer]]:
+    """Makers of the optimizers to compare. On CUDA, those named so are replayed as a CUDA graph."""
+    named = [(name, p) for name, p in adapter.named_parameters() if p.requires_grad]
+    params = [p for _, p in named]
 
     def pytorch_optimizer() -> torch.optim.Optimizer:
         from pytorch_optimizer import LoRARite as Other  # type: ignore[import-not-found]
@@ -60,9 +125,16 @@ def peers(adapter: Adapter) -> dict[str, Callable[[], torch.optim.Optimizer]]:
 
         return create_riemannian_optimizer(adapter, torch.optim.AdamW, lr=1e-4)  # type: ignore[arg-type]
 
+    cuda = device == "cuda"
+    graphs: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "LoRARite (CUDA graph)" if cuda else "LoRARite (capturable)": lambda: LoRARite(named, 1e-4, capturable=True)
+    }
+    if cuda:
+        graphs["AdamW (fused, CUDA graph)"] = lambda: torch.optim.AdamW(params, 1e-4, fused=True, capturable=True)
     return {
         "LoRARite": lambda: LoRARite(named, lr=1e-4),
-        "AdamW (fused)": lambda: torch.optim.AdamW(params, lr=1e-4, fused=True),
+        **graphs,
+        BASELINE: lambda: torch.optim.AdamW(params, lr=1e-4, fused=True),
         "AdamW (foreach)": lambda: torch.optim.AdamW(params, lr=1e-4, foreach=True),
         "pytorch_optimizer.LoRARite": pytorch_optimizer,
         "peft Riemannian (AdamW)": riemannian,
@@ -70,134 +142,258 @@ def peers(adapter: Adapter) -> dict[str, Callable[[], torch.optim.Optimizer]]:
     }
 
 
-def bench_step(
-    model: str = "gemma-2b",
-    layers: int | None = None,
-    rank: int = 16,
-    dtype: str = "float32",
-    device: str = "cpu",
-    rounds: int = 10,
-) -> dict[str, Any]:
-    """Step time, state bytes, extra memory and host synchronisations of each optimizer, on an adapter's shapes alone.
+class Contender:
+    """An optimizer on an adapter of its own, warmed up."""
 
-    Args:
-        model: a name in :data:`SHAPES`.
-        layers: number of layers; by default the model's.
-        rank: rank of the adapter.
-        dtype: float32 or bfloat16, of the factors and gradients.
-        device: cpu or cuda.
-        rounds: timed steps of each optimizer, after three that are not.
+    def __init__(self, name: str, shapes: Shapes, rank: int, dtype: torch.dtype, device: str):
+        adapter = Adapter(shapes, rank, dtype, device)
+        self.params, self.device = list(adapter.parameters()), device
+        self.gradients = [torch.randn_like(p) * 1e-3 for p in self.params]
+        self.optimizer = optimizers(adapter, device)[name]()
+        self.step: Callable[[], Any] = self.optimizer.step
+        for _ in range(WARM_UP):
+            self.seconds()
+        if "CUDA graph" in name:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.optimizer.step()
+            self.step = graph.replay
+
+    def reset_gradients(self) -> None:
+        """Some peers write into them; a graph reads them at the same address."""
+        for p, g in zip(self.params, self.gradients, strict=True):
+            if p.grad is None:
+                p.grad = torch.empty_like(g)
+            p.grad.copy_(g)
+
+    def seconds(self) -> float:
+        self.reset_gradients()
+        return seconds(self.step, self.device)
+
+    def watch(self) -> dict[str, int]:
+        """Bytes at the peak of what a step (in eager mode) allocates and does not keep; reads of the device by the
+        host in what is timed."""
+        self.reset_gradients()
+        with Watch(self.device) as eager:
+            self.optimizer.step()
+        peak = eager.peak
+        if self.device == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.optimizer.step()
+            peak = torch.cuda.max_memory_allocated() - before
+        graph = self.step != self.optimizer.step
+        return {"extra_bytes": peak, "synchronisations": 0 if graph else eager.synchronisations}
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    """Of one call, on CUDA by events on the device."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(names: Sequence[str], shapes: Shapes, rank: int, dtype: str, device: str, rounds: int) -> dict[str, Any]:
+    """Measures the optimizers of those names, each on an adapter of these maps.
 
     Returns:
-        ``rows``: for each optimizer ``seconds`` (median, and quartiles), ``ratio`` to fused AdamW (median of the ratios
-        within rounds), ``state_bytes``, ``extra_bytes`` (peak of what a step allocates and does not keep), and
-        ``synchronisations`` of the host with the device in a step. ``parameters``: number of elements.
+        ``rows``: for each optimizer ``ratio`` to fused AdamW (median of the ratios within rounds, and
+        ``ratio_quartiles``), ``seconds`` (and ``quartiles``), ``state_bytes``, ``extra_bytes`` and ``synchronisations``
+        (:meth:`Contender.watch`). ``left_out``: reasons by name. ``parameters``, ``parameter_bytes``,
+        ``formula_bytes`` (:func:`formula`).
     """
-    if (layers is not None and layers < 1) or rank < 1 or rounds < 1:
-        raise LoRARiteValueError(f"layers, rank and rounds must be at least 1, got {layers}, {rank}, {rounds}")
-    maps, depth = SHAPES[model]
-    shapes = maps * (depth if layers is None else layers)
-    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    made: dict[str, tuple[Adapter, list[torch.Tensor], torch.optim.Optimizer]] = {}
-    missing = []
     torch.manual_seed(0)
-    names = list(peers(Adapter([(2, 2)], 1, kind, "cpu")))
+    made: dict[str, Contender] = {}
+    left_out: dict[str, str] = {}
     for name in names:
-        adapter = Adapter(shapes, rank, kind, device)
-        gradients = [torch.randn_like(p) * 1e-3 for p in adapter.parameters()]
         try:
-            optimizer = peers(adapter)[name]()
-        except ImportError:
-            missing.append(name)
-            continue
-        made[name] = adapter, gradients, optimizer
-        for _ in range(3):
-            _timed(*made[name], device)
-    seconds: dict[str, list[float]] = {name: [] for name in made}
+            made[name] = Contender(name, shapes, rank, DTYPES[dtype], device)
+        except ImportError as error:
+            left_out[name] = f"not installed ({error})"
+        except (RuntimeError, ValueError, TypeError) as error:
+            if name in (BASELINE, "LoRARite"):
+                raise
+            left_out[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(rounds):
-        for name, parts in made.items():
-            seconds[name].append(_timed(*parts, device))
+        for name, contender in made.items():
+            times[name].append(contender.seconds())
     rows = []
-    for name, (adapter, gradients, optimizer) in made.items():
-        ratios = [own / fused for own, fused in zip(seconds[name], seconds["AdamW (fused)"], strict=True)]
-        _set_gradients(adapter, gradients)
-        with _Watch() as watch:
-            optimizer.step()
-        quartiles = statistics.quantiles(seconds[name], n=4) if rounds > 1 else [seconds[name][0]] * 3
-        rows.append(
-            {
-                "optimizer": name,
-                "seconds": statistics.median(seconds[name]),
-                "quartiles": [quartiles[0], quartiles[2]],
-                "ratio": statistics.median(ratios),
-                "state_bytes": state_bytes(optimizer),
-                "extra_bytes": watch.peak,
-                "synchronisations": watch.synchronisations,
-            }
-        )
-    parameters = sum(p.numel() for p in made["LoRARite"][0].parameters())
+    for name, contender in made.items():
+        ratio, ratio_quartiles = spread([a / b for a, b in zip(times[name], times[BASELINE], strict=True)])
+        median, quartiles = spread(times[name])
+        rows.append({
+            "optimizer": name, "ratio": ratio, "ratio_quartiles": ratio_quartiles, "seconds": median,
+            "quartiles": quartiles, "state_bytes": state_bytes(contender.optimizer), **contender.watch(),
+        })  # fmt: skip
+    elements = rank * sum(n + m for n, m in shapes)
     return {
-        "settings": {"model": model, "layers": layers or depth, "rank": rank, "dtype": dtype, "device": device,
-                     "rounds": rounds, "pairs": len(shapes)},
-        "parameters": parameters,
-        "parameter_bytes": parameters * kind.itemsize,
-        "rows": rows,
-        "not_installed": missing,
+        "rank": rank, "dtype": dtype, "pairs": len(shapes), "parameters": elements,
+        "parameter_bytes": elements * DTYPES[dtype].itemsize, "formula_bytes": formula(shapes, rank), "rows": rows,
+        "left_out": left_out,
     }  # fmt: skip
 
 
-def table(result: dict[str, Any]) -> str:
-    """The rows of :func:`bench_step` as text, ratios first."""
-    from io import StringIO
-
-    from rich.console import Console
-    from rich.table import Table
-
-    settings = result["settings"]
-    out = Table(title="{model}, {layers} layers, {pairs} pairs, rank {rank}, {dtype}, {device}".format(**settings))
-    headings = ("optimizer", "× fused AdamW", "ms", "quartiles", "state ÷ AdamW's", "extra ÷ parameters", "syncs")
-    for i, heading in enumerate(headings):
-        out.add_column(heading, justify="right" if i else "left")
-    adamw = next(row["state_bytes"] for row in result["rows"] if row["optimizer"] == "AdamW (fused)")
-    for row in result["rows"]:
-        low, high = row["quartiles"]
-        out.add_row(
-            row["optimizer"],
-            f"{row['ratio']:.2f}",
-            f"{1e3 * row['seconds']:.2f}",
-            f"{1e3 * low:.2f} – {1e3 * high:.2f}",
-            f"{row['state_bytes'] / adamw:.3f}",
-            f"{row['extra_bytes'] / result['parameter_bytes']:.2f}",
-            str(row["synchronisations"]),
-        )
-    text = StringIO()
-    Console(file=text, width=120).print(out)
-    missing = f"Not installed: {', '.join(result['not_installed'])}\n" if result["not_installed"] else ""
-    return text.getvalue() + missing
+def formula(shapes: Shapes, rank: int) -> int:
+    """Bytes of LoRARite's state for float32, bfloat16 and float16 factors: the first moment and a number a row, five
+    r×r matrices a factor, and a few numbers."""
+    return sum(4 * (n + m) * (rank + 1) + 40 * rank**2 + 8 * rank + 26 for n, m in shapes)
 
 
-def _set_gradients(adapter: Adapter, gradients: list[torch.Tensor]) -> None:
-    for p, g in zip(adapter.parameters(), gradients, strict=True):
-        p.grad = g.clone()  # some peers write into it
+def spread(values: list[float]) -> tuple[float, list[float]]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return median, [low, high]
 
 
-def _timed(adapter: Adapter, gradients: list[torch.Tensor], optimizer: torch.optim.Optimizer, device: str) -> float:
-    _set_gradients(adapter, gradients)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    optimizer.step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+def check(device: str, rounds: int, **sizes: Any) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LoRARiteValueError("--device cuda: torch sees no CUDA device")
+    for name, values in {"rounds": rounds, **sizes}.items():
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < 1:
+                raise LoRARiteValueError(f"--{name} must be at least 1, got {value}")
 
 
-class _Watch(TorchDispatchMode):
+# ----------------------------------------------------------------------------------------------------- the benchmarks
+
+
+def bench_step(
+    models: list[str],
+    layers: int | None,
+    ranks: list[int],
+    dtypes: list[str],
+    device: str,
+    capturable: bool,
+    rounds: int,
+) -> dict[str, Any]:
+    """Every model with every rank and dtype: ``cases`` of :func:`measure`, with ``model`` and ``layers``."""
+    check(device, rounds, layers=layers, ranks=ranks)
+    names = [name for name in optimizers(nn.Module(), device) if capturable or "capturable" not in name]
+    cases = []
+    for model in models:
+        shapes = linear_maps(model, layers)
+        depth = configuration(model, layers).get_text_config().num_hidden_layers
+        for rank in ranks:
+            for dtype in dtypes:
+                cases.append({"model": model, "layers": depth, **measure(names, shapes, rank, dtype, device, rounds)})
+    return {"benchmark": "step", "device": device, "rounds": rounds, "cases": cases}
+
+
+def bench_train(
+    models: list[str],
+    layers: int | None,
+    rank: int,
+    dtype: str,
+    device: str,
+    batch_size: int,
+    length: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """The optimizer's share of training steps (forward, backward, step) on random tokens. Both optimizers take turns on
+    one model, each with an adapter of its own, in float32.
+
+    Returns:
+        ``cases`` with ``rows``: ``share`` of the optimizer (median of the shares of single training steps, and
+        ``share_quartiles``), ``seconds`` of its step, ``model_seconds`` of forward and backward pass.
+    """
+    check(device, rounds, layers=layers, rank=rank, batch_size=batch_size, length=length)
+    cases = []
+    for model in models:
+        torch.manual_seed(0)
+        trained = network(model, layers, rank, device, DTYPES[dtype]).train()
+        trained.add_adapter("second", trained.peft_config["default"])
+        config = trained.config.get_text_config()
+        tokens = torch.randint(config.vocab_size, (batch_size, length), device=device)
+        made = {}
+        for adapter, name in zip(("default", "second"), BOTH, strict=True):
+            trained.set_adapter(adapter)
+            made[adapter] = optimizers(trained, device)[name]()
+        times: dict[str, list[tuple[float, float]]] = {adapter: [] for adapter in made}
+        for i in range(WARM_UP + rounds):
+            for adapter, optimizer in made.items():
+                trained.set_adapter(adapter)
+                passes = seconds(lambda: trained(input_ids=tokens, labels=tokens).loss.backward(), device)  # noqa: B023
+                own = seconds(optimizer.step, device)
+                optimizer.zero_grad()
+                if i >= WARM_UP:
+                    times[adapter].append((own, passes))
+        rows = []
+        for name, pairs in zip(BOTH, times.values(), strict=True):
+            share, quartiles = spread([own / (own + passes) for own, passes in pairs])
+            own, passes = (statistics.median(values) for values in zip(*pairs, strict=True))
+            rows.append({"optimizer": name, "share": share, "share_quartiles": quartiles, "seconds": own,
+                         "model_seconds": passes})  # fmt: skip
+        cases.append({"model": model, "layers": config.num_hidden_layers, "rank": rank, "dtype": dtype,
+                      "batch_size": batch_size, "length": length, "rows": rows})  # fmt: skip
+    return {"benchmark": "train", "device": device, "rounds": rounds, "cases": cases}
+
+
+def bench_scaling(
+    pairs: list[int], widths: list[int], ranks: list[int], dtype: str, device: str, rounds: int
+) -> dict[str, Any]:
+    """LoRARite and fused AdamW over the number of pairs (width 512, rank 16), the width of 8 pairs (rank 16), and the
+    rank of 8 pairs (width 2,048).
+
+    Returns:
+        ``sweeps`` by name: ``x``, ``cases`` of :func:`measure`, and by optimizer ``exponents``, the slope of log
+        seconds over log x by least squares: over ``all`` points and over the ``upper`` half, where fixed costs count
+        for less.
+    """
+    sizes = {"pairs": pairs, "widths": widths, "ranks": ranks}
+    check(device, rounds, **sizes)
+    for name, values in sizes.items():
+        if len(set(values)) < 3:
+            raise LoRARiteValueError(f"--{name}: an exponent needs three different values, got {values}")
+    plans: dict[str, tuple[list[int], Callable[[int], tuple[Shapes, int]]]] = {
+        "pairs": (pairs, lambda x: ([(512, 512)] * x, 16)),
+        "width": (widths, lambda x: ([(x, x)] * 8, 16)),
+        "rank": (ranks, lambda x: ([(2048, 2048)] * 8, x)),
+    }
+    sweeps = {}
+    for name, (values, plan) in plans.items():
+        xs = sorted(set(values))
+        cases = [measure(BOTH, *plan(x), dtype, device, rounds) for x in xs]
+        exponents = {}
+        for i, optimizer in enumerate(BOTH):
+            points = [(math.log(x), math.log(c["rows"][i]["seconds"])) for x, c in zip(xs, cases, strict=True)]
+            slope = lambda points: statistics.linear_regression(*zip(*points, strict=True)).slope
+            exponents[optimizer] = {"all": slope(points), "upper": slope(points[len(points) // 2 - 1 :])}
+        sweeps[name] = {"x": xs, "cases": cases, "exponents": exponents}
+    return {"benchmark": "scaling", "dtype": dtype, "device": device, "rounds": rounds, "sweeps": sweeps}
+
+
+def hardware() -> dict[str, Any]:
+    """What :func:`lora_rite.finetune.train.versions` does not say."""
+    from importlib import metadata, util
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    found = util.find_spec("pytorch_optimizer") is not None
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda,
+        "pytorch_optimizer": metadata.version("pytorch_optimizer") if found else None,
+    }
+
+
+class Watch(TorchDispatchMode):
     """Bytes of tensors that live at the same time and were made inside (without what single operations use
-    inwardly), and reads of device values by the host."""
+    inwardly), and reads of values on the device by the host."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
+        self.device = device
         self.live: dict[int, list[int]] = {}  # storage → [tensors on it, bytes]
         self.now = self.peak = self.synchronisations = 0
 
@@ -205,7 +401,7 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         out = func(*args, **kwargs)
-        self.synchronisations += "_local_scalar_dense" in str(func)
+        self.synchronisations += "_local_scalar_dense" in str(func) and args[0].device.type == self.device
         for t in _tensors(out):
             storage = t.untyped_storage()
             key = storage._cdata
@@ -228,10 +424,4 @@ class _Watch(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (list, tuple)):
-        return []
-    return [t for item in tree for t in _tensors(item)]
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]

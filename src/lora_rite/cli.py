@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from . import __version__
 from .errors import InterruptedRunError, LoRARiteError, LoRARiteValueError, WriteError
@@ -55,37 +55,105 @@ def pairs(
     print(find_pairs(attach_adapter(network, adapter=adapter, rank=rank, target_modules=target_modules)))
 
 
-def bench(
-    model: Literal["gemma-2b", "gemma-7b", "mt5-xxl"] = "gemma-2b",
+def bench_step(
+    models: list[str] = ["gemma-2b"],  # noqa: B006
+    layers: int | None = None,
+    ranks: list[int] = [16],  # noqa: B006
+    dtypes: list[Literal["float32", "bfloat16"]] = ["float32"],  # noqa: B006
+    device: Literal["cpu", "cuda"] = "cpu",
+    capturable: bool = False,
+    rounds: int = 10,
+    out: Path | None = None,
+    plot: Path | None = None,
+) -> None:
+    """Times a step of LoRARite beside its peers on the adapters of real models, without the models.
+
+    Prints, for every model, rank and dtype: ratios to fused AdamW in one run, state, extra memory, synchronisations.
+
+    Args:
+        models: gemma-2b, gemma-7b, mt5-xxl, tiny, or any model's config.json (or folder, or hub id).
+        layers: number of layers; by default each model's.
+        ranks: ranks of the adapter.
+        dtypes: float32, bfloat16: of factors and gradients.
+        device: where to run.
+        capturable: on a CPU too, measure LoRARite(capturable=True), which is slow there; on CUDA it always is, as a
+            CUDA graph.
+        rounds: timed steps of each optimizer.
+        out: file for the figures as JSON, with versions and hardware.
+        plot: file for the picture (.png, .svg or .pdf).
+    """
+    _bench("bench_step", locals())
+
+
+def bench_train(
+    models: list[str] = ["tiny"],  # noqa: B006
     layers: int | None = None,
     rank: int = 16,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: Literal["cpu", "cuda"] = "cpu",
+    batch_size: int = 8,
+    length: int = 128,
     rounds: int = 10,
     out: Path | None = None,
 ) -> None:
-    """Times a step of LoRARite beside its peers on the adapter of a real model, without the model.
+    """Measures the optimizer's share of a whole training step, for fused AdamW and LoRARite.
 
-    Prints ratios to fused AdamW in one run, state, extra memory and host synchronisations.
+    Weights and tokens are random, and the adapter is in float32.
 
     Args:
-        model: whose linear maps get an adapter.
-        layers: number of layers; by default the model's.
+        models: tiny, gemma-2b, gemma-7b, mt5-xxl, or any model's config.json (or folder, or hub id).
+        layers: number of layers; by default each model's.
         rank: rank of the adapter.
+        dtype: of the model's weights.
+        device: where to run.
+        batch_size: sequences in a step.
+        length: tokens in a sequence.
+        rounds: timed training steps of each optimizer.
+        out: file for the figures as JSON, with versions and hardware.
+    """
+    _bench("bench_train", locals())
+
+
+def bench_scaling(
+    pairs: list[int] = [1, 4, 16, 64, 256, 1000, 2000],  # noqa: B006
+    widths: list[int] = [256, 512, 1024, 2048, 4096, 8192, 16384],  # noqa: B006
+    ranks: list[int] = [4, 8, 16, 32, 64, 128, 256],  # noqa: B006
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    device: Literal["cpu", "cuda"] = "cpu",
+    rounds: int = 5,
+    out: Path | None = None,
+    plot: Path | None = None,
+) -> None:
+    """Measures how the step grows with the number of pairs, the width and the rank, and fits exponents.
+
+    Args:
+        pairs: numbers of pairs, of width 512 and rank 16.
+        widths: widths (in and out) of 8 pairs of rank 16.
+        ranks: ranks of 8 pairs of width 2048.
         dtype: of factors and gradients.
         device: where to run.
         rounds: timed steps of each optimizer.
         out: file for the figures as JSON, with versions and hardware.
+        plot: file for the picture (.png, .svg or .pdf).
     """
-    from .bench import bench_step, table
+    _bench("bench_scaling", locals())
+
+
+def _bench(name: str, arguments: dict[str, Any]) -> None:
+    from . import bench, bench_view
     from .finetune.checkpoint import write_json
     from .finetune.train import versions
 
-    result = bench_step(model, layers, rank, dtype, device, rounds)
-    print(table(result), end="")
+    out, plot = arguments.pop("out"), arguments.pop("plot", None)
+    for path in (out, plot):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    result = getattr(bench, name)(**arguments)
+    print(bench_view.table(result), end="")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, {**result, "versions": versions()})
+        write_json(out, {**result, "versions": {**versions(), **bench.hardware()}})
+    if plot is not None:
+        bench_view.plot(result, plot)
 
 
 def audit_verb(
@@ -249,25 +317,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare": (compare_function, compare),
         "report": (report, report),
         "pairs": (pairs, pairs),
-        "bench": (bench, bench),
+        "bench step": (bench_step, bench_step),
+        "bench train": (bench_train, bench_train),
+        "bench scaling": (bench_scaling, bench_scaling),
         "audit": (audit_verb, audit_verb),
         "theory": (theory_verb, theory_verb),
     }
     parser = ArgumentParser(
         prog="lora-rite", description="Fine-tuning with LoRA-RITE.", version=__version__, exit_on_error=False
     )
-    commands = parser.add_subcommands(dest="verb")
+    commands = {"": parser.add_subcommands(dest="verb")}
+    group = ArgumentParser(description="Times LoRARite beside its peers.", exit_on_error=False)
+    commands[""].add_subcommand("bench", group, help="Times LoRARite beside its peers: step, train, scaling.")
+    commands["bench"] = group.add_subcommands(dest="part")
     for name, (signature, _) in verbs.items():
         verb = ArgumentParser(description=(signature.__doc__ or "").split("\n\n    Args:")[0], exit_on_error=False)
         verb.add_argument("--config", action=ConfigFile, help="YAML file with any of these options")
         verb.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
-        switches = [p for p in inspect.signature(signature).parameters.values() if isinstance(p.default, bool)]
-        skip: set[str | int] = {p.name for p in switches}
+        parameters = inspect.signature(signature).parameters.values()
+        switches = [p for p in parameters if isinstance(p.default, bool)]
+        lists = [p for p in parameters if isinstance(p.default, list)]
+        skip: set[str | int] = {p.name for p in (*switches, *lists)}
         verb.add_function_arguments(signature, as_group=False, as_positional=name in ("compare", "report"), skip=skip)
         texts = {p.arg_name: p.description for p in docstring_parser.parse(signature.__doc__ or "").params}
         for p in switches:  # --resume instead of --resume true
             verb.add_argument(f"--{p.name}", action=ActionYesNo, default=p.default, help=texts[p.name])
-        commands.add_subcommand(name, verb, help=(signature.__doc__ or "").split("\n")[0])
+        for p in lists:  # --ranks 4 16 instead of --ranks '[4, 16]'
+            (kind,) = get_args(p.annotation)
+            verb.add_argument(f"--{p.name}", nargs="+", type=kind, default=p.default, help=texts[p.name])
+        parent, _, own = name.rpartition(" ")
+        commands[parent].add_subcommand(own, verb, help=(signature.__doc__ or "").split("\n")[0])
     words = [re.sub(r"^--[\w-]+", _underscores, word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         arguments = parser.parse_args(words)
@@ -281,6 +360,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     verb = arguments.verb
     options = parser.instantiate(arguments)[verb].as_dict()
+    if "part" in options:
+        part = options["part"]
+        verb, options = f"{verb} {part}", options[part]
     options.pop("config")
     debug = options.pop("debug")
     with warnings.catch_warnings():
