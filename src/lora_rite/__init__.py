@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .callback import LoRARiteCallback
     from .errors import LoRARiteError, LoRARiteTypeError, LoRARiteValueError, NonFiniteError
     from .hf import LoRARiteFactory, create_lora_rite
+    from .layers import layer_report
     from .optimizer import PUBLISHED, LoRARite
     from .pairs import find_pairs, param_groups
 
@@ -20,6 +21,7 @@ _HOME = {
     "param_groups": "pairs",
     "create_lora_rite": "hf",
     "LoRARiteFactory": "hf",
+    "layer_report": "layers",
     "LoRARiteCallback": "callback",
     "LoRARiteError": "errors",
     "LoRARiteTypeError": "errors",
@@ -38,6 +40,7 @@ __all__ = [
     "NonFiniteError",
     "create_lora_rite",
     "find_pairs",
+    "layer_report",
     "param_groups",
 ]
 

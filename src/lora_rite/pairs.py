@@ -20,9 +20,33 @@ FACTOR_NAMES = {
     "lora_embedding_A": "lora_embedding_B",  # PEFT, embeddings
     "lora_down": "lora_up",  # diffusers, sd-scripts, LyCORIS
     "lora_a": "lora_b",  # torchtune
+    "hira_A": "hira_B",  # HiRA: ΔW = W⊙(B·A)
+    "hira_embedding_A": "hira_embedding_B",
+    "hada_w1_b": "hada_w1_a",  # LoHa: ΔW = (w1_a·w1_b)⊙(w2_a·w2_b), two pairs a layer
+    "hada_w2_b": "hada_w2_a",
+    "lokr_w1_b": "lokr_w1_a",  # LoKr: ΔW = w1⊗w2, of which each may be a product
+    "lokr_w2_b": "lokr_w2_a",
 }
 #: A parameter of this name beside A and B stands between them: ΔW = B·(it)·A, which has not the invariance of B·A.
-BETWEEN_NAMES = ("lora_E", "lora_diag", "lora_mid")
+BETWEEN_NAMES = ("lora_E", "lora_diag", "lora_mid", "hada_t1", "hada_t2", "lokr_t2")
+NO_FACTOR = "not a LoRA factor"
+#: Begin of a segment of a name → why a parameter of that name is no factor of a pair.
+REASONS = {
+    "lora_magnitude_vector": "DoRA's magnitudes, a vector",
+    "lora_monteclora_sampler": "MonteCLoRA's sampler",
+    "modules_to_save": "a whole layer (modules_to_save)",
+    "trainable_tokens_delta": "whole rows of an embedding (trainable tokens)",
+    "lokr_w": "LoKr's Kronecker factor, not decomposed",
+    "vera_": "VeRA trains vectors beside frozen matrices",
+    "pvera_": "PVeRA trains vectors beside frozen matrices",
+    "randlora_": "RandLoRA trains vectors beside frozen matrices",
+    "vblora_": "VB-LoRA trains a bank of vectors",
+    "delora_": "DeLoRA normalises each column of B and row of A, so that not only B·A counts",
+    "gralora_": "GraLoRA has the factors of several blocks in one tensor",
+    "poly_lora_": "Poly has the factors of several skills in one tensor",
+    "lily_": "Lily shares factors between layers by a router, so that they are no pairs",
+    "glora_": "GLoRA scales and shifts weights and biases by several products at once",
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +93,8 @@ class Pairing:
 
 def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
     """The pairs of a model (or of its ``named_parameters()``), by name: ``lora_A``/``lora_B``,
-    ``lora_embedding_A``/``lora_embedding_B``, ``lora_down``/``lora_up``, ``lora_a``/``lora_b``.
+    ``lora_embedding_A``/``lora_embedding_B``, ``lora_down``/``lora_up``, ``lora_a``/``lora_b``, and those of HiRA, LoHa
+    and LoKr.
 
     Given a model, layers whose factors do not form plain pairs are recognised too (stacked experts, grouped
     convolutions); given names alone, they cannot be.
@@ -90,7 +115,7 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
     for name, p in trainable.items():
         partner = _partner(name) if p.ndim > 1 else None
         if partner is None:
-            pairing.left_out.append(LeftOut(name, p, "not a LoRA factor"))
+            pairing.left_out.append(LeftOut(name, p, _why_not(name)))
         elif reason := excluded.get(_layer(name)):
             pairing.left_out.append(LeftOut(name, p, reason))
         elif partner not in trainable:
@@ -195,8 +220,15 @@ def _is_a(name: str) -> bool:
 
 def _layer(name: str) -> str:
     """The name of the layer that holds a factor: everything before its ``lora_…`` segment."""
+    known = {*FACTOR_NAMES, *FACTOR_NAMES.values(), *BETWEEN_NAMES}
     segments = name.split(".")
-    return ".".join(segments[: max(i for i, s in enumerate(segments) if s.startswith("lora_"))])
+    return ".".join(segments[: max(i for i, s in enumerate(segments) if s in known)])
+
+
+def _why_not(name: str) -> str:
+    """Why a parameter that has no partner is not part of a pair."""
+    found = [why for begin, why in REASONS.items() if any(s.startswith(begin) for s in name.split("."))]
+    return found[0] if found else NO_FACTOR
 
 
 def _excluded_layers(model: nn.Module) -> dict[str, str]:

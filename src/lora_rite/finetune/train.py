@@ -44,6 +44,7 @@ def train(
     bf16: bool = False,
     eval_every: int = 0,
     save_every: int = 0,
+    layers_every: int = 0,
     report_to: str = "none",
     resume: bool = False,
     trust_remote_code: bool = False,
@@ -79,6 +80,7 @@ def train(
         bf16: load and run the model in bfloat16 (the adapter stays float32).
         eval_every: steps between measurements of the held-out loss; 0 measures before and after training alone.
         save_every: steps between checkpoints; 0 saves none.
+        layers_every: steps between figures of each layer in OUT/layers.jsonl (see docs/tuning.md); 0 writes none.
         report_to: transformers' name of a reporter: none, tensorboard, trackio, wandb, …
         resume: go on from the last checkpoint in OUT with the same settings.
         trust_remote_code: allow the model's own code to run.
@@ -99,7 +101,7 @@ def train(
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
-    from .. import LoRARiteFactory
+    from .. import LoRARiteCallback, LoRARiteFactory
 
     network, tokenizer = load_model(model, bf16=bf16, trust_remote_code=trust_remote_code)
     train_rows, held_out_rows = (windows(part, tokenizer, max_length) for part in parts)
@@ -143,7 +145,8 @@ def train(
     with _blame(f"--optimizer_args {optimizer_args}"):
         trainer.create_optimizer()
     measure = lambda: held_out_loss(network, held_out_rows, collator, batch_size)
-    clock = _add_callbacks(trainer, optimizer, progress, measure, eval_every)
+    reporter = LoRARiteCallback(out / "layers.jsonl" if layers_every else None, layers_every or 1)
+    clock = _add_callbacks(trainer, reporter if optimizer == "lora-rite" else None, progress, measure, eval_every)
     checkpoint = get_last_checkpoint(str(out / "checkpoints")) if resume else None
     if resume and checkpoint is None:
         raise LoRARiteValueError(f"no checkpoint in {out / 'checkpoints'} to resume from; train without --resume")
@@ -309,6 +312,7 @@ def _check(settings: dict[str, Any]) -> None:
         "max_length": 2,
         "eval_every": 0,
         "save_every": 0,
+        "layers_every": 0,
     }
     for key, value in least.items():
         if settings[key] < value:
@@ -346,12 +350,12 @@ def _check_folder(out: Path, settings: dict[str, Any], resume: bool) -> dict[str
     return json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else None
 
 
-def _add_callbacks(trainer: Any, optimizer: str, progress: bool, measure: Callable[[], float], eval_every: int) -> Any:
+def _add_callbacks(
+    trainer: Any, reporter: Any, progress: bool, measure: Callable[[], float], eval_every: int
+) -> Any:
     """The clock, the held-out loss, the progress bar and, in front of the reporters, LoRARite's figures. Returns the
     clock."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-
-    from .. import LoRARiteCallback
 
     class Clock(TrainerCallback):
         """Times whole steps and the optimizer's part of them."""
@@ -404,8 +408,8 @@ def _add_callbacks(trainer: Any, optimizer: str, progress: bool, measure: Callab
         trainer.add_callback(HeldOut())
     if progress:
         trainer.add_callback(Bar())
-    if optimizer == "lora-rite":
-        trainer.callback_handler.callbacks.insert(0, LoRARiteCallback())
+    if reporter is not None:
+        trainer.callback_handler.callbacks.insert(0, reporter)
     return clock
 
 

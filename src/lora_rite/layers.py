@@ -1,0 +1,49 @@
+"""What each pair does: the figures of ``LoRARite.report()``, pair by pair."""
+
+from typing import Any
+
+import torch
+
+from .batch import Batch
+from .optimizer import LoRARite
+
+
+@torch.no_grad()
+def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
+    """One dict of plain numbers a pair that has been stepped, in the order of the optimizer's groups.
+
+    ====================  ==================================================================================
+    ``name``              name of A (a running number where the optimizer was given no names)
+    ``rank``              r
+    ``damped_share``      share of the singular directions of B·A with σ < δ (0 without damping)
+    ``sigma_over_delta``  median of σ/δ (None without damping, or at lr 0)
+    ``update_norm``       Frobenius norm of the change of B·A, to first order, that the first moments make at the present lr
+    ``product_norm``      Frobenius norm of B·A (which PEFT multiplies by alpha/r)
+    ====================  ==================================================================================
+
+    δ = damping·lr·√rows, with the rows of the damped side, is what a direction must have to be followed; see
+    ``docs/tuning.md``. Takes a few r×r decompositions a pair and synchronises with the device: for logging, not for
+    every step.
+    """
+    names, rows = optimizer._names_by_position(), []
+    for group, pairs in optimizer._alike(lambda a, b: bool(optimizer.state.get(a))):
+        for pair in pairs:
+            batch = Batch(group, [pair], optimizer.state, {})
+            update_norm = float(batch.update_square()) ** 0.5
+            t_a, t_b = batch.coordinates
+            sigma = torch.linalg.svdvals((t_b @ t_a.mT).cpu())
+            damps_a = bool(optimizer.state[pair.a]["damped"])
+            damped = pair.a if damps_a else pair.b
+            delta = group["damping"] * float(group["lr"]) * (damped.numel() / pair.a.shape[0]) ** 0.5
+            rows.append(
+                {
+                    "name": names[pair.position],
+                    "rank": pair.a.shape[0],
+                    "damped_share": float((sigma < delta).double().mean()),
+                    "sigma_over_delta": float(sigma.median()) / delta if delta else None,
+                    "update_norm": update_norm,
+                    "product_norm": float(sigma.square().sum().sqrt()),
+                }
+            )
+    return rows
+
