@@ -1,7 +1,6 @@
 """Accelerate: the same script on one device and, by `accelerate launch`, on several (DDP).
 
-python examples/accelerate_loop.py --out runs/accelerate
-python examples/accelerate_loop.py --out runs/accelerate --resume runs/accelerate/checkpoint-10
+python examples/accelerate_loop.py --out runs/accelerate [--resume runs/accelerate/checkpoint-10]
 """
 
 from pathlib import Path

@@ -29,6 +29,11 @@ def windows(tokenizer, length: int = 64) -> torch.Tensor:
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
+def draw(rows: torch.Tensor, step: int) -> torch.Tensor:
+    """The batch of a step, (4, length): the same in a resumed run."""
+    return rows[torch.randint(len(rows), (4,), generator=torch.Generator().manual_seed(step))]
+
+
 def lora_config() -> peft.LoraConfig:
     return peft.LoraConfig(r=8, lora_alpha=8, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
 

@@ -1,17 +1,15 @@
 """Lightning: the optimizer in configure_optimizers, the callback of lora_rite.lightning, no gradient_clip_val.
 
-python examples/lightning_module.py --out runs/lightning
-python examples/lightning_module.py --out runs/lightning --resume runs/lightning/step=10.ckpt
+python examples/lightning_module.py --out runs/lightning [--resume runs/lightning/step=10.ckpt]
 """
 
+from itertools import count
 from pathlib import Path
 
 import torch
-from common import adapted, model_and_tokenizer, windows
+from common import adapted, draw, model_and_tokenizer, windows
 from jsonargparse import auto_cli
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
+from lightning.pytorch import LightningModule, Trainer, callbacks
 from transformers import get_cosine_schedule_with_warmup
 
 from lora_rite import LoRARite, create_lora_rite
@@ -21,9 +19,12 @@ from lora_rite.lightning import LoRARiteCallback
 class Finetune(LightningModule):
     strict_loading = False  # checkpoints have the adapter alone
 
-    def __init__(self, model, lr: float, steps: int):
+    def __init__(self, model, rows, lr: float, steps: int):
         super().__init__()
-        self.model, self.lr, self.steps = model, lr, steps
+        self.model, self.rows, self.lr, self.steps = model, rows, lr, steps
+
+    def train_dataloader(self):  # from global_step on: a resumed Trainer reads a loader from its beginning
+        return (draw(self.rows, step) for step in count(self.global_step))
 
     def training_step(self, batch, _):
         return self.model(input_ids=batch, labels=batch).loss
@@ -34,23 +35,21 @@ class Finetune(LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def state_dict(self, **kwargs):
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {name: tensor for name, tensor in super().state_dict(**kwargs).items() if name in trained}
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def on_save_checkpoint(self, checkpoint):
-        checkpoint["rng"] = torch.get_rng_state()  # Lightning keeps none, and dropout needs it
+        checkpoint["rng"] = torch.get_rng_state()  # for dropout: Lightning keeps none
 
-    on_load_checkpoint = staticmethod(lambda checkpoint: torch.set_rng_state(checkpoint["rng"]))
+    def on_load_checkpoint(self, checkpoint):
+        torch.set_rng_state(checkpoint["rng"])
 
 
 def main(out: Path, steps: int = 20, save_every: int = 10, lr: float = 2e-2, resume: Path | None = None) -> LoRARite:
     network, tokenizer = model_and_tokenizer()
-    module = Finetune(adapted(network).train(), lr, steps)
-    # an epoch ends where a checkpoint is written: Lightning begins a resumed epoch with its first batch
-    loader = DataLoader(windows(tokenizer)[: 4 * save_every], batch_size=4)
-    save = ModelCheckpoint(out, "{step}", every_n_epochs=1, save_top_k=-1)
+    module = Finetune(adapted(network).train(), windows(tokenizer), lr, steps)
+    save = callbacks.ModelCheckpoint(out, "{step}", every_n_train_steps=save_every, save_top_k=-1)
     trainer = Trainer(max_steps=steps, callbacks=[save, LoRARiteCallback()], logger=False, log_every_n_steps=5)
-    trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
+    trainer.fit(module, ckpt_path=resume, weights_only=True)
     module.model.save_pretrained(out / "adapter")
     print(trainer.optimizers[0].report())
     return trainer.optimizers[0]

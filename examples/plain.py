@@ -1,13 +1,12 @@
 """A plain PyTorch loop: warm-up and cosine, checkpoints, resume.
 
-python examples/plain.py --out runs/plain
-python examples/plain.py --out runs/plain --resume runs/plain/checkpoint-10.pt
+python examples/plain.py --out runs/plain [--resume runs/plain/checkpoint-10.pt]
 """
 
 from pathlib import Path
 
 import torch
-from common import adapted, model_and_tokenizer, windows
+from common import adapted, draw, model_and_tokenizer, windows
 from jsonargparse import auto_cli
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import get_cosine_schedule_with_warmup
@@ -29,7 +28,7 @@ def main(out: Path, steps: int = 20, save_every: int = 10, lr: float = 2e-2, res
         torch.set_rng_state(saved["rng"])  # dropout
         start = saved["step"]
     for step in range(start, steps):
-        batch = rows[torch.randint(len(rows), (4,), generator=torch.Generator().manual_seed(step))]
+        batch = draw(rows, step)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()  # no clip_grad_norm_ after it: LoRARite clips by itself, invariantly
         optimizer.step()

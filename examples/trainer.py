@@ -1,7 +1,6 @@
 """transformers' Trainer: LoRARiteFactory makes the optimizer from the model, LoRARiteCallback checks and logs.
 
-python examples/trainer.py --out runs/trainer
-python examples/trainer.py --out runs/trainer --resume runs/trainer/checkpoint-10
+python examples/trainer.py --out runs/trainer [--resume runs/trainer/checkpoint-10]
 """
 
 from pathlib import Path

@@ -1,7 +1,6 @@
 """TRL's DPOTrainer (and, in the same way, GRPO, KTO, RLOO): it takes no factory, but an optimizer of the adapted model.
 
-python examples/trl_dpo.py --out runs/dpo
-python examples/trl_dpo.py --out runs/dpo --resume runs/dpo/checkpoint-10
+python examples/trl_dpo.py --out runs/dpo [--resume runs/dpo/checkpoint-10]
 """
 
 from pathlib import Path
@@ -34,7 +33,11 @@ def main(out: Path, steps: int = 20, save_every: int = 10, lr: float = 5e-3, res
         dataloader_pin_memory=False,
     )
     lines = [line for text in texts() for line in text.splitlines() if len(line) > 40][:200]
-    pairs = {"prompt": [a[:20] for a in lines], "chosen": [a[20:] for a in lines], "rejected": [a[:19:-1] for a in lines]}
+    pairs = {
+        "prompt": [a[:20] for a in lines],
+        "chosen": [a[20:] for a in lines],
+        "rejected": [a[:19:-1] for a in lines],
+    }
     trainer = DPOTrainer(
         model,
         args=arguments,

@@ -1,7 +1,6 @@
 """TRL's SFTTrainer, on conversational or plain text: the same hook as the Trainer's.
 
-python examples/trl_sft.py --out runs/sft
-python examples/trl_sft.py --out runs/sft --resume runs/sft/checkpoint-10
+python examples/trl_sft.py --out runs/sft [--resume runs/sft/checkpoint-10]
 """
 
 from pathlib import Path

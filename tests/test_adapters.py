@@ -6,7 +6,7 @@ import torch
 peft = pytest.importorskip("peft")
 
 import adapters  # noqa: E402
-from adapters import ADAPTERS, STACKED, adapted, linear, loss, numbers  # noqa: E402
+from adapters import ADAPTERS, STACKED, adapted, linear, loss  # noqa: E402
 from problems import random_matrix, regauged, relative  # noqa: E402
 
 from lora_rite import create_lora_rite, find_pairs  # noqa: E402

@@ -17,7 +17,7 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
     ``rank``              r
     ``damped_share``      share of the singular directions of B·A with σ < δ (0 without damping)
     ``sigma_over_delta``  median of σ/δ (None without damping, or at lr 0)
-    ``update_norm``       Frobenius norm of the change of B·A, to first order, that the first moments make at the present lr
+    ``update_norm``       Frobenius norm of the change of B·A in one step, as in ``LoRARite.report()``
     ``product_norm``      Frobenius norm of B·A (which PEFT multiplies by alpha/r)
     ====================  ==================================================================================
 
@@ -46,4 +46,3 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
