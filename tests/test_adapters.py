@@ -106,3 +106,76 @@ def test_other_adapters_are_left_to_adamw_with_the_reason(config, options, reaso
     assert len(pairing.left_out) == len(trained(model))
     with pytest.raises(ValueError, match=f"no LoRA pairs.*{reason}"):
         create_lora_rite(model, adamw_lr=1e-3)
+
+
+def test_adapters_that_are_not_active_are_left_alone():
+    """Both adapters are in the optimizer; a step moves the pairs of the active one only, and its state alone exists."""
+    model = adapted(linear)()
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["0"]))
+    model.base_model.set_adapter(["default", "other"])
+    optimizer = create_lora_rite(model, lr=1e-2)
+    for active, pairs, states in ((["other"], 1, 2), (["default"], 2, 6), (["default", "other"], 3, 6)):
+        model.base_model.set_adapter(active)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss(model, torch.ones(3, 12)).backward()
+            optimizer.step()
+        assert optimizer.report()["pairs_preconditioned"] == pairs
+        assert len(optimizer.state) == states
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert len(moved) == 2 * pairs
+        assert {parameter.split(".")[4] for parameter in moved} == set(active)
+    model.base_model.set_adapter("default")
+    assert len(find_pairs(model).pairs) == 2
+    assert len(find_pairs(model).frozen) == 2
+
+
+def test_tied_embeddings_are_refused_or_trained_once():
+    """PEFT's ensure_weight_tying lets the head's A share storage with the embedding's B, with the roles swapped."""
+    transformers = pytest.importorskip("transformers")
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "head_dim": 16,
+    }
+    config = transformers.GemmaConfig(vocab_size=20, num_key_value_heads=1, tie_word_embeddings=True, **size)
+    base = lambda: transformers.AutoModelForCausalLM.from_config(config)
+    names = ["embed_tokens", "lm_head"]
+    tied = adapted(base, target_modules=names, ensure_weight_tying=True)()
+    with pytest.raises(ValueError, match="share storage"):
+        create_lora_rite(tied)
+    assert len(find_pairs(adapted(base, target_modules=names, ensure_weight_tying=False)()).pairs) == 2
+    # one whole layer for both ends is one parameter
+    saved = adapted(base, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)()
+    optimizer = create_lora_rite(saved, adamw_lr=1e-3)
+    assert (optimizer.report()["pairs"], optimizer.report()["other_parameters"]) == (1, 1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_base(bits):
+    """bitsandbytes on a CPU: the factors are float32, the base is not touched."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt}[bits]
+    options = {4: {"quant_type": "nf4", "compute_dtype": torch.float32}, 8: {"has_fp16_weights": False}}[bits]
+
+    def base():
+        model = torch.nn.Sequential(layer(64, 64, **options), torch.nn.Tanh(), layer(64, 32, **options)).to("cpu")
+        setattr(model, f"is_loaded_in_{bits}bit", True)
+        return model
+
+    model = adapted(base)()
+    optimizer, x, losses = create_lora_rite(model, lr=1e-2, damping=1.0), torch.randn(6, 64), []
+    frozen = lambda: [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+    before = frozen()
+    assert {4: torch.uint8, 8: torch.int8}[bits] in {p.dtype for p in before}
+    for _ in range(8):
+        optimizer.zero_grad()
+        losses.append(loss(model, x))
+        losses[-1].backward()
+        optimizer.step()
+        assert optimizer.report()["pairs_preconditioned"] == 2
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, q) for p, q in zip(frozen(), before, strict=True))

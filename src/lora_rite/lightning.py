@@ -30,7 +30,9 @@ class LoRARiteCallback(Callback):
                 stacklevel=2,
             )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for optimizer in _optimizers(trainer):
                 report = optimizer.report()

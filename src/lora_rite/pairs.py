@@ -29,6 +29,8 @@ FACTOR_NAMES = {
 }
 #: A parameter of this name beside A and B stands between them: ΔW = B·(it)·A, which has not the invariance of B·A.
 BETWEEN_NAMES = ("lora_E", "lora_diag", "lora_mid", "hada_t1", "hada_t2", "lokr_t2")
+#: Type of device → why LoRARite refuses it.
+REFUSED_DEVICES = {"mps": "there is no float64 on Apple's MPS, and no eigenvalue decomposition: train on the CPU"}
 NO_FACTOR = "not a LoRA factor"
 #: Begin of a segment of a name → why a parameter of that name is no factor of a pair.
 REASONS = {
@@ -107,13 +109,13 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
     else:
         excluded, named = {}, _check_named(model)
     trainable = {name: p for name, p in named if p.requires_grad}
-    pairing = Pairing(frozen=[name for name, p in named if not p.requires_grad and _partner(name) and p.ndim > 1])
+    pairing = Pairing(frozen=[name for name, p in named if not p.requires_grad and _partner(name)])
     for name in trainable:
         if any(segment in BETWEEN_NAMES for segment in name.split(".")):
             excluded[_layer(name)] = f"ΔW is not a plain product B·A: {name} stands between"
     partners: dict[str, str] = {}
     for name, p in trainable.items():
-        partner = _partner(name) if p.ndim > 1 else None
+        partner = _partner(name)
         if partner is None:
             pairing.left_out.append(LeftOut(name, p, _why_not(name)))
         elif reason := excluded.get(_layer(name)):
@@ -177,6 +179,8 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, 
         )
     if _partner(a_name) == b_name and not _is_a(a_name):
         raise LoRARiteValueError(f"{a_name} comes before {b_name}: a group of kind lora is A, B, A, B, …")
+    if reason := REFUSED_DEVICES.get(a.device.type):
+        raise LoRARiteValueError(f"{a_name} is on {a.device}: {reason}")
     if a.device != b.device:
         raise LoRARiteValueError(f"{a_name} is on {a.device} and {b_name} on {b.device}: move the pair to one device")
 
@@ -206,6 +210,8 @@ def _check_named(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]
 def _partner(name: str) -> str | None:
     """The name of the other factor, or None where ``name`` is not a factor's."""
     segments = name.split(".")
+    if segments[-1] == "bias":
+        return None
     for i in reversed(range(len(segments))):
         for a, b in FACTOR_NAMES.items():
             if segments[i] in (a, b):
