@@ -1,12 +1,15 @@
 """LoRARite on every PEFT layer that holds a product B·A: the count of pairs that each step preconditioned."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 peft = pytest.importorskip("peft")
 
 import adapters  # noqa: E402
-from adapters import ADAPTERS, STACKED, adapted, linear, loss  # noqa: E402
+from adapters import ADAPTERS, STACKED, adapted, linear, loss, numbers  # noqa: E402
 from problems import random_matrix, regauged, relative  # noqa: E402
 
 from lora_rite import create_lora_rite, find_pairs  # noqa: E402
@@ -179,3 +182,46 @@ def test_quantised_base(bits):
         assert optimizer.report()["pairs_preconditioned"] == 2
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, q) for p, q in zip(frozen(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "core"),
+    [
+        (peft.LoHaConfig, {}, "hada_t"),
+        (peft.LoKrConfig, {"r": 2, "decompose_factor": 2}, "lokr_t2"),
+    ],
+)
+def test_a_core_between_the_factors_is_no_pair(config, options, core):
+    """Tucker's form of a convolution: w_aᵀ, core, w_b."""
+    base = lambda: torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3))
+    model = adapted(base, config, target_modules=["0"], use_effective_conv2d=True, **options)()
+    pairing = find_pairs(model)
+    assert not pairing.pairs
+    assert any(core in left_out.reason for left_out in pairing.left_out)
+
+
+def test_lr_times_alpha_over_rank_is_what_counts():
+    """Twice alpha at half the lr is the same fine-tune (clipping apart, and eps, which is small): docs/tuning.md."""
+    products = []
+    for alpha, lr in ((4, 1e-2), (8, 5e-3)):
+        model = adapted(linear, lora_alpha=alpha)().double()
+        optimizer = create_lora_rite(model, lr=lr, clip_unmagnified_grad=0.0, eps=1e-12)
+        for t in range(10):
+            optimizer.zero_grad()
+            loss(model, numbers(6, 12)(t).double()).backward()
+            optimizer.step()
+        products.append([alpha * (pair.b @ pair.a).detach() for pair in find_pairs(model).pairs])
+    for one, other in zip(*products, strict=True):
+        assert relative(other, one) < 1e-6
+
+
+def test_the_table_names_tests_that_exist():
+    """docs/adapters.md."""
+    text = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    named_tests = set(re.findall(r"`(test_\w+)", text))
+    assert len(named_tests) > 10
+    assert [name for name in named_tests if f"def {name}(" not in sources] == []
+    cases = set(re.findall(r"(?:…|every_step)\[(\w+)\]|`\[(\w+)\]`", text))
+    kinds = {one or other for one, other in cases}
+    assert kinds == {kind.name for kind in ADAPTERS}
