@@ -17,9 +17,9 @@ from lora_rite.finetune.train import train, versions, write_json
 
 ROOT = Path(__file__).parents[1]
 RUNS = {"good": 2e-2, "too low": 1e-3, "too high": 8e-2}
+#: Of a run: keys of the log. Of a layer: means over all layers of one kind.
 FIGURES = ("damped_share", "sigma_over_delta", "clip_rate", "gradient_norm", "update_norm", "skipped")
-#: Figures of a layer that are drawn, over the steps, one line a kind of layer.
-LAYER = "update_norm"
+LAYER_FIGURES = ("damped_share", "sigma_over_delta", "update_norm", "product_norm")
 
 
 def run(lr: float, data: Path, out: Path) -> dict:
@@ -29,15 +29,24 @@ def run(lr: float, data: Path, out: Path) -> dict:
     )  # fmt: skip
     log = [entry for entry in result["log"] if "lora_rite/update_norm" in entry]
     figures = {key: [entry.get(f"lora_rite/{key}") for entry in log] for key in FIGURES}
-    layers = [json.loads(line) for line in (out / "layers.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (out / "layers.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "lr": lr,
         "loss": [entry["loss"] for entry in log],
         "held_out": result["held_out_losses"],
         "after": result["held_out"]["after"],
         **figures,
-        "layers": layers,
+        "layers": [by_kind(json.loads(line)) for line in lines[:-1]],  # at the end lr is 0, and so is δ
     }
+
+
+def by_kind(line: dict) -> dict:
+    """Means over the layers whose modules have the same name (q_proj, …)."""
+    kinds: dict[str, list[dict]] = {}
+    for layer in line["layers"]:
+        kinds.setdefault(layer["name"].split(".lora_")[0].split(".")[-1], []).append(layer)
+    mean = lambda layers, key: round(sum(layer[key] for layer in layers) / len(layers), 4)
+    return {"step": line["step"], **{k: {key: mean(v, key) for key in LAYER_FIGURES} for k, v in kinds.items()}}
 
 
 def draw(runs: dict[str, dict], path: Path) -> None:
