@@ -225,3 +225,22 @@ def test_the_table_names_tests_that_exist():
     cases = set(re.findall(r"(?:…|every_step)\[(\w+)\]|`\[(\w+)\]`", text))
     kinds = {one or other for one, other in cases}
     assert kinds == {kind.name for kind in ADAPTERS}
+
+
+def test_one_frozen_factor_is_refused():
+    """MiCA trains A, from zero; B is frozen and has orthonormal columns. LoRA-FA trains B, from zero; A is frozen."""
+    mica = adapted(linear, init_lora_weights="mica")()
+    factors = {name: p for name, p in mica.named_parameters() if "lora_" in name}
+    for name, p in factors.items():
+        assert p.requires_grad == ("lora_A" in name)
+        if p.requires_grad:
+            assert not p.any()
+        else:
+            torch.testing.assert_close(p.mT @ p, torch.eye(4))
+    fa = adapted(linear)()
+    peft.optimizers.create_lorafa_optimizer(fa, r=4, lora_alpha=4, lr=1e-3)
+    for name, p in fa.named_parameters():
+        assert p.requires_grad == ("lora_B" in name)
+    for model in (mica, fa):
+        with pytest.raises(ValueError, match=r"unpaired factor .*it is frozen"):
+            create_lora_rite(model)
