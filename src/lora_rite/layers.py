@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 
-from .batch import Batch
+from .batch import Batch, rank_of
 from .optimizer import LoRARite
 
 
 @torch.no_grad()
 def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
-    """One dict of plain numbers a pair that has been stepped, in the order of the optimizer's groups.
+    """One dict of plain numbers a pair of parameters that has been stepped, in the order of the optimizer's groups.
+    Where two parameters hold several pairs, over all of these.
 
     ====================  ==================================================================================
     ``name``              name of A (a running number where the optimizer was given no names)
@@ -30,17 +31,15 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
         for pair in pairs:
             batch = Batch(group, [pair], optimizer.state, {})
             update_norm = float(batch.update_square()) ** 0.5
-            t_a, t_b = batch.coordinates
-            sigma = torch.linalg.svdvals((t_b @ t_a.mT).cpu())
-            damps_a = bool(optimizer.state[pair.a]["damped"])
-            damped = pair.a if damps_a else pair.b
-            delta = group["damping"] * float(group["lr"]) * (damped.numel() / pair.a.shape[0]) ** 0.5
+            t = batch.coordinates.cpu()
+            sigma = torch.linalg.svdvals(t[batch.count :] @ t[: batch.count].mT)
+            delta = batch.product[1][..., 0].cpu() if batch.product is not None else torch.zeros(())
             rows.append(
                 {
                     "name": names[pair.position],
-                    "rank": pair.a.shape[0],
+                    "rank": rank_of(group, pair.a),
                     "damped_share": float((sigma < delta).double().mean()),
-                    "sigma_over_delta": float(sigma.median()) / delta if delta else None,
+                    "sigma_over_delta": float((sigma / delta).median()) if delta.any() else None,
                     "update_norm": update_norm,
                     "product_norm": float(sigma.square().sum().sqrt()),
                 }
