@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread a process: reproducible, and two processes share two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint format build clean
+.PHONY: demo test test-all lint format docs build clean
 
 demo: $(VENV)/.installed ## fine-tune the embedded model with AdamW and with LoRA-RITE, and compare
 	$(BIN)/lora-rite demo
@@ -25,6 +25,9 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed ## the documentation site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+
 build: $(VENV)/.installed ## wheel and source distribution in dist/
 	$(BIN)/python -m build --installer pip
 
@@ -39,4 +42,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist demo runs
+	rm -rf $(VENV) dist demo runs site

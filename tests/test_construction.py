@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_rite import LoRARite, LoRARiteError, find_pairs, param_groups
+from lora_rite import LoRARite, LoRARiteError, find_pairs, pairs, param_groups
 
 
 def parameter(*shape, **kwargs):
@@ -303,7 +303,7 @@ def test_convolutions_are_flattened():
     assert torch.equal(b.flatten(1), flat_pair[1])
     with pytest.raises(ValueError, match="grouped convolution"):
         LoRARite(zip(names, (parameter(4, 2, 3, 3), parameter(6, 2, 1, 1)), strict=True))
-    with pytest.raises(ValueError, match="not LoRA factors"):
+    with pytest.raises(ValueError, match=r"unpaired factor lora_A\.weight"):
         LoRARite([("lora_A.weight", parameter(4)), *named()])
 
 
@@ -347,3 +347,11 @@ def test_nameless_groups_of_a_trainer():
     assert len(optimizer.param_groups) == 1
     assert optimizer.report()["ranks"] == {2: 1, 3: 1}
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_a_device_that_cannot_do_the_algebra_is_refused_by_name(monkeypatch):
+    """There is no MPS device here, so the CPU takes its place."""
+    assert "float64" in pairs.REFUSED_DEVICES["mps"]
+    monkeypatch.setitem(pairs.REFUSED_DEVICES, "cpu", pairs.REFUSED_DEVICES["mps"])
+    with pytest.raises(ValueError, match=r"q\.lora_A\.weight is on cpu: .*no float64.*train on the CPU"):
+        LoRARite([("q.lora_A.weight", parameter(2, 4)), ("q.lora_B.weight", parameter(4, 2))])

@@ -19,7 +19,9 @@ def test_import_loads_nothing():
 
 
 def test_the_optimizer_needs_torch_alone():
-    modules = loaded_after("from lora_rite import LoRARite, find_pairs, create_lora_rite, LoRARiteFactory, PUBLISHED")
+    modules = loaded_after(
+        "from lora_rite import PUBLISHED, LoRARite, LoRARiteFactory, create_lora_rite, find_pairs, layer_report"
+    )
     assert "torch" in modules
     assert not {"transformers", "peft", "accelerate", "jsonargparse", "rich", "matplotlib"} & modules
 
@@ -33,6 +35,9 @@ def test_missing_extras_are_named():
     code = "import sys\nsys.modules['transformers'] = None\nfrom lora_rite import LoRARiteCallback"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'LoRARiteCallback needs transformers: pip install "lora-rite[finetune]"' in run.stderr
+    code = "import sys\nsys.modules['lightning'] = None\nimport lora_rite.lightning"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert 'lora_rite.lightning needs Lightning: pip install "lora-rite[trainers]"' in run.stderr
     code = "import sys\nsys.modules['jsonargparse'] = None\nfrom lora_rite.cli import main\nsys.exit(main(['pairs']))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 1

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .errors import LoRARiteError, LoRARiteTypeError, LoRARiteValueError, NonFiniteError
     from .hf import LoRARiteFactory, create_lora_rite
     from .invariance import audit
+    from .layers import layer_report
     from .optimizer import PUBLISHED, LoRARite
     from .pairs import find_pairs, param_groups
 
@@ -21,6 +22,7 @@ _HOME = {
     "param_groups": "pairs",
     "create_lora_rite": "hf",
     "LoRARiteFactory": "hf",
+    "layer_report": "layers",
     "LoRARiteCallback": "callback",
     "audit": "invariance",
     "LoRARiteError": "errors",
@@ -41,6 +43,7 @@ __all__ = [
     "audit",
     "create_lora_rite",
     "find_pairs",
+    "layer_report",
     "param_groups",
 ]
 

@@ -1,6 +1,9 @@
 """A callback for transformers' Trainer."""
 
+import json
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 try:
@@ -8,10 +11,10 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError('LoRARiteCallback needs transformers: pip install "lora-rite[finetune]"') from error
 
-from .hf import unwrap
+from .errors import LoRARiteValueError
+from .hf import FIGURES, RAW_CLIPPING, unwrap
+from .layers import layer_report
 from .optimizer import LoRARite
-
-_FIGURES = ("damped_share", "sigma_over_delta", "clip_rate", "gradient_norm", "update_norm", "skipped")
 
 
 class LoRARiteCallback(TrainerCallback):
@@ -25,7 +28,20 @@ class LoRARiteCallback(TrainerCallback):
     to the Trainer's log history and to its console output; a Trainer calls its reporters (TensorBoard, W&B, …) before
     the callbacks of the user, so for those write
     ``trainer.callback_handler.callbacks.insert(0, LoRARiteCallback())``.
+
+    Args:
+        layers: a file for the figures of each layer over time: a line ``{"step": …, "layers": [:func:`layer_report`]}``
+            of JSON every ``layers_every`` steps. A resumed run goes on with it. None writes none.
+        layers_every: steps between two lines.
+
+    Raises:
+        LoRARiteValueError: from ``on_train_begin``, ``layers`` has the figures of another run.
     """
+
+    def __init__(self, layers: str | os.PathLike[str] | None = None, layers_every: int = 10):
+        if layers_every < 1:
+            raise LoRARiteValueError(f"layers_every must be at least 1, got {layers_every}")
+        self.layers, self.layers_every = Path(layers) if layers is not None else None, layers_every
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = unwrap(kwargs.get("optimizer"))
@@ -33,10 +49,7 @@ class LoRARiteCallback(TrainerCallback):
             self._warn(f"the optimizer is {type(optimizer).__name__}, not LoRARite")
             return
         if args.max_grad_norm:
-            self._warn(
-                f"max_grad_norm={args.max_grad_norm} clips raw gradients, so that the step depends on the "
-                "factorisation again; set max_grad_norm=0, LoRARite has clip_unmagnified_grad"
-            )
+            self._warn(f"max_grad_norm={args.max_grad_norm} {RAW_CLIPPING}: set max_grad_norm=0")
         group = next(group for group in optimizer.param_groups if group["kind"] == "lora")
         lr = float(group.get("initial_lr", group["lr"]))
         if lr != args.learning_rate:
@@ -44,16 +57,36 @@ class LoRARiteCallback(TrainerCallback):
                 f"learning_rate={args.learning_rate} of the training arguments is not used: the optimizer has lr={lr}. "
                 "Give both the same value"
             )
+        if self.layers is not None and state.is_world_process_zero:
+            self._begin_layers(self.layers, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         optimizer = unwrap(kwargs.get("optimizer"))
         if logs is None or "loss" not in logs or not isinstance(optimizer, LoRARite):
             return
         report = optimizer.report()
-        figures = {f"lora_rite/{key}": report[key] for key in _FIGURES if report[key] is not None}
+        figures = {f"lora_rite/{key}": report[key] for key in FIGURES if report[key] is not None}
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = unwrap(kwargs.get("optimizer"))
+        if self.layers is None or state.global_step % self.layers_every or not isinstance(optimizer, LoRARite):
+            return
+        report = layer_report(optimizer)
+        if state.is_world_process_zero:
+            with self.layers.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, "layers": report}) + "\n")
+
+    @staticmethod
+    def _begin_layers(path: Path, step: int) -> None:
+        """Makes the file, or, of a resumed run, drops what comes after ``step``: it is computed again."""
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        if lines and not step:
+            raise LoRARiteValueError(f"layers={path} has the figures of another run: remove it, or choose another file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
 
     @staticmethod
     def _warn(message: str) -> None:

@@ -1,12 +1,19 @@
 """LoRARite for a PEFT model and for transformers' Trainer. Needs torch alone."""
 
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
 from .errors import LoRARiteValueError
 from .optimizer import LoRARite
-from .pairs import param_groups
+from .pairs import NO_FACTOR, find_pairs, param_groups
+
+#: Keys of ``report()`` that the callbacks log.
+FIGURES = ("damped_share", "sigma_over_delta", "clip_rate", "gradient_norm", "update_norm", "skipped")
+RAW_CLIPPING = (
+    "clips raw gradients, so that the step depends on the factorisation again; LoRARite has clip_unmagnified_grad"
+)
 
 
 def create_lora_rite(model: nn.Module, lr: float | Tensor = 2e-4, **options: Any) -> LoRARite:
@@ -28,7 +35,19 @@ def create_lora_rite(model: nn.Module, lr: float | Tensor = 2e-4, **options: Any
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
         optimizer = create_lora_rite(model, lr=5e-4)
     """
-    return LoRARite(param_groups(model), lr=lr, **options)
+    groups = param_groups(model)
+    if not any(group["kind"] == "lora" for group in groups):
+        raise LoRARiteValueError(f"no LoRA pairs: {_found_instead(model)}")
+    return LoRARite(groups, lr=lr, **options)
+
+
+def _found_instead(model: nn.Module) -> str:
+    pairing = find_pairs(model)
+    if reasons := dict.fromkeys(o.reason for o in pairing.left_out if o.reason != NO_FACTOR):
+        return f"{'; '.join(reasons)}. Train this model with AdamW"
+    if pairing.frozen:
+        return f"all factors are frozen ({pairing.frozen[0]}, …); load the adapter with is_trainable=True"
+    return f"none of {len(pairing.left_out)} trainable parameters is a factor; attach an adapter (peft.get_peft_model)"
 
 
 class LoRARiteFactory:
@@ -36,7 +55,8 @@ class LoRARiteFactory:
     and the result with the model and the keyword arguments, those of :func:`create_lora_rite`.
 
     Trainers that also pass their training arguments (axolotl) give ``training_args.learning_rate`` where ``lr`` is not
-    among the keyword arguments.
+    among the keyword arguments; those arguments are then checked for ``max_grad_norm`` as :class:`LoRARiteCallback`
+    does.
     """
 
     def __call__(self, model: nn.Module, training_args: Any = None, **kwargs: Any) -> LoRARite:
@@ -46,6 +66,8 @@ class LoRARiteFactory:
                     'no lr: a Trainer passes none to an optimizer factory, write (LoRARiteFactory, {"lr": …})'
                 )
             kwargs["lr"] = training_args.learning_rate
+        if clip := getattr(training_args, "max_grad_norm", None):
+            warnings.warn(f"max_grad_norm={clip} {RAW_CLIPPING}: set max_grad_norm=0", stacklevel=2)
         return create_lora_rite(model, **kwargs)
 
 

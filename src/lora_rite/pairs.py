@@ -21,9 +21,35 @@ FACTOR_NAMES = {
     "lora_embedding_A": "lora_embedding_B",  # PEFT, embeddings
     "lora_down": "lora_up",  # diffusers, sd-scripts, LyCORIS
     "lora_a": "lora_b",  # torchtune
+    "hira_A": "hira_B",  # HiRA: ΔW = W⊙(B·A)
+    "hira_embedding_A": "hira_embedding_B",
+    "hada_w1_b": "hada_w1_a",  # LoHa: ΔW = (w1_a·w1_b)⊙(w2_a·w2_b), two pairs a layer
+    "hada_w2_b": "hada_w2_a",
+    "lokr_w1_b": "lokr_w1_a",  # LoKr: ΔW = w1⊗w2, of which each may be a product
+    "lokr_w2_b": "lokr_w2_a",
 }
 #: A parameter of this name beside A and B stands between them: ΔW = B·(it)·A, which has not the invariance of B·A.
-BETWEEN_NAMES = ("lora_E", "lora_diag", "lora_mid")
+BETWEEN_NAMES = ("lora_E", "lora_diag", "lora_mid", "hada_t1", "hada_t2", "lokr_t2")
+#: Type of device → why LoRARite refuses it.
+REFUSED_DEVICES = {"mps": "there is no float64 on Apple's MPS, and no eigenvalue decomposition: train on the CPU"}
+NO_FACTOR = "not a LoRA factor"
+#: Begin of a segment of a name → why a parameter of that name is no factor of a pair.
+REASONS = {
+    "lora_magnitude_vector": "DoRA's magnitudes, a vector",
+    "lora_monteclora_sampler": "MonteCLoRA's sampler",
+    "modules_to_save": "a whole layer (modules_to_save)",
+    "trainable_tokens_delta": "whole rows of an embedding (trainable tokens)",
+    "lokr_w": "LoKr's Kronecker factor, not decomposed",
+    "vera_": "VeRA trains vectors beside frozen matrices",
+    "pvera_": "PVeRA trains vectors beside frozen matrices",
+    "randlora_": "RandLoRA trains vectors beside frozen matrices",
+    "vblora_": "VB-LoRA trains a bank of vectors",
+    "delora_": "DeLoRA normalises each column of B and row of A, so that not only B·A counts",
+    "gralora_": "GraLoRA has the factors of several blocks in one tensor",
+    "poly_lora_": "Poly has the factors of several skills in one tensor",
+    "lily_": "Lily shares factors between layers by a router, so that they are no pairs",
+    "glora_": "GLoRA scales and shifts weights and biases by several products at once",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +96,8 @@ class Pairing:
 
 def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
     """The pairs of a model (or of its ``named_parameters()``), by name: ``lora_A``/``lora_B``,
-    ``lora_embedding_A``/``lora_embedding_B``, ``lora_down``/``lora_up``, ``lora_a``/``lora_b``.
+    ``lora_embedding_A``/``lora_embedding_B``, ``lora_down``/``lora_up``, ``lora_a``/``lora_b``, and those of HiRA, LoHa
+    and LoKr.
 
     Given a model, layers whose factors do not form plain pairs are recognised too (stacked experts, grouped
     convolutions); given names alone, they cannot be.
@@ -83,15 +110,15 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
     else:
         excluded, named = {}, _check_named(model)
     trainable = {name: p for name, p in named if p.requires_grad}
-    pairing = Pairing(frozen=[name for name, p in named if not p.requires_grad and _partner(name) and p.ndim > 1])
+    pairing = Pairing(frozen=[name for name, p in named if not p.requires_grad and _partner(name)])
     for name in trainable:
         if any(segment in BETWEEN_NAMES for segment in name.split(".")):
             excluded[_layer(name)] = f"ΔW is not a plain product B·A: {name} stands between"
     partners: dict[str, str] = {}
     for name, p in trainable.items():
-        partner = _partner(name) if p.ndim > 1 else None
+        partner = _partner(name)
         if partner is None:
-            pairing.left_out.append(LeftOut(name, p, "not a LoRA factor"))
+            pairing.left_out.append(LeftOut(name, p, _why_not(name)))
         elif reason := excluded.get(_layer(name)):
             pairing.left_out.append(LeftOut(name, p, reason))
         elif partner not in trainable:
@@ -155,6 +182,8 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, 
         raise LoRARiteValueError(f"{a_name} comes before {b_name}: a group of kind lora is A, B, A, B, …")
     if getattr(a, "device_mesh", None) != getattr(b, "device_mesh", None):
         raise LoRARiteValueError(f"{a_name} and {b_name} are not sharded over the same mesh: shard the pair together")
+    if reason := REFUSED_DEVICES.get(a.device.type):
+        raise LoRARiteValueError(f"{a_name} is on {a.device}: {reason}")
     if a.device != b.device:
         raise LoRARiteValueError(f"{a_name} is on {a.device} and {b_name} on {b.device}: move the pair to one device")
 
@@ -184,6 +213,8 @@ def _check_named(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]
 def _partner(name: str) -> str | None:
     """The name of the other factor, or None where ``name`` is not a factor's."""
     segments = name.split(".")
+    if segments[-1] == "bias":
+        return None
     for i in reversed(range(len(segments))):
         for a, b in FACTOR_NAMES.items():
             if segments[i] in (a, b):
@@ -198,8 +229,15 @@ def _is_a(name: str) -> bool:
 
 def _layer(name: str) -> str:
     """The name of the layer that holds a factor: everything before its ``lora_…`` segment."""
+    known = {*FACTOR_NAMES, *FACTOR_NAMES.values(), *BETWEEN_NAMES}
     segments = name.split(".")
-    return ".".join(segments[: max(i for i, s in enumerate(segments) if s.startswith("lora_"))])
+    return ".".join(segments[: max(i for i, s in enumerate(segments) if s in known)])
+
+
+def _why_not(name: str) -> str:
+    """Why a parameter that has no partner is not part of a pair."""
+    found = [why for begin, why in REASONS.items() if any(s.startswith(begin) for s in name.split("."))]
+    return found[0] if found else NO_FACTOR
 
 
 def _excluded_layers(model: nn.Module) -> dict[str, str]:

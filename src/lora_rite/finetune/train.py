@@ -52,6 +52,7 @@ def train(
     log_every: int = 1,
     eval_every: int = 0,
     save_every: int = 0,
+    layers_every: int = 0,
     report_to: str = "none",
     resume: bool = False,
     allow_changed: list[str] | None = None,
@@ -98,6 +99,7 @@ def train(
         log_every: steps between logged training losses; each is the mean of so many steps.
         eval_every: steps between measurements of the held-out loss; 0 measures before and after training alone.
         save_every: steps between checkpoints; 0 saves none, except where a signal ends the run. The last two are kept.
+        layers_every: steps between figures of each layer in OUT/layers.jsonl (see docs/tuning.md); 0 writes none.
         report_to: transformers' name of a reporter: none, tensorboard, trackio, wandb, …
         resume: go on from the newest checkpoint in OUT that verifies, with the same settings, bitwise.
         allow_changed: names of settings, or of what else a refused --resume has listed (tokens, torch, threads, …),
@@ -127,7 +129,7 @@ def train(
     import torch
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
-    from .. import LoRARite
+    from .. import LoRARite, LoRARiteCallback
 
     network, tokenizer = load_model(model, bf16=bf16, trust_remote_code=trust_remote_code)
     encoder_decoder = network.config.is_encoder_decoder
@@ -185,7 +187,8 @@ def train(
     if packing:
         _check_packing(network, train_rows)
     measure = lambda: held_out_loss(network, held_out_rows, collator, batch_size)
-    clock = _add_callbacks(trainer, is_lora_rite, progress, measure, eval_every)
+    reporter = LoRARiteCallback(out / "layers.jsonl" if layers_every else None, layers_every or 1)
+    clock = _add_callbacks(trainer, reporter if is_lora_rite else None, progress, measure, eval_every)
     with checkpoint.locked(out):
         if (finished := _check_folder(out, settings, resume, allow_changed)) is not None:
             return finished  # by the process that had the lock before
@@ -416,6 +419,7 @@ def _check(settings: dict[str, Any]) -> None:
         "log_every": 1,
         "eval_every": 0,
         "save_every": 0,
+        "layers_every": 0,
     }
     for key, value in least.items():
         if settings[key] < value:
@@ -462,14 +466,10 @@ def _check_folder(
     return json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else None
 
 
-def _add_callbacks(
-    trainer: Any, is_lora_rite: bool, progress: bool, measure: Callable[[], float], eval_every: int
-) -> Any:
+def _add_callbacks(trainer: Any, reporter: Any, progress: bool, measure: Callable[[], float], eval_every: int) -> Any:
     """The clock, the held-out loss, the progress bar and, in front of the reporters, LoRARite's figures. Returns the
     clock."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-
-    from .. import LoRARiteCallback
 
     class Clock(TrainerCallback):
         """Times whole steps and the optimizer's part of them."""
@@ -522,8 +522,8 @@ def _add_callbacks(
         trainer.add_callback(HeldOut())
     if progress:
         trainer.add_callback(Bar())
-    if is_lora_rite:
-        trainer.callback_handler.callbacks.insert(0, LoRARiteCallback())
+    if reporter is not None:
+        trainer.callback_handler.callbacks.insert(0, reporter)
     return clock
 
 

@@ -1,0 +1,79 @@
+"""Every example, on the embedded model: all pairs are preconditioned, and a resumed run ends bitwise where the
+uninterrupted one does."""
+
+import shutil
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from lora_rite import LoRARite
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+#: Example → the checkpoint that it writes after step 3, and a package that it needs.
+CHECKPOINTS = {
+    "plain": ("checkpoint-3.pt", "peft"),
+    "accelerate_loop": ("checkpoint-3", "accelerate"),
+    "trainer": ("checkpoint-3", "transformers"),
+    "trl_sft": ("checkpoint-3", "trl"),
+    "trl_dpo": ("checkpoint-3", "trl"),
+    "lightning_module": ("step=3.ckpt", "lightning"),
+    "diffusers_style": ("checkpoint-3.pt", "peft"),
+}
+PAIRS = 35  # 5 layers of 7 linear maps
+
+
+@pytest.fixture(autouse=True)
+def _as_a_script(monkeypatch, tmp_path):
+    """As ``python examples/….py``: beside common.py, in a folder of its own."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in ("common", *CHECKPOINTS):
+        sys.modules.pop(name, None)
+
+
+def run(name, **options):
+    """The example's optimizer, and the messages of warnings that lora_rite gave."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = import_module(name).main(steps=6, save_every=3, **options)
+    return optimizer, [str(w.message) for w in caught if "lora_rite" in w.filename or "LoRARite" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_example_runs_and_resumes_bitwise(name, tmp_path):
+    checkpoint, package = CHECKPOINTS[name]
+    pytest.importorskip(package)
+    whole, warned = run(name, out=tmp_path / "whole")
+    assert not warned
+    assert isinstance(whole, LoRARite)
+    report = whole.report()
+    assert (report["pairs"], report["pairs_preconditioned"], report["steps"]) == (PAIRS, PAIRS, 6)
+    (tmp_path / "parts").mkdir()
+    source = tmp_path / "whole" / checkpoint
+    copy = shutil.copytree if source.is_dir() else shutil.copy
+    copy(source, tmp_path / "parts" / checkpoint)
+    torch.manual_seed(123)  # what was drawn before must not matter
+    resumed, _ = run(name, out=tmp_path / "parts", resume=tmp_path / "parts" / checkpoint)
+    assert resumed.report()["steps"] == 6
+    adapters = [next((tmp_path / part).rglob("adapter_model.safetensors")).read_bytes() for part in ("whole", "parts")]
+    assert adapters[0] == adapters[1]
+    states = [optimizer.state_dict()["state"] for optimizer in (whole, resumed)]
+    for ours, theirs in zip(states[0].values(), states[1].values(), strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", [*CHECKPOINTS, "common"])
+def test_example_is_short(name):
+    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_every_example_is_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - {"common"} == set(CHECKPOINTS)
