@@ -12,7 +12,7 @@ import adapters  # noqa: E402
 from adapters import ADAPTERS, STACKED, adapted, linear, loss, numbers  # noqa: E402
 from problems import random_matrix, regauged, relative  # noqa: E402
 
-from lora_rite import create_lora_rite, find_pairs  # noqa: E402
+from lora_rite import LoRARite, create_lora_rite, find_pairs  # noqa: E402
 
 
 def trained(model):
@@ -54,6 +54,65 @@ def test_blocks_multiply_as_written(kind):
             added = added - model(x)
         torch.testing.assert_close(added, kind.delta(model, x), rtol=1e-4, atol=1e-4)
     assert len(kind.products(model)) == kind.pairs
+
+
+ONE_BY_ONE = [kind for kind in STACKED if kind.name != "bdlora_a"]
+
+
+@named(ONE_BY_ONE)
+def test_each_block_is_a_pair(kind):
+    """Experts, groups of a convolution, blocks of B: the step equals that on the same products as separate pairs, and
+    does not depend on their factorisation. An expert without tokens, and its state, stay as they are, bit by bit."""
+    after = []
+    for turned in (False, True):
+        model = kind.build().double()
+        adapters.randomise(model)
+        if turned:
+            for i, (a, b) in enumerate(kind.products(model)):
+                new = regauged(a.detach().flatten(1), b.detach().flatten(1), random_matrix(len(a), 10.0, seed=i))
+                for block, value in zip((a, b), new, strict=True):
+                    block.data.copy_(value.view_as(block))
+        apart = [[torch.nn.Parameter(p.detach().clone()) for p in product] for product in kind.products(model)]
+        optimizer, other = create_lora_rite(model, lr=1e-2), LoRARite([p for pair in apart for p in pair], lr=1e-2)
+        for t in range(3):
+            optimizer.zero_grad()
+            loss(model, kind.inputs(t).double()).backward()
+            gradients = [p.grad for p in adapters.whole(model)]
+            blocks = [p.detach().clone() for p in adapters.whole(model)]
+            for p, g in zip(adapters.whole(model), gradients, strict=True):
+                p.data.copy_(g)
+            for pair, product in zip(apart, kind.products(model), strict=True):
+                for p, g in zip(pair, product, strict=True):
+                    p.grad = g.detach().clone()
+            for p, x in zip(adapters.whole(model), blocks, strict=True):
+                p.data.copy_(x)
+            optimizer.step()
+            other.step()
+            assert optimizer.report()["pairs_preconditioned"] == kind.pairs
+        got = [b.flatten(1) @ a.flatten(1) for a, b in kind.products(model)]
+        expected = [b.flatten(1) @ a.flatten(1) for a, b in apart]
+        assert relative(torch.stack(got).detach(), torch.stack(expected).detach()) < 1e-9
+        after.append(torch.stack(got).detach())
+    assert relative(*after) < 1e-8
+    if "experts" in kind.name:
+        adapters.lora_layer(model).get_base_layer().idle = True
+        before = [p.detach().clone() for p in kind.products(model)[2]]
+        states = [
+            {k: v[2].clone() for k, v in optimizer.state[p].items() if k != "first_moment"}
+            for p in adapters.whole(model)
+        ]
+        optimizer.zero_grad()
+        loss(model, kind.inputs(3).double()).backward()
+        optimizer.step()
+        assert all(torch.equal(p, x) for p, x in zip(kind.products(model)[2], before, strict=True))
+        for p, state in zip(adapters.whole(model), states, strict=True):
+            assert all(torch.equal(optimizer.state[p][key][2], value) for key, value in state.items())
+
+
+def test_a_block_diagonal_a_is_left_to_adamw_with_the_reason():
+    pairing = find_pairs(next(kind for kind in STACKED if kind.name == "bdlora_a").build())
+    assert not pairing.pairs
+    assert {o.reason for o in pairing.left_out} == {"a block-diagonal A (BD-LoRA): several products in one matrix"}
 
 
 @named([kind for kind in ADAPTERS if kind.name != "montecarlo"])

@@ -193,39 +193,13 @@ def test_embeddings_are_damped_on_their_zero_side():
     assert not optimizer.state[pair.b]["damped"]
 
 
-@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer")
 def test_layers_without_plain_pairs_go_to_adamw_with_the_reason():
-    conv = peft.get_peft_model(
-        torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2), torch.nn.Conv2d(8, 4, 3)),
-        peft.LoraConfig(r=2, target_modules=["0", "1"]),
-    )
-    pairing = find_pairs(conv)
-    assert len(pairing.pairs) == 1
-    assert {o.reason for o in pairing.left_out} == {"grouped convolution: not one product B·A, not supported yet"}
     adalora = peft.get_peft_model(
         torch.nn.Sequential(torch.nn.Linear(8, 8)), peft.AdaLoraConfig(target_modules=["0"], total_step=10)
     )
     assert len(find_pairs(adalora).left_out) == 3
     with pytest.raises(ValueError, match="no LoRA pairs"):
         create_lora_rite(adalora, adamw_lr=1e-3)
-
-
-def test_stacked_experts_are_recognised():
-    class Experts(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.randn(3, 8, 6))
-
-        def forward(self, x):
-            return torch.einsum("bi,eoi->beo", x, self.weight)
-
-    model = torch.nn.Sequential(Experts())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=["0.weight"], target_modules=[]))
-    pairing = find_pairs(model)
-    assert not pairing.pairs
-    assert {o.reason for o in pairing.left_out} == {"factors of several experts in one matrix: not supported yet"}
 
 
 def test_two_adapters_of_which_one_is_active():

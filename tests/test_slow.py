@@ -5,6 +5,7 @@ import torch
 from problems import factors, gradients_of_w, random_matrix, regauged, relative, set_gradients, train, w
 
 from lora_rite import LoRARite
+from lora_rite.batch import MATRICES
 
 pytestmark = pytest.mark.slow
 
@@ -24,11 +25,11 @@ def test_thousands_of_noisy_steps_do_not_drift(dtype, rank):
     assert w((a, b)).norm() < 4 * lr * (steps * m * r) ** 0.5
     for p, x in ((a, a.mT), (b, b)):
         state = optimizer.state[p]
-        q = x.detach().double() @ state["matrices"][2].double()
+        q = x.detach().double() @ state["matrices"][MATRICES.index("basis")].double()
         live = (q.norm(dim=0) > 0.5).double()
         tolerance = 1e-4 if dtype == torch.float32 else 1e-1
         assert (q.mT @ q - live.diag()).abs().max() < tolerance
-        v = state["matrices"][0]
+        v = state["matrices"][MATRICES.index("second_moment")]
         assert (v - v.mT).abs().max() <= 1e-5 * v.abs().max()
     assert optimizer.report()["skipped"] == 0
 

@@ -54,16 +54,19 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """One product B·A: A is (r, n) and B is (m, r), or convolutions (r, n, …) and (m, r, 1, …)."""
+    """One product B·A: A is (r, n) and B is (m, r), or convolutions (r, n, …) and (m, r, 1, …). Or several, ``blocks``:
+    A is (blocks·r, n, …), and B (m, r·blocks) where ``interleaved`` (experts), else (blocks·m, r, …) (groups)."""
 
     a_name: str
     b_name: str
     a: Tensor
     b: Tensor
+    blocks: int = 1
+    interleaved: bool = False
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[0] // self.blocks
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,12 @@ class Pairing:
     frozen: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.pairs)} pairs"]
-        lines += [f"  {p.a_name} {tuple(p.a.shape)} with {p.b_name} {tuple(p.b.shape)}" for p in self.pairs]
+        lines = [f"{sum(p.blocks for p in self.pairs)} pairs"]
+        lines += [
+            f"  {p.a_name} {tuple(p.a.shape)} with {p.b_name} {tuple(p.b.shape)}"
+            f"{f': {p.blocks} pairs of rank {p.rank}' * (p.blocks > 1)}"
+            for p in self.pairs
+        ]
         lines += [f"{len(self.left_out)} other trainable parameters (AdamW)"] if self.left_out else []
         lines += [f"  {o.name} {tuple(o.parameter.shape)}: {o.reason}" for o in self.left_out]
         lines += [f"{len(self.frozen)} frozen factors, not trained"] if self.frozen else []
@@ -99,16 +106,16 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
     ``lora_embedding_A``/``lora_embedding_B``, ``lora_down``/``lora_up``, ``lora_a``/``lora_b``, and those of HiRA, LoHa
     and LoKr.
 
-    Given a model, layers whose factors do not form plain pairs are recognised too (stacked experts, grouped
-    convolutions); given names alone, they cannot be.
+    Given a model, layers whose parameters hold several pairs are recognised too (stacked experts, grouped
+    convolutions, block-diagonal B); given names alone, they cannot be.
 
     Raises:
         LoRARiteValueError: a trainable factor without its partner, or two factors that cannot be multiplied.
     """
     if isinstance(model, nn.Module):
-        excluded, named = _excluded_layers(model), list(model.named_parameters())
+        (stacked, excluded), named = _special_layers(model), list(model.named_parameters())
     else:
-        excluded, named = {}, _check_named(model)
+        stacked, excluded, named = {}, {}, _check_named(model)
     trainable = {name: p for name, p in named if p.requires_grad}
     pairing = Pairing(frozen=[name for name, p in named if not p.requires_grad and _partner(name)])
     for name in trainable:
@@ -130,23 +137,26 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
             partners[name] = partner
     for name, partner in partners.items():
         if _is_a(name):
-            pair = Pair(name, partner, trainable[name], trainable[partner])
-            check_pair(pair.a, pair.b, name, partner)
+            pair = Pair(name, partner, trainable[name], trainable[partner], *stacked.get(_layer(name), ()))
+            check_pair(pair.a, pair.b, name, partner, pair.blocks, pair.interleaved)
             pairing.pairs.append(pair)
     return pairing
 
 
 def param_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: Any) -> list[dict[str, Any]]:
-    """Groups for ``LoRARite``: one of kind "lora" with named pairs and the ``options`` (lr, betas, …), and one of kind
-    "adamw" where other parameters are trainable (the optimizer gives it its ``adamw_…`` settings).
+    """Groups for ``LoRARite``: of kind "lora", one with named pairs and the ``options`` (lr, betas, …), and one more for
+    each number of pairs that parameters hold together (experts, groups of a convolution); of kind "adamw", one where
+    other parameters are trainable (the optimizer gives it its ``adamw_…`` settings).
 
     To give pairs different settings, call it with the ``named_parameters()`` of one part of the model at a time.
     """
     pairing = find_pairs(model)
     groups: list[dict[str, Any]] = []
-    if pairing.pairs:
-        named = [named for p in pairing.pairs for named in ((p.a_name, p.a), (p.b_name, p.b))]
-        groups.append({"params": named, "kind": "lora", **options})
+    for layout in sorted({(p.blocks, p.interleaved) for p in pairing.pairs}):
+        alike = [p for p in pairing.pairs if (p.blocks, p.interleaved) == layout]
+        named = [named for p in alike for named in ((p.a_name, p.a), (p.b_name, p.b))]
+        several = {"blocks": layout[0], "interleaved": layout[1]} if layout[0] > 1 else {}
+        groups.append({"params": named, "kind": "lora", **several, **options})
     if pairing.left_out:
         groups.append({"params": [(o.name, o.parameter) for o in pairing.left_out], "kind": "adamw"})
     return groups
@@ -240,15 +250,25 @@ def _why_not(name: str) -> str:
     return found[0] if found else NO_FACTOR
 
 
-def _excluded_layers(model: nn.Module) -> dict[str, str]:
-    """Layers (by name) with factors that do not form plain pairs, and why."""
-    reasons = {}
+def _special_layers(model: nn.Module) -> tuple[dict[str, tuple[int, bool]], dict[str, str]]:
+    """Layers (by name) whose factors hold several pairs, with ``blocks`` and ``interleaved`` of :class:`Pair`; and
+    layers whose factors do not form pairs, with the reason."""
+    stacked, reasons = {}, {}
     for name, module in model.named_modules():
+        diagonal = {
+            side: [f for f in getattr(module, side, {}).values() if type(f).__name__ == "BlockDiagonalLinear"]
+            for side in ("lora_A", "lora_B")
+            if isinstance(getattr(module, side, None), nn.ModuleDict)
+        }
         if type(module).__name__ == "ParamWrapper" and getattr(module, "num_experts", 1) > 1:
-            reasons[name] = "factors of several experts in one matrix: not supported yet"
-        elif getattr(getattr(module, "base_layer", None), "groups", 1) > 1:
-            reasons[name] = "grouped convolution: not one product B·A, not supported yet"
-    return reasons
+            stacked[name] = module.num_experts, True
+        elif (groups := getattr(getattr(module, "base_layer", None), "groups", 1)) > 1:
+            stacked[name] = groups, False
+        elif diagonal.get("lora_A"):
+            reasons[name] = "a block-diagonal A (BD-LoRA): several products in one matrix"
+        elif diagonal.get("lora_B"):
+            stacked[name] = diagonal["lora_B"][0].nblocks, False
+    return stacked, reasons
 
 
 def overlapping_storage(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:

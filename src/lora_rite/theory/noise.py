@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..batch import MATRICES
 from ..optimizer import LoRARite
 from .problems import rite
 
@@ -78,9 +79,9 @@ def _walk(
 
 def _drift(state: dict[str, torch.Tensor], x: torch.Tensor) -> float:
     """How far the kept basis is from orthonormal, or V from symmetric (relative), whichever is more."""
-    q = x @ state["basis"].double()
+    q = x @ state["matrices"][MATRICES.index("basis")].double()
     live = (q.norm(dim=0) > 0.5).double()
-    v = state["second_moment"]
+    v = state["matrices"][MATRICES.index("second_moment")]
     return max(float((q.mT @ q - live.diag()).abs().max()), float((v - v.mT).abs().max() / v.abs().max()))
 
 
