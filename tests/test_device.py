@@ -8,7 +8,7 @@ import torch
 from problems import factors, gradients_of_w, random_matrix, regauged, relative, set_gradients, train, w
 
 from lora_rite import LoRARite, NonFiniteError, rite
-from lora_rite.bench import _Watch
+from lora_rite.bench import Watch
 
 SHAPES = [(4, 9, 7), (4, 9, 7), (4, 18, 13), (3, 5, 6)]
 
@@ -73,7 +73,7 @@ def test_the_host_never_waits_with_capturable_and_once_without():
         params, optimizer = start(adamw=capturable, capturable=capturable)  # (torch's own AdamW reads its counters)
         advance(params, optimizer, 2)
         give_gradients(params, 3)
-        with _Watch() as watch:
+        with Watch() as watch:
             optimizer.step()
         assert watch.synchronisations == (0 if capturable else 1)
 

@@ -498,8 +498,8 @@ class LoRARite(torch.optim.Optimizer):
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all state tensors of an optimizer, also of those in lists and dictionaries."""
-    tensors = [t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor)]
+    """Bytes of all state tensors of an optimizer in this process, also of those in lists and dictionaries."""
+    tensors = [local(t) for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

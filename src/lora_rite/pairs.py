@@ -144,9 +144,9 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
 
 
 def param_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: Any) -> list[dict[str, Any]]:
-    """Groups for ``LoRARite``: of kind "lora", one with named pairs and the ``options`` (lr, betas, …), and one more for
-    each number of pairs that parameters hold together (experts, groups of a convolution); of kind "adamw", one where
-    other parameters are trainable (the optimizer gives it its ``adamw_…`` settings).
+    """Groups for ``LoRARite``: of kind "lora", one with named pairs and the ``options`` (lr, betas, …), and one more
+    for each number of pairs that parameters hold together (experts, groups of a convolution); of kind "adamw", one
+    where other parameters are trainable (the optimizer gives it its ``adamw_…`` settings).
 
     To give pairs different settings, call it with the ``named_parameters()`` of one part of the model at a time.
     """
