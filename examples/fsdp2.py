@@ -1,4 +1,4 @@
-"""FSDP2: model, gradients and optimizer state shared out over processes, with checkpoints that any number of them reads.
+"""FSDP2: model, gradients and optimizer state shared out over processes; any number of them reads a checkpoint.
 
 torchrun --nproc-per-node 2 examples/fsdp2.py --out runs/fsdp2 [--resume runs/fsdp2/checkpoint-10]
 """

@@ -32,7 +32,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder) / "data")
         parts = [read_examples(Path(folder) / "data" / f"{name}.jsonl") for name in ("train", "validation")]
-        train_rows, held_out = (windows(part, tokenizer, SETTINGS["max_length"]) for part in parts)
+        train_rows, held_out = (windows(part, tokenizer, SETTINGS["max_length"]).rows for part in parts)
         batches = [
             collator([train_rows[i] for i in torch.randint(len(train_rows), (SETTINGS["batch_size"],)).tolist()])
             for _ in range(STEPS)

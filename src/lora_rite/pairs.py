@@ -137,7 +137,7 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
             partners[name] = partner
     for name, partner in partners.items():
         if _is_a(name):
-            pair = Pair(name, partner, trainable[name], trainable[partner], *stacked.get(_layer(name), ()))
+            pair = Pair(name, partner, trainable[name], trainable[partner], *stacked.get(_layer(name), (1, False)))
             check_pair(pair.a, pair.b, name, partner, pair.blocks, pair.interleaved)
             pairing.pairs.append(pair)
     return pairing

@@ -113,7 +113,7 @@ def _loss_on(path: Path, tokenizer: Any, batch_size: int = 2, length: int = 64) 
 
     from .data import IGNORED, read_examples, windows
 
-    rows = windows(read_examples(path), tokenizer, length)
+    rows = windows(read_examples(path), tokenizer, length).rows
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
     def loss(network: Any, step: int) -> Any:

@@ -5,7 +5,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from ..errors import LoRARiteValueError
 
@@ -75,6 +75,7 @@ def create_optimizer(
     elif weight_decay:
         raise LoRARiteValueError(f"{name} takes no weight_decay")
     is_class = isinstance(target, type) and issubclass(target, torch.optim.Optimizer)
+    target = cast("Any", target)
     return target([p for p in model.parameters() if p.requires_grad] if is_class else model, **arguments)
 
 

@@ -23,7 +23,7 @@ def _texts() -> tuple[Any, list[dict[str, list[int]]], list[dict[str, list[int]]
         write_data(Path(folder))
         train, validation = (read_examples(Path(folder) / f"{name}.jsonl") for name in ("train", "validation"))
     tokenizer = load_model("tiny")[1]
-    return tokenizer, windows(train, tokenizer, LENGTH), windows(validation, tokenizer, LENGTH)
+    return tokenizer, windows(train, tokenizer, LENGTH).rows, windows(validation, tokenizer, LENGTH).rows
 
 
 @functools.cache

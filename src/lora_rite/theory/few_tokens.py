@@ -70,7 +70,7 @@ def _experts(make: Any, lr: float, steps: int, seed: int) -> float:
             error = (x @ (b.detach() @ a.detach() - target).mT) / tokens
             # the authors' code needs a gradient; of no tokens it is zero, as a dense implementation gives it
             a.grad, b.grad = (b.detach().mT @ error.mT) @ x, error.mT @ (x @ a.detach().mT)
-            if not (a.grad.isfinite().all() and b.grad.isfinite().all()):
+            if not all(p.grad is not None and p.grad.isfinite().all() for p in (a, b)):
                 return math.inf
         optimizer.step()
     ratios = [

@@ -100,12 +100,13 @@ def _regret(
         a, b = (p.detach().clone() for p in pair)
         error = x @ b @ (a @ y) - x @ target @ y
         sign = error.sign()
-        pair[0].grad, pair[1].grad = sign * torch.outer(b.mT @ x, y), sign * torch.outer(x, a @ y)
+        gradients = sign * torch.outer(b.mT @ x, y), sign * torch.outer(x, a @ y)
+        pair[0].grad, pair[1].grad = gradients
         optimizer.step()
         if not all(p.isfinite().all() for p in pair):
             return [*regret, *[math.inf] * (steps - step + 1)], [*first_order, *[math.inf] * (steps - step + 1)]
         sums[0] += float(error.abs())
-        moved = sum((p.grad * (old - p.detach())).sum() for p, old in zip(pair, (a, b), strict=True))
+        moved = sum((g * (old - p.detach())).sum() for g, p, old in zip(gradients, pair, (a, b), strict=True))
         sums[1] += float(moved) / lr
         regret.append(sums[0] / step)
         first_order.append(sums[1] / step)
@@ -126,7 +127,7 @@ def found(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], figure: Any) -> None:
     left, right = figure.subplots(1, 2)
-    times = result["times"]
+    times, own = result["times"], []
     for i, name in enumerate(OPTIMIZERS):
         own = [b for b in result["best"] if b["optimizer"] == name]
         for j, b in enumerate(own):
