@@ -345,8 +345,8 @@ def bench_scaling(
 
     Returns:
         ``sweeps`` by name: ``x``, ``cases`` of :func:`measure`, and by optimizer ``exponents``, the slope of log
-        seconds over log x by least squares: over ``all`` points and over the ``upper`` half, where fixed costs count
-        for less.
+        seconds over log x by least squares: over ``all`` points and over the ``upper`` two thirds, where fixed
+        costs count for less.
     """
     sizes = {"pairs": pairs, "widths": widths, "ranks": ranks}
     check(device, rounds, **sizes)
@@ -366,7 +366,7 @@ def bench_scaling(
         for i, optimizer in enumerate(BOTH):
             points = [(math.log(x), math.log(c["rows"][i]["seconds"])) for x, c in zip(xs, cases, strict=True)]
             slope = lambda points: statistics.linear_regression(*zip(*points, strict=True)).slope
-            exponents[optimizer] = {"all": slope(points), "upper": slope(points[len(points) // 2 - 1 :])}
+            exponents[optimizer] = {"all": slope(points), "upper": slope(points[len(points) // 3 :])}
         sweeps[name] = {"x": xs, "cases": cases, "exponents": exponents}
     return {"benchmark": "scaling", "dtype": dtype, "device": device, "rounds": rounds, "sweeps": sweeps}
 

@@ -16,7 +16,7 @@ def table(result: dict[str, Any]) -> str:
             for sweep, values in result["sweeps"].items()
             for optimizer, exponent in values["exponents"].items()
         ]
-        headings = ("x", "optimizer", "e", "e, upper half", "at")
+        headings = ("x", "optimizer", "e", "e, upper ⅔", "at")
         return _text(f"seconds of a step ~ xᵉ, {result['dtype']}, {device}", headings, rows)
     texts = []
     for case in result["cases"]:
@@ -100,7 +100,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def _plot_sweep(axis: Any, name: str, sweep: dict[str, Any]) -> None:
     for i, (optimizer, exponent) in enumerate(sweep["exponents"].items()):
-        label = f"{optimizer}: {exponent['all']:.2f}, upper half {exponent['upper']:.2f}"
+        label = f"{optimizer}: {exponent['all']:.2f}, upper ⅔ {exponent['upper']:.2f}"
         axis.plot(sweep["x"], [1e3 * case["rows"][i]["seconds"] for case in sweep["cases"]], "o-", label=label)
     axis.set(xscale="log", yscale="log", xlabel=name, ylabel="ms a step")
     axis.legend(title="exponent", fontsize="small")
