@@ -284,10 +284,13 @@ def figure(case: Case, cases: Sequence[Case]) -> str:
             by_lr.plot(list(tried), list(tried.values()), "o-", color=color, ms=3.5, lw=1.2, label=row.name)
             if row.lr in tried:
                 by_lr.plot(row.lr, tried[row.lr], "o", color=color, ms=8)
+        rates = sorted({lr for row in case.rows for lr in row.validation})
         low = min((min(row.validation.values(), default=math.inf) for row in case.rows), default=math.inf)
         if math.isfinite(low) and math.isfinite(top) and low < top:
             by_lr.set_ylim(low - 0.05 * (top - low), top)
         by_lr.set(title="validation loss, best rate marked", xlabel="learning rate", xscale="log")
+        by_lr.set_xticks(rates, [f"{lr:g}" for lr in rates], rotation=60)
+        by_lr.minorticks_off()
         by_step.set(title="test loss over steps", xlabel="step", ylabel="nat a token")
         by_time.set(title="test loss over training time", xlabel="seconds (steps × median step time)")
         for axis in (by_step, by_time, by_lr):
