@@ -97,6 +97,7 @@ def test_interval_and_paired_test_are_those_of_the_textbook():
         ({0: 1.0, 1: 2.01, 2: 3.0}, {0: 2.0, 1: 3.0, 2: 4.0}, "better"),
         ({0: 2.0, 1: 3.0, 2: 4.0}, {0: 1.0, 1: 2.01, 2: 3.0}, "worse"),
         ({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}, "not significant"),
+        ({0: 1.0, 1: 2.001}, {0: 2.0, 1: 3.0}, "not significant"),  # p = 0.0003, of two seeds
         ({0: 1.0}, {0: 2.0}, "not significant"),
         ({0: math.inf, 1: 1.0}, {0: 2.0, 1: 2.0}, "not significant"),
         ({}, {0: 2.0}, "not significant"),

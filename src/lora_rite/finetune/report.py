@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from ..errors import LoRARiteValueError
 
 CONFIDENCE = 0.95
+#: Fewer seeds decide nothing, whatever the test says of them.
+LEAST_SEEDS = 3
 #: A learning rate is good where its validation loss exceeds the optimizer's best by no more than this share.
 GOOD = 0.01
 
@@ -28,7 +30,7 @@ class Difference(NamedTuple):
     @property
     def verdict(self) -> str:
         """Whether a is "better" (a loss: lower) or "worse", or the difference is "not significant"."""
-        if not self.p < 1 - CONFIDENCE:
+        if self.seeds < LEAST_SEEDS or not self.p < 1 - CONFIDENCE:
             return "not significant"
         return "better" if self.mean < 0 else "worse"
 
@@ -236,7 +238,9 @@ def report(folder: Path) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(g=lambda x: f"{x:g}", link=lambda p: p.replace(" ", "%20"), plus_minus=_plus_minus)
-    text = environment.get_template("report.md.j2").render(study=study, cases=cases, good=GOOD, isfinite=math.isfinite)
+    text = environment.get_template("report.md.j2").render(
+        study=study, cases=cases, good=GOOD, least=LEAST_SEEDS, isfinite=math.isfinite
+    )
     markdown = MarkdownIt("commonmark").enable("table")
 
     def inline(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
@@ -284,10 +288,13 @@ def figure(case: Case, cases: Sequence[Case]) -> str:
             by_lr.plot(list(tried), list(tried.values()), "o-", color=color, ms=3.5, lw=1.2, label=row.name)
             if row.lr in tried:
                 by_lr.plot(row.lr, tried[row.lr], "o", color=color, ms=8)
+        rates = sorted({lr for row in case.rows for lr in row.validation})
         low = min((min(row.validation.values(), default=math.inf) for row in case.rows), default=math.inf)
         if math.isfinite(low) and math.isfinite(top) and low < top:
             by_lr.set_ylim(low - 0.05 * (top - low), top)
         by_lr.set(title="validation loss, best rate marked", xlabel="learning rate", xscale="log")
+        by_lr.set_xticks(rates, [f"{lr:g}" for lr in rates], rotation=60)
+        by_lr.minorticks_off()
         by_step.set(title="test loss over steps", xlabel="step", ylabel="nat a token")
         by_time.set(title="test loss over training time", xlabel="seconds (steps × median step time)")
         for axis in (by_step, by_time, by_lr):
