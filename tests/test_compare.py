@@ -328,16 +328,15 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch,
 
     small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "steps: 2": "steps: 4, save_every: 2", "[0, 1]": "[0]"}
     assert run("compare", recipe(**small), "--out", tmp_path / "whole") == 0
-    save, steps = Trainer._save_checkpoint, []
+    original, steps = Trainer.training_step, []
 
-    def save_and_stop(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        raise KeyboardInterrupt
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, "_save_checkpoint", save_and_stop)
+    monkeypatch.setattr(Trainer, "training_step", stop)
     assert run("compare", recipe(**small), "--out", tmp_path / "parts") == 130
-    monkeypatch.setattr(Trainer, "_save_checkpoint", save)
-    original = Trainer.training_step
     monkeypatch.setattr(
         Trainer,
         "training_step",

@@ -1,7 +1,9 @@
 """Every example, on the embedded model: all pairs are preconditioned, and a resumed run ends bitwise where the
 uninterrupted one does."""
 
+import re
 import shutil
+import subprocess
 import sys
 import warnings
 from importlib import import_module
@@ -76,4 +78,20 @@ def test_example_is_short(name):
 
 
 def test_every_example_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} - {"common"} == set(CHECKPOINTS)
+    elsewhere = {"common", "fsdp2", "jax_finetune"}  # the latter two below and in test_optax.py
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - elsewhere == set(CHECKPOINTS)
+
+
+@pytest.mark.slow
+def test_fsdp2_trains_on_two_processes_and_resumes(tmp_path):
+    """torchrun, gloo: the losses of a resumed run are those of the whole one (but for dropout's random numbers)."""
+    losses = []
+    for words in ([], ["--resume", str(tmp_path / "checkpoint-2")]):
+        command = ["torchrun", "--nproc-per-node", "2", str(EXAMPLES / "fsdp2.py"), "--out", str(tmp_path)]
+        command[0] = str(Path(sys.executable).with_name("torchrun"))
+        command += ["--steps", "4", "--save_every", "2", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "'pairs_preconditioned': 35" in done.stdout
+        losses.append([float(x) for x in re.findall(r"step [34] loss (\S+)", done.stdout)])
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)

@@ -290,9 +290,9 @@ class Letters:
 
 def test_answers_of_one_token_and_labels_without_loss():
     """E9: one token of answer carries loss, its end token too; a prompt that fills the window leaves no row."""
-    (row,) = windows([Example("ab", "c")], Letters(), 16)
+    (row,) = windows([Example("ab", "c")], Letters(), 16).rows
     assert row["labels"] == [IGNORED, IGNORED, 99, 2]
-    (row,) = windows([Example("a" * 20, "b"), Example("a", "b")], Letters(), 16)
+    (row,) = windows([Example("a" * 20, "b"), Example("a", "b")], Letters(), 16).rows
     assert row["input_ids"] == [97, 98, 2]
     with pytest.raises(LoRARiteValueError, match="no token carries loss within 16 tokens"):
         windows([Example("a" * 16, "b")], Letters(), 16)
@@ -304,7 +304,7 @@ def test_a_batch_whose_padding_is_the_end_token_carries_no_loss_for_padding(tmp_
 
     _, tokenizer = train_module.load_model("tiny")
     tokenizer.pad_token = tokenizer.eos_token
-    rows = windows([Example("", "int a;"), Example("x", "y")], tokenizer, 16)
+    rows = windows([Example("", "int a;"), Example("x", "y")], tokenizer, 16).rows
     batch = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)([dict(row) for row in rows])
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
 
@@ -329,7 +329,7 @@ def test_held_out_examples_that_are_trained_on(data, tmp_path, capsys):
     held_out.write_text("\n".join([*data.read_text().splitlines()[:3], '{"text": "int other;"}']))
     words = ["train", "--data", str(data), "--validation", str(held_out), "--out", str(tmp_path / "run"), *WORDS]
     assert main(words) == 0
-    assert "3 held-out examples of" in capsys.readouterr().err
+    assert "3 held-out examples are in the training data too" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "result.json").read_text())["held_out"]["examples_in_training_data"] == 3
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 pytest.importorskip("jsonargparse")
 pytest.importorskip("pytorch_optimizer")
 
-from lora_rite.bench import SHAPES
+from lora_rite.bench import linear_maps
 from lora_rite.cli import main
 from lora_rite.finetune import check as module
 from lora_rite.finetune.compare import HEADERS, Study, load_recipe
@@ -45,7 +45,7 @@ def test_recipe(path, monkeypatch, capsys):
     for rank in study.recipe.ranks:
         needs = module.needs(study, rank)
         name = model.removeprefix("google/")
-        assert needs.pairs == (expected.get(model) or len(SHAPES[name][0]) * SHAPES[name][1])
+        assert needs.pairs == (expected.get(model) or len(linear_maps(name)))
         assert needs.total > needs.weights > 2 * needs.parameters - 1
         adamw = next(iter(study.recipe.optimizers))
         assert study.recipe.optimizers[adamw].optimizer == "adamw"
@@ -77,9 +77,8 @@ def test_configurations_are_those_of_the_models(name, parameters):
         count = sum(p.numel() for p in network.parameters())
         network = attach_adapter(network, rank=2)
     assert count == pytest.approx(parameters, rel=0.001)
-    maps, layers = SHAPES[name]
     shapes = Counter((pair.a.shape[1], pair.b.shape[0]) for pair in find_pairs(network).pairs)
-    assert shapes == {shape: count * layers for shape, count in Counter(maps).items()}
+    assert shapes == Counter(linear_maps(name))
 
 
 def test_a_model_or_target_that_is_not_there_is_named(tmp_path, capsys):

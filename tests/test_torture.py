@@ -29,12 +29,12 @@ def test_second_moments_of_any_spectrum(kind, dtype):
     params, optimizer = start(dtype=dtype, pairs=1)
     advance(params, optimizer, 2)
     for p in params[0]:
-        optimizer.state[p]["second_moment"].copy_(MOMENTS[kind])
+        optimizer.state[p]["matrices"][0].copy_(MOMENTS[kind])
     before = [p.detach().clone() for p in params[0]]
     advance(params, optimizer, 1, seed=1)
     for p, old in zip(params[0], before, strict=True):
         assert 0 < (p - old).norm() < 1
-        v = optimizer.state[p]["second_moment"]
+        v = optimizer.state[p]["matrices"][0]
         assert (v - v.mT).abs().max() <= 1e-6 * v.abs().max()
         assert torch.linalg.eigvalsh(v.double()).min() >= -1e-6 * v.abs().max()
 
@@ -299,13 +299,13 @@ def test_a_state_of_another_version_is_refused_by_name():
     for pairs, o in ((params, optimizer), (fresh, fresh_optimizer)):
         advance(pairs, o, 3, seed=2)
     assert equal([p.detach() for pair in fresh for p in pair], [p.detach() for pair in params for p in pair])
-    del state["state"][0]["transport"]
-    with pytest.raises(ValueError, match="incomplete: it has no transport"):
+    del state["state"][0]["matrices"]
+    with pytest.raises(ValueError, match="incomplete: it has no matrices"):
         start()[1].load_state_dict(state)
 
 
 def nan_in_moment(state):
-    state["second_moment"][1, 1] = torch.nan
+    state["matrices"][0][1, 1] = torch.nan
 
 
 def inf_in_basis(state):
@@ -313,7 +313,7 @@ def inf_in_basis(state):
 
 
 def asymmetric(state):
-    state["second_moment"][0, 1] += 1.0
+    state["matrices"][0][0, 1] += 1.0
 
 
 def negative_step(state):

@@ -102,7 +102,7 @@ def rank_of(group: dict[str, Any], a: Tensor) -> int:
 
 
 def new_state(group: dict[str, Any], pair: FactorPair) -> tuple[State, State]:
-    """The state of A and of B before their first step. Memory: 4(m+n)(r+1) + 40r² + 8r + 50 bytes a pair in float32;
+    """The state of A and of B before their first step. Memory: 4(m+n)(r+1) + 40r² + 8r + 26 bytes a pair in float32;
     about twice that in float64.
 
     Under each factor: ``step`` of the pair; ``first_moment`` (the factor's shape); ``row_moment`` (rows,);
