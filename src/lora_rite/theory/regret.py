@@ -134,7 +134,8 @@ def plot(result: dict[str, Any], figure: Any) -> None:
             label = f"{name}, D_A/D_B {b['imbalance']:g}"
             left.loglog(times, b["regret"], color=f"C{i}", alpha=1 - 0.18 * j, label=label)
         right.loglog([b["imbalance"] for b in own], [b["regret"][-1] for b in own], marker="o", label=name)
-    left.loglog(times, [times[0] ** 0.5 * own[0]["regret"][0] / t**0.5 for t in times], "k:", label="T^-½")
+    start = result["best"][0]["regret"][0]
+    left.loglog(times, [start * (times[0] / t) ** 0.5 for t in times], "k:", label="T^-½")
     left.set(xlabel="T", ylabel="average regret (best lr)", title="over time")
     right.set(
         xlabel="D_A / D_B", ylabel=f"average regret at T = {times[-1]}", title="over the imbalance of the factors"
