@@ -4,6 +4,10 @@ import functools
 import itertools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -17,6 +21,7 @@ import torch
 
 from lora_rite import LoRARiteValueError, NonFiniteError
 from lora_rite.cli import main
+from lora_rite.finetune import checkpoint
 from lora_rite.finetune import compare as module
 from lora_rite.finetune import train as train_module
 from lora_rite.finetune.checkpoint import write_json
@@ -75,7 +80,7 @@ def fake_train(monkeypatch):
             optimizer={"state_bytes": 100},
         )
         options["out"].mkdir(parents=True)
-        write_json(options["out"] / "settings.json", result["settings"])
+        write_json(options["out"] / "settings.json", {"settings": result["settings"]})
         if len(calls) == train.interrupt_at:
             raise KeyboardInterrupt
         if options["lr"] > train.diverge_above:
@@ -328,15 +333,16 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch,
 
     small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "steps: 2": "steps: 4, save_every: 2", "[0, 1]": "[0]"}
     assert run("compare", recipe(**small), "--out", tmp_path / "whole") == 0
-    original, steps = Trainer.training_step, []
+    save, steps = checkpoint.Run.save, []
 
-    def stop(self, *args, **kwargs):
-        if self.state.global_step == 2:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
+    def save_and_stop(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "training_step", stop)
+    monkeypatch.setattr(checkpoint.Run, "save", save_and_stop)
     assert run("compare", recipe(**small), "--out", tmp_path / "parts") == 130
+    monkeypatch.setattr(checkpoint.Run, "save", save)
+    original = Trainer.training_step
     monkeypatch.setattr(
         Trainer,
         "training_step",
@@ -347,6 +353,60 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch,
     whole, parts = (json.loads((tmp_path / name / "study.json").read_text())["runs"] for name in ("whole", "parts"))
     assert whole == parts
     assert not list((tmp_path / "parts").rglob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    "point", ["manifest.json renamed@3", "adapter written@2", "result.json written@2", "study.json written"]
+)
+def test_a_study_survives_kill_9(point, recipe, tmp_path):
+    """Killed in its second run, or while it writes of both: the finished run is not touched, the other one goes on, and
+    the losses are bitwise those of a study that was not killed."""
+    small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "steps: 2": "steps: 4, save_every: 2", "[0, 1]": "[0]"}
+    words = ["compare", str(recipe(**small)), "--out"]
+    assert run(*words, tmp_path / "whole") == 0
+    out = tmp_path / "parts"
+    killed = subprocess.run(
+        [sys.executable, "-m", "lora_rite.cli", *words, str(out)],
+        env={**os.environ, "LORA_RITE_FAILPOINT": point, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    finished = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
+    assert len(finished) == 1
+    assert run(*words, out) == 0
+    assert all(p.stat().st_mtime_ns == time for p, time in finished.items())
+    whole, parts = (json.loads((tmp_path / name / "study.json").read_text())["runs"] for name in ("whole", "parts"))
+    assert whole == parts
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_a_diverged_run_is_not_run_again(recipe, tmp_path, monkeypatch):
+    """Not the one of fake_train: as ``train`` itself records a run that has failed."""
+    from transformers import Trainer
+
+    original = Trainer.compute_loss
+    monkeypatch.setattr(Trainer, "compute_loss", lambda *args, **kwargs: original(*args, **kwargs) * math.nan)
+    small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "steps: 2": "steps: 4", "[0, 1]": "[0]"}
+    assert run("compare", recipe(**small), "--out", tmp_path / "study") == 0
+    study = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert [r["loss"] for r in study["runs"]] == [math.inf, math.inf]
+    results = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
+    assert run("compare", recipe(**small), "--out", tmp_path / "study") == 0
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")} == results
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"title:": "title: !!python/object/apply:os.getcwd []\nnotes:"}, "recipe.yaml:2: tags (!) are not supported"),
+        ({"ranks: [2]": "ranks: &r [2]\nseeds: *r"}, "recipe.yaml:6: anchors (&) and aliases (*)"),
+        ({"ranks: [2]": "ranks: [2]\nranks: [3]"}, "recipe.yaml:7: ranks is given twice"),
+        ({"steps: 2": "steps: 2, trust_remote_code: true"}, "train.trust_remote_code: not by a file"),
+    ],
+)
+def test_a_recipe_of_a_stranger(recipe, change, message, tmp_path, capsys):
+    assert run("compare", recipe(**change), "--out", tmp_path / "study") == 2
+    assert message in capsys.readouterr().err
 
 
 def test_final_adapters_are_evaluated_and_a_missing_evaluation_is_made_up_for(recipe, tmp_path, capsys):

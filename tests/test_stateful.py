@@ -26,6 +26,7 @@ from problems import set_gradients
 from test_numerics import equal, snapshot
 
 from lora_rite import LoRARite, NonFiniteError
+from lora_rite.batch import MATRICES
 
 SHAPES = [(4, 9, 7), (2, 5, 8), (8, 4, 3)]
 seeds = st.integers(0, 2**16)
@@ -237,8 +238,8 @@ class Training(RuleBasedStateMachine):
             tensors = [t for t in state.values() if t.is_floating_point()]
             assert all(t.dtype in (torch.float32, torch.float64) and t.grad_fn is None for t in tensors)
             assert all(t.isfinite().all() for t in tensors)
-            if "second_moment" in state:
-                v = state["second_moment"].double()
+            if "matrices" in state:
+                v = state["matrices"][MATRICES.index("second_moment")].double()
                 assert state["first_moment"].shape == p.shape
                 assert (v - v.mT).abs().max() <= 1e-5 * v.abs().max()
                 assert torch.linalg.eigvalsh((v + v.mT) / 2).min() >= -1e-5 * v.abs().max()

@@ -33,7 +33,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 STEPS = 6
 OPTIONS = {
     "steps": STEPS, "batch_size": 2, "accumulation": 2, "max_length": 16, "rank": 16, "lr": 0.01, "dropout": 0.1,
-    "save_every": 2, "eval_every": 3, "target_modules": "[q_proj, v_proj]",
+    "save_every": 2, "eval_every": 3, "layers_every": 1, "target_modules": "[q_proj, v_proj]",
 }  # fmt: skip
 #: Moments of a run at which it can be killed (see `failpoint` in lora_rite.finetune.checkpoint).
 FAILPOINTS = (
@@ -150,6 +150,7 @@ def outcome(out: Path) -> dict[str, object]:
         "losses": result["losses"],
         "held-out losses": result["held_out_losses"],
         "held out": result["held_out"],
+        "figures of layers": (out / "layers.jsonl").read_text(),
     }
 
 

@@ -85,8 +85,12 @@ class LoRARiteCallback(TrainerCallback):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         if lines and not step:
             raise LoRARiteValueError(f"layers={path} has the figures of another run: remove it, or choose another file")
+        # a line that a kill has cut is of a step that is computed again
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
 
     @staticmethod
     def _warn(message: str) -> None:

@@ -415,6 +415,7 @@ class Run:
         self.checkpoint, problems = newest_verified(self.folder, stored["id"])
         clear(self.folder, problems)
         if self.checkpoint is None:
+            (self.out / "layers.jsonl").unlink(missing_ok=True)  # of steps that are computed again
             warnings.warn(f"{self.out} had saved no checkpoint yet: the run starts from the beginning", stacklevel=2)
         else:
             self.last_saved = step_of(self.checkpoint)

@@ -33,6 +33,7 @@ from .data import Example, read_examples, read_text, split
 from .optimizers import find_optimizer
 from .tasks import examples, find_task, read_rows, read_task
 from .train import train, versions
+from .untrusted import read_config
 
 #: Learning rates tried beyond the recipe's grid where the best lies on its edge.
 MAX_EXTENSIONS = 4
@@ -150,13 +151,14 @@ def load_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file, its options checked as those of ``lora-rite train`` are.
 
     Raises:
-        LoRARiteValueError: a key or value that cannot be, by its name.
+        LoRARiteValueError: a key or value that cannot be, by its name; more than plain YAML (see read_config).
         ImportError: a package that an optimizer needs is missing.
     """
     from argparse import ArgumentError
 
     from jsonargparse import ArgumentParser
 
+    read_config(path)  # which may come from a stranger
     parser, options = ArgumentParser(exit_on_error=False), ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, as_group=False)
     options.add_function_arguments(train, as_group=False)
@@ -167,6 +169,8 @@ def load_recipe(path: Path) -> Recipe:
                 raise LoRARiteValueError(f"{path}: {prefix}train.{min(decided)}: the study decides it")
             parsed = options.parse_object({"out": ".", **part.train})
             part.train = {key: parsed[key] for key in part.train}
+            if part.train.get("trust_remote_code"):
+                raise LoRARiteValueError(f"{path}: {prefix}train.trust_remote_code: not by a file, see lora-rite train")
     except ArgumentError as error:
         raise LoRARiteValueError(f"{path}: {' '.join(str(error).split())}") from None
     for key in ("tasks", "optimizers", "ranks", "seeds", "sweep_seeds"):
@@ -481,7 +485,7 @@ def _run(options: dict[str, Any], evaluation: dict[str, Any]) -> tuple[float, fl
         raise LoRARiteValueError(f"{out}: {error}") from error
     except NonFiniteError as error:
         loss = math.inf
-        settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
+        settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))["settings"]
         result = {"settings": settings, "held_out": {"after": loss}, "diverged": str(error), "versions": versions()}
         write_json(out / "result.json", result)
     for checkpoint in (out / "checkpoints").glob("checkpoint-*"):
