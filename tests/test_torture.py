@@ -8,7 +8,7 @@ import torch
 from problems import factors, gradients_of_w, relative, set_gradients, train, w
 from test_numerics import advance, equal, snapshot, start
 
-from lora_rite import LoRARite, LoRARiteValueError, NonFiniteError
+from lora_rite import LoRARite, NonFiniteError
 from lora_rite.batch import MATRICES
 
 # --------------------------------------------------------------------------------------------------- step numerics
@@ -83,14 +83,24 @@ class Fails:
         return values * torch.nan, vectors * torch.nan
 
 
-NOT_CAUGHT = pytest.mark.xfail(
-    raises=torch.linalg.LinAlgError,
-    strict=True,
-    reason="an error of eigh goes through, and tears a commit that it hits",
-)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_eigenvalues_that_do_not_converge_come_from_jacobi_rotations(steps, monkeypatch):
+    """B12: wherever LAPACK gives up in a step, the step is what it would have been."""
+    for at in range(1, count_calls(steps, monkeypatch) + 1):
+        results = []
+        for how in ("raises", None):
+            params, optimizer = start()
+            advance(params, optimizer, steps)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.linalg, "eigh", Fails(at if how else 0, how or ""))
+                advance(params, optimizer, 1, seed=1)
+            results.append([p.detach().clone() for pair in params for p in pair])
+            assert not optimizer.report()["skipped"]
+        for got, expected in zip(*results, strict=True):
+            assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("how", ["NaN", pytest.param("raises", marks=NOT_CAUGHT)])
+@pytest.mark.parametrize("how", ["NaN"])
 @pytest.mark.parametrize("steps", [0, 3])
 def test_failing_algebra_skips_the_step(how, steps, monkeypatch):
     """B12: wherever the eigenvalues of a step fail, all its factors are moved or none is: the step is skipped and
@@ -326,9 +336,6 @@ def half_a_step(state):
     state["step"].fill_(1.5)
 
 
-@pytest.mark.xfail(
-    raises=pytest.fail.Exception, strict=True, reason="load_state_dict checks names, shapes and keys, not values"
-)
 @pytest.mark.parametrize("damage", [nan_in_moment, inf_in_basis, asymmetric, negative_step, half_a_step])
 def test_a_damaged_state_is_refused(damage):
     """C8: with the name of the parameter; nothing is loaded."""
@@ -342,7 +349,6 @@ def test_a_damaged_state_is_refused(damage):
     assert equal(snapshot(params, optimizer), before)
 
 
-@pytest.mark.xfail(raises=LoRARiteValueError, strict=True, reason="names of a state are compared as they are")
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
 def test_names_with_the_prefix_of_a_wrapper(prefix):
     """C10: a state of a model under DDP or torch.compile belongs to the same model without. (DCP: test_state.py.)"""

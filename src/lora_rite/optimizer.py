@@ -14,7 +14,18 @@ from torch.optim.adamw import adamw
 from torch.utils._pytree import tree_leaves
 
 from . import rite
-from .batch import LOW_PRECISION, STATE_KEYS, Batch, FactorPair, State, new_state, rank_of, rounding_key, work_dtype
+from .batch import (
+    LOW_PRECISION,
+    MATRICES,
+    STATE_KEYS,
+    Batch,
+    FactorPair,
+    State,
+    new_state,
+    rank_of,
+    rounding_key,
+    work_dtype,
+)
 from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError
 from .pairs import check_order, check_pair, overlapping_storage, param_groups
 from .sharding import Shards, check_sharding, is_sharded, local
@@ -637,23 +648,31 @@ def _match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> di
             'not a LoRA-RITE state: its groups have no "kind". A run of another optimizer cannot go on with LoRARite; '
             "load the weights alone"
         )
-    names, saved_names = _names(groups), [group.get("param_names", []) for group in saved]
+    names, saved_names = _names(groups), [list(map(_unwrapped, group.get("param_names", []))) for group in saved]
     if all(saved_names) and all("param_names" in group for group in groups):
-        ids = {n: i for group in saved for n, i in zip(group["param_names"], group["params"], strict=True)}
+        plain = [list(map(_unwrapped, own)) for own in names]
+        ids = {
+            n: i
+            for group, own in zip(saved, saved_names, strict=True)
+            for n, i in zip(own, group["params"], strict=True)
+        }
         home = {n: k for k, group in enumerate(saved_names) for n in group}
-        ours = list(chain.from_iterable(names))
+        ours = list(chain.from_iterable(plain))
         differences = [f"{n} is not in the state" for n in ours if n not in ids]
         differences += [f"{n} is not in the optimizer" for n in ids if n not in set(ours)]
         differences = differences or [
             f"{n} is in group {home[n]} of the state and in group {k} of the optimizer, which differ"
-            for k, group in enumerate(names)
+            for k, group in enumerate(plain)
             for n in group
             if n in home and sorted(saved_names[home[n]]) != sorted(group)
         ]
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise LoRARiteValueError("the state is of other parameters: " + "; ".join(differences[:3]) + more)
-        saved = [{**saved[home[g[0]]], "params": [ids[n] for n in g], "param_names": list(g)} for g in names]
+        saved = [
+            {**saved[home[g[0]]], "params": [ids[n] for n in g], "param_names": list(own)}
+            for g, own in zip(plain, names, strict=True)
+        ]
     for group, saved_group, group_names in zip(groups, saved, names, strict=False):
         for p, saved_id, name in zip(group["params"], saved_group["params"], group_names, strict=False):
             state = state_dict["state"].get(saved_id)
@@ -667,12 +686,34 @@ def _match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> di
                 raise LoRARiteValueError(
                     f"the state of {name} is for shape {tuple(moment.shape)}, the parameter has {tuple(p.shape)}"
                 )
+            if fault := _fault(state):
+                raise LoRARiteValueError(f"the state of {name} is damaged: {fault}. Nothing was loaded")
         if group["kind"] == "lora":
             ids = saved_group["params"]
             for a, b, name in zip(ids[::2], ids[1::2], group_names[::2], strict=False):
                 if bool(state_dict["state"].get(a)) != bool(state_dict["state"].get(b)):
                     raise LoRARiteValueError(f"the state of {name} or of its partner is missing")
     return {**state_dict, "param_groups": saved}
+
+
+def _fault(state: State) -> str | None:
+    """What is wrong with the values of a saved state."""
+    step = local(state["step"])
+    if not bool(((step >= 0) & (step == step.round())).all()):
+        return "step is not a count"
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not local(value).isfinite().all():
+            return f"{key} has NaN or Inf"
+    if "matrices" in state:
+        moment = state["matrices"][..., MATRICES.index("second_moment"), :, :]
+        if (moment - moment.mT).abs().max() > 1e-3 * moment.abs().max():
+            return "its second moment is not symmetric"
+    return None
+
+
+def _unwrapped(name: str) -> str:
+    """A parameter's name without what DistributedDataParallel and torch.compile put in front of it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _names(groups: list[dict[str, Any]]) -> list[list[str]]:

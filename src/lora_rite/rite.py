@@ -90,17 +90,24 @@ def finite(m: Tensor) -> Tensor:
 
 
 def eigh(matrix: Tensor, jacobi: bool = False) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (ascending) and eigenvectors of symmetric matrices; all NaN for one that is not finite."""
+    """Eigenvalues (ascending) and eigenvectors of symmetric matrices; all NaN for one that is not finite.
+
+    By LAPACK, or, with ``jacobi`` and where that fails to converge, by Jacobi rotations.
+    """
     matrix = (matrix + matrix.mT) / 2
     good = finite(matrix)
     matrix = torch.where(good, matrix, _eye_like(matrix))
-    if jacobi:
-        rotated, vectors = _jacobi(matrix, symmetric=True)
-        values, order = rotated.diagonal(dim1=-2, dim2=-1).sort()
-        vectors = vectors.gather(-1, order[..., None, :].expand_as(vectors))
-    else:
-        values, vectors = torch.linalg.eigh(matrix)
+    try:
+        values, vectors = _jacobi_eigh(matrix) if jacobi else torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, vectors = _jacobi_eigh(matrix)
     return torch.where(good[..., 0], values, torch.nan), torch.where(good, vectors, torch.nan)
+
+
+def _jacobi_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    rotated, vectors = _jacobi(matrix, symmetric=True)
+    values, order = rotated.diagonal(dim1=-2, dim2=-1).sort()
+    return values, vectors.gather(-1, order[..., None, :].expand_as(vectors))
 
 
 def _jacobi(matrix: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor]:
