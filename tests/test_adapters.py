@@ -281,7 +281,7 @@ def test_the_table_names_tests_that_exist():
     named_tests = set(re.findall(r"`(test_\w+)", text))
     assert len(named_tests) > 10
     assert [name for name in named_tests if f"def {name}(" not in sources] == []
-    cases = set(re.findall(r"(?:…|every_step)\[(\w+)\]|`\[(\w+)\]`", text))
+    cases = set(re.findall(r"(?:…|every_step|is_a_pair)\[(\w+)\]|`\[(\w+)\]`", text))
     kinds = {one or other for one, other in cases}
     assert kinds == {kind.name for kind in (*ADAPTERS, *ONE_BY_ONE)} - {"experts_transposed"}
 

@@ -380,6 +380,7 @@ def test_a_study_survives_kill_9(point, recipe, tmp_path):
     assert not list(out.rglob("*.tmp"))
 
 
+@pytest.mark.filterwarnings("ignore:non-finite gradient", "ignore:overflow from the gradient")
 def test_a_diverged_run_is_not_run_again(recipe, tmp_path, monkeypatch):
     """Not the one of fake_train: as ``train`` itself records a run that has failed."""
     from transformers import Trainer
