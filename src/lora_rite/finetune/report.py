@@ -299,7 +299,8 @@ def figure(case: Case, cases: Sequence[Case]) -> str:
         by_time.set(title="test loss over training time", xlabel="seconds (steps × median step time)")
         for axis in (by_step, by_time, by_lr):
             axis.grid(alpha=0.3)
-        by_step.legend(fontsize=8)
+        if by_step.get_legend_handles_labels()[0]:  # (all may have diverged)
+            by_step.legend(fontsize=8)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", metadata={"Date": None})
         plt.close(canvas)
