@@ -7,6 +7,8 @@ from reference import Reference
 
 from lora_rite import PUBLISHED, LoRARite
 
+pytestmark = pytest.mark.filterwarnings("ignore:update_skipping has dropped")
+
 R, N, M = 4, 18, 13
 OFF = {"damping": 0.0, "row_equilibration": False, "relative_eps": 0.0}
 OPTIONS = {

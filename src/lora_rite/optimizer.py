@@ -35,6 +35,8 @@ PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0,
 
 #: Non-finite gradients in so many steps in a row are an error.
 MAX_SKIPPED_IN_A_ROW = 3
+#: Gradients dropped by ``update_skipping`` in so many steps in a row are worth a warning.
+MAX_DROPPED_IN_A_ROW = 10
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -308,6 +310,12 @@ class LoRARite(torch.optim.Optimizer):
             return None
         self._skipped_in_a_row = 0
         self._statistics.add(batches, norm, ok)
+        if self._statistics.dropped_in_a_row(batches) >= MAX_DROPPED_IN_A_ROW:
+            warnings.warn(
+                f"update_skipping has dropped gradients in {MAX_DROPPED_IN_A_ROW} steps in a row: their unmagnified root "
+                "mean square is above it; raise it, or set it to 0",
+                stacklevel=4,
+            )
         return batches, None
 
     def _alike(self, wanted: Callable[[Tensor, Tensor], bool]) -> Iterator[tuple[dict[str, Any], list[FactorPair]]]:
@@ -572,6 +580,7 @@ class _Statistics:
         self.pairs, self.norm = 0, torch.zeros(())
         self.counts = torch.zeros(4)  # steps, those that were clipped; with capturable: skipped in a row, not yet told
         self.products: list[tuple[Tensor, Tensor]] = []
+        self.dropped, self.asked = torch.zeros(()), 0
         self.flags: tuple[list[FactorPair], Tensor] | None = None
 
     def add(self, batches: list[Batch], norm: Tensor, ok: Tensor) -> None:
@@ -584,6 +593,18 @@ class _Statistics:
         self.counts[:2] += torch.stack([ok, ok & (norm > smallest)])
         self.norm = norm
         self.products = [batch.product for batch in batches if batch.product is not None]
+
+    def dropped_in_a_row(self, batches: list[Batch]) -> int:
+        """Steps in a row in which ``update_skipping`` dropped gradients; asked of the device at each tenth step alone,
+        and 0 between them."""
+        kept = [batch.kept.all() for batch in batches if batch.group["update_skipping"]]
+        if not kept:
+            return 0
+        device = kept[0].device
+        all_kept = torch.stack([flag.to(device) for flag in kept]).all()
+        self.dropped = (self.dropped.to(device) + 1) * ~all_kept
+        self.asked = (self.asked + 1) % MAX_DROPPED_IN_A_ROW
+        return 0 if self.asked else int(self.dropped)
 
     def skip(self, pairs: list[FactorPair], flags: Tensor, ok: Tensor) -> None:
         """Counts a step that the device did not take."""
