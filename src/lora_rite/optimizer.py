@@ -312,8 +312,8 @@ class LoRARite(torch.optim.Optimizer):
         self._statistics.add(batches, norm, ok)
         if self._statistics.dropped_in_a_row(batches) >= MAX_DROPPED_IN_A_ROW:
             warnings.warn(
-                f"update_skipping has dropped gradients in {MAX_DROPPED_IN_A_ROW} steps in a row: their unmagnified root "
-                "mean square is above it; raise it, or set it to 0",
+                f"update_skipping has dropped gradients in {MAX_DROPPED_IN_A_ROW} steps in a row: their unmagnified "
+                "root mean square is above it; raise it, or set it to 0",
                 stacklevel=4,
             )
         return batches, None
