@@ -14,6 +14,7 @@ peft = pytest.importorskip("peft")
 import torch  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from task_files import choice_rows, gsm8k_rows, make_mt5, make_task_files, write_jsonl  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 from lora_rite.cli import main  # noqa: E402
 from lora_rite.finetune import evaluate as module  # noqa: E402
@@ -235,9 +236,11 @@ def test_the_loss_does_not_depend_on_the_batch_or_on_the_side_of_padding(tmp_pat
     """The last of four windows is shorter: each token counts the same, and none is predicted from padding."""
     file = write_jsonl(tmp_path / "texts.jsonl", [{"text": "x = 1\n" * n} for n in (1, 4, 9)])
     network, tokenizer = load_model("tiny")
-    tokenizer.padding_side = "left"
     network.save_pretrained(tmp_path / "left")
     tokenizer.save_pretrained(tmp_path / "left")
+    config = tmp_path / "left" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "padding_side": "left"}))
+    assert AutoTokenizer.from_pretrained(tmp_path / "left").padding_side == "left"
     options = {"max_length": 20, "progress": False}
     one = figures(evaluate(str(file), batch_size=1, **options), str(file))["loss"]
     for model in ("tiny", str(tmp_path / "left")):
