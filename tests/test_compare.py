@@ -355,8 +355,11 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch,
     assert not list((tmp_path / "parts").rglob("checkpoint-*"))
 
 
+SLOW_POINTS = ("adapter written@2", "result.json written@2", "study.json written")
+
+
 @pytest.mark.parametrize(
-    "point", ["manifest.json renamed@3", "adapter written@2", "result.json written@2", "study.json written"]
+    "point", ["manifest.json renamed@3", *(pytest.param(point, marks=pytest.mark.slow) for point in SLOW_POINTS)]
 )
 def test_a_study_survives_kill_9(point, recipe, tmp_path):
     """Killed in its second run, or while it writes of both: the finished run is not touched, the other one goes on, and
