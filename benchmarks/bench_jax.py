@@ -6,7 +6,7 @@
 ``step``: updates of the factors alone at Gemma-2B's shapes, under jit with donated buffers. Times are medians over
 rounds in which each optimizer takes one step, and ratios are taken within a round. ``learn``: the model of
 examples/jax_finetune.py, 200 steps of its adapter by each optimizer at each learning rate; each one's best is then
-repeated with other batches. Needs lora-rite[jax] and flax.
+repeated with other batches. Runs that OUT has already are not repeated. Needs lora-rite[jax] and flax.
 """
 
 import argparse
@@ -33,7 +33,7 @@ OPTIMIZERS = {
     "optax.adamw": lambda: optax.adamw(1e-4),
     "optax.contrib.muon": lambda: optax.contrib.muon(1e-4),
 }
-RATES = [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2]
+RATES = [5e-3, 1e-2, 2e-2, 4e-2, 8e-2]
 
 
 def step(layers: int, rank: int, dtype: str, rounds: int) -> dict:
@@ -41,7 +41,7 @@ def step(layers: int, rank: int, dtype: str, rounds: int) -> dict:
     params = {
         str(i): {
             "lora_a": jax.random.normal(jax.random.fold_in(key, i), (n, rank), kind),
-            "lora_b": jax.random.normal(jax.random.fold_in(key, -i), (rank, m), kind),
+            "lora_b": jax.random.normal(jax.random.fold_in(key, 1000 + i), (rank, m), kind),
         }
         for i, (n, m) in enumerate(SHAPES * layers)
     }
@@ -84,27 +84,49 @@ def step(layers: int, rank: int, dtype: str, rounds: int) -> dict:
             "parameters": count, "rows": rows}  # fmt: skip
 
 
-def learn(steps: int, seeds: int) -> dict:
+def learn(steps: int, seeds: int, out: pathlib.Path | None) -> dict:
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "examples"))
     import jax_finetune as example
     from flax import nnx
 
     text, base = example.python(), example.pretrained()
-    before, rows = example.held_out_loss(base, text), []
+    result = {"settings": {"steps": steps}, "held_out_loss_before": example.held_out_loss(base, text), "rows": []}
+    if (
+        out is not None
+        and out.exists()
+        and (earlier := json.loads(out.read_text("utf-8")))["settings"]["steps"] == steps
+    ):
+        result["rows"] = earlier["rows"]
 
     def run(name: str, rate: float, seed: int) -> float:
+        known = {"optimizer": name, "learning_rate": rate, "seed": seed}
+        for row in result["rows"]:
+            if known.items() <= row.items():
+                return row["held_out_loss"]
         model = nnx.clone(base)
         example.train(model, example.optimizer(name, rate, steps), nnx.LoRAParam, text, steps, seed=seed)
         loss = example.held_out_loss(model, text)
-        rows.append({"optimizer": name, "learning_rate": rate, "seed": seed, "held_out_loss": loss})
-        print(rows[-1], flush=True)
+        result["rows"].append({**known, "held_out_loss": loss})
+        write(result, out)
         return loss
 
     for name in example.LEARNING_RATES:
         best = min(RATES, key=lambda rate, name=name: run(name, rate, 0))
         for seed in range(1, 1 + seeds):
             run(name, best, seed)
-    return {"settings": {"steps": steps}, "held_out_loss_before": before, "rows": rows}
+    return result
+
+
+def write(result: dict, out: pathlib.Path | None) -> None:
+    result["versions"] = {
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in ("lora-rite", "jax", "jaxlib", "optax")},
+        "machine": platform.platform(),
+        "device": jax.devices()[0].device_kind,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -120,19 +142,13 @@ def main() -> None:
     for verb in (costs, learning):
         verb.add_argument("--out", type=pathlib.Path, help="file for the figures as JSON")
     options = vars(parser.parse_args())
-    verb, out = options.pop("verb"), options.pop("out")
-    result = {"step": step, "learn": learn}[verb](**options)
-    result["versions"] = {
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in ("lora-rite", "jax", "jaxlib", "optax")},
-        "machine": platform.platform(),
-        "device": jax.devices()[0].device_kind,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
+    if options.pop("verb") == "step":
+        out = options.pop("out")
+        result = step(**options)
+        write(result, out)
+    else:
+        result = learn(**options)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """LoRA-RITE in JAX: a small flax model that knows English learns Python.
 
     python examples/jax_finetune.py                                     # LoRA-RITE, about a minute on a CPU
-    python examples/jax_finetune.py --optimizer adamw --learning_rate 1e-2
+    python examples/jax_finetune.py --optimizer adamw --learning_rate 2e-2
 
 A transformer of 0.2 million parameters over bytes is trained on the texts of Python's manual, and then a LoRA adapter
 on all of its linear maps learns the source of Python's library. Both come with Python, so nothing is downloaded.
@@ -24,7 +24,7 @@ from lora_rite.optax import lora_rite
 
 VOCABULARY, CONTEXT, WIDTH, HEADS, LAYERS, RANK, BATCH = 128, 64, 96, 4, 2, 8, 32
 BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
-LEARNING_RATES = {"lora_rite": 2e-2, "adamw": 1e-2, "muon": 2e-2}
+LEARNING_RATES = {"lora_rite": 4e-2, "adamw": 2e-2, "muon": 2e-2}
 
 
 def english() -> np.ndarray:

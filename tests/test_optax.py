@@ -5,9 +5,11 @@ jax_enable_x64, so r×r matrices are float32 too.
 """
 
 import inspect
+import json
 import subprocess
 import sys
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -593,6 +595,21 @@ def test_sharded_over_2_and_4_devices_equals_one(axes):
     run = subprocess.run([sys.executable, "-c", SHARDED, *axes], capture_output=True, text=True, check=False, env=env)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "equal\n"
+
+
+@pytest.mark.slow
+def test_the_example_and_the_bench_run(tmp_path):
+    root, out = Path(__file__).parents[1], tmp_path / "out.json"
+    few = ["--pretraining_steps", "30", "--steps", "30"]
+    step = ["step", "--layers", "1", "--rounds", "2", "--dtype", "bfloat16", "--rank", "4", "--out", out]
+    for words in (["examples/jax_finetune.py", *few], ["benchmarks/bench_jax.py", *step]):
+        run = subprocess.run([sys.executable, root / words[0], *words[1:]], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        result = json.loads(run.stdout)
+        if "rows" not in result:
+            assert result["held_out_loss"] < result["held_out_loss_before"]
+    assert json.loads(out.read_text()) == result
+    assert [row["ratio_to_adamw"] for row in result["rows"] if row["optimizer"] == "optax.adamw"] == [1.0]
 
 
 # ---------------------------------------------------------------------------------------------- torch here, JAX there
