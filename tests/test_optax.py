@@ -121,7 +121,11 @@ def trajectory(case):
             yield (load(k, "A")[t], load(k, "B")[t]), got
 
 
-@pytest.mark.parametrize("case", CASES)
+#: What other tests have too, for one compilation each takes time.
+ELSEWHERE = ("no_clip_no_skip", "betas", "capping", "balance", "rank_8")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in ELSEWHERE)) for c in CASES])
 def test_float64_equals_the_authors_code(case, x64):
     for expected, got in trajectory(case):
         assert relative(got[0], expected[0]) < 1e-10
