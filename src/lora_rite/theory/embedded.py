@@ -96,7 +96,7 @@ def train_embedded(
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
         optimizer.step()
         scheduler.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if watch:
             watch(step + 1, model)
     value = held_out_loss(model, validation, collator, 16)
