@@ -13,7 +13,9 @@ def decay(t, beta):
 
 def basis(y, null):
     """Q (rows, r) with orthonormal columns, T = QᵀY and T⁺, by SVD; singular values up to ``null``·σ_max are 0."""
-    u, s, vh = torch.linalg.svd(y, full_matrices=False)
+    short = max(y.shape[1] - len(y), 0)  # rows of zeros, where r exceeds the rows of y
+    u, s, vh = torch.linalg.svd(torch.nn.functional.pad(y, (0, 0, 0, short)), full_matrices=False)
+    u = u[: len(y)]
     live = (s > null * s[0]).double() if s[0] > 0 else torch.zeros_like(s)
     return u * live, (s * live)[:, None] * vh, vh.mT * torch.where(live > 0, 1 / s, 0)
 

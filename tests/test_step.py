@@ -100,6 +100,24 @@ def test_low_rank_gradients_from_zero_are_bounded_and_invariant(rank, dtype, tol
     assert relative(w(got), w((a, b))) < tolerance
 
 
+@pytest.mark.parametrize("zero_b", [False, True], ids=["dense", "zero_b"])
+@pytest.mark.parametrize(("r", "n", "m"), [(16, 12, 20), (16, 20, 12), (6, 4, 30), (8, 30, 2), (8, 1, 30), (8, 30, 1)])
+def test_ranks_above_a_dimension_equal_the_slow_reference(r, n, m, zero_b):
+    """Heads, routers and value functions of a few outputs: the factor has null directions, into which it moves."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    a, b = draw(r, n), draw(m, r) * (not zero_b)
+    gradients = gradients_of_w(30, m, n)
+    reference = Reference([[a, b]], lr=1e-2, damping=20.0, row_equilibration=True, relative_eps=1e-3)
+    for g in gradients:
+        x, y = reference.pairs[0]
+        reference.step([(y.mT @ g, g @ x.mT)])
+    expected = w(reference.pairs[0]) - w((a, b))
+    for dtype, tolerance in ((torch.float64, 1e-7), (torch.float32, 1e-3)):
+        params, _ = train([(a.to(dtype), b.to(dtype))], [gradients], lr=1e-2)
+        assert (w(params[0]) - w((a, b)) - expected).norm() < tolerance * expected.norm()
+
+
 def test_rounding_noise_is_not_taken_for_a_direction():
     """From B = 0 with gradients of rank 2, directions of B are rounding noise; whoever inverts them (the authors' code:
     ‖W‖ 2.4e10 after 30 steps in float64; the reference that cuts at the last digit) blows up. Ours cuts them, even with

@@ -372,8 +372,8 @@ class Batch:
         row_decay = gated(self.decays[2], zero + 1)
         whiten, moment_norm = gated(self.whiten, zero), gated(self.moment_norm, zero)
         # (of bfloat16 without the margin: a quarter of the factor is no noise)
-        work_eps = torch.finfo(self.dtype).eps
-        rounding = [max(work_eps, torch.finfo(c.whole[0].dtype).eps / rite.NOISE) for c in self.chunks]
+        floor = torch.finfo(self.dtype).eps ** rite.NOISE
+        rounding = [max(floor, torch.finfo(c.whole[0].dtype).eps) for c in self.chunks]
         rounding = tuple(eps for eps, c in zip(rounding, self.chunks, strict=True) for _ in range(c.count))
         noise = constant(rounding, self.algebra, self.device)
         # what the state keeps is what is measured: rounded to the work dtype first

@@ -44,7 +44,7 @@ __all__ = [
 #: As :data:`lora_rite.PUBLISHED`: keyword arguments of :func:`lora_rite` that make it compute the authors' step.
 PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
 
-LIVE, NOISE = 1e-3, 32  # as in rite.py: which directions count as null
+LIVE, NOISE = 1e-3, 0.75  # as in rite.py: which directions count as null
 
 # ------------------------------------------------------------------------------------------------------------- layouts
 
@@ -214,12 +214,13 @@ def _warm_basis(warm: jax.Array, root: jax.Array, step: jax.Array, norm: jax.Arr
     By QR of the stacked parts: their Gram matrix would have the square of their condition.
     """
     parts = jnp.concatenate([root, norm * _times(step, warm), noise * warm], -2) * math.sqrt(2)
-    size = _norm(parts)
-    eye = jnp.eye(warm.shape[-1], dtype=warm.dtype)
-    parts = jnp.concatenate([parts, size * (10 * jnp.finfo(warm.dtype).eps) * eye], -2)
-    good = _finite(parts) & (size > 0)
+    size = jnp.linalg.norm(parts, axis=-2, keepdims=True)
+    size = jnp.where(size > 0, size, 1)  # columns of 1: those of a null direction may be 1/eps
+    eye = jnp.broadcast_to(jnp.eye(warm.shape[-1], dtype=warm.dtype), warm.shape)
+    parts = jnp.concatenate([parts / size, (10 * jnp.finfo(warm.dtype).eps) * eye], -2)
+    good = _finite(parts) & (_norm(parts[..., : -warm.shape[-1], :]) > 0)
     upper = jnp.linalg.qr(jnp.where(good, parts, jnp.eye(*parts.shape[-2:], dtype=warm.dtype)), mode="r")
-    return jax.lax.linalg.triangular_solve(upper, warm, left_side=False, lower=False)
+    return jax.lax.linalg.triangular_solve(upper, warm / size, left_side=False, lower=False)
 
 
 class _Basis(NamedTuple):
@@ -341,8 +342,8 @@ class _Batch:
             tall(key) for key in ("params", "previous", "first_moment", "row_moment", "gradients")
         )
         # (of bfloat16 without the margin: a quarter of the factor is no noise)
-        eps = jnp.finfo(self.dtype).eps
-        self.rounding = self._column(lambda f: float(max(eps, jnp.finfo(f.dtype).eps / NOISE)))
+        floor = float(jnp.finfo(self.dtype).eps) ** NOISE
+        self.rounding = self._column(lambda f: max(floor, float(jnp.finfo(f.dtype).eps)))
         self.rows = self._column(lambda f: f.rows)
         full = lambda m: m if m.dtype == bool else m.astype(self.algebra)
         self.small = FactorState(*(full(m if m.ndim == 3 else m[:, None, None]) for m in small))
@@ -376,7 +377,7 @@ class _Batch:
         if self.options["scaled_later"]:
             moved = self._norms([x - x_old for x, x_old in zip(self.x, self.x_old, strict=True)])
             step = step * jnp.where(old.update_norm > 0, moved / jnp.where(old.update_norm > 0, old.update_norm, 1), 0)
-        noise = NOISE * self.rounding * self._norms(self.x_old)
+        noise = self.rounding * self._norms(self.x_old)
         warm = self._rounded(_warm_basis(old.warm_basis, old.root, step, old.moment_norm, noise))
         grams = self._grams(warm)
         known = jnp.all(_trace(grams[0]) <= 2 * warm.shape[-1]) & ~first  # by the triangle inequality no more than 1.5r
@@ -400,7 +401,7 @@ class _Batch:
         orthonormal three times, each of which makes the Gram matrix better conditioned (rite.initial_basis)."""
         scale = self._join([jnp.max(jnp.abs(x), (-2, -1), keepdims=True) for x in self.x])
         warm = jnp.eye(self.small.basis.shape[-1], dtype=self.algebra) / jnp.where(scale == 0, 1, scale)
-        noise, none = NOISE * self.rounding * self._norms(self.x), jnp.zeros_like(warm)
+        noise, none = self.rounding * self._norms(self.x), jnp.zeros_like(warm)
         for _ in range(3):
             w, u = _eigh(self._grams(warm)[0])
             s = jnp.sqrt(jnp.maximum(w, w[..., -1:] * (10 * jnp.finfo(self.dtype).eps)))

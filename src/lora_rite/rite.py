@@ -26,9 +26,10 @@ from .sharding import Shards
 #: Directions of X·K_w with less than this share of the largest eigenvalue of its Gram matrix are rounding noise or less
 #: than a thirtieth of the last step: they count as null.
 LIVE = 1e-3
-#: The rounding noise of X·K_w along a direction in which X is null, in units of the rounding of X, with a margin: K_w
-#: is rounded too, where it is largest.
-NOISE = 32
+#: The rounding noise of X is taken for eps to this power (6e-6 of ‖X‖ in float32, 2e-12 in float64): with a margin,
+#: because K_w is rounded too, where it is largest, and because the directions that are only noise in X·K_w turn the
+#: others by about the square of that noise.
+NOISE = 0.75
 
 #: So many rows of a factor are compared with what the last step left. (A change of other rows alone passes: the next
 #: basis is measured from the factor as it is.)
@@ -165,31 +166,47 @@ def initial_basis(x: Tensor, dtype: torch.dtype, jacobi: bool, rows: int, shards
     largest = torch.linalg.vector_norm(x, torch.inf, (-2, -1), keepdim=True) if x.numel() else x.new_zeros(len(x), 1, 1)
     scale = shards.largest(largest).to(dtype)
     warm = eye / torch.where(scale == 0, 1, scale)
-    for _ in range(3):
+    eps = torch.finfo(x.dtype).eps
+
+    def measured(warm: Tensor) -> Tensor:
         z = times(x, warm.to(x.dtype))
-        w, u = eigh(shards.total(gram(z, z))[0].to(dtype), jacobi)
-        s = w.maximum(w[..., -1:] * (10 * torch.finfo(x.dtype).eps)).sqrt()
-        warm = torch.where((w[..., -1:] <= 0)[..., None], warm, warm @ (u / s[..., None, :])).to(x.dtype).to(dtype)
-    z = times(x, warm.to(x.dtype))
-    return orthonormalise(warm, shards.total(gram(z, z))[0].to(dtype), torch.full_like(scale, rows), jacobi)[0]
+        return shards.total(gram(z, z))[0].to(dtype)
+
+    squares = measured(warm)
+    size = scale * trace(squares).sqrt()  # ‖X‖
+    for _ in range(3):
+        w, u = eigh(squares, jacobi)
+        turned = warm @ u
+        rounding = eps**NOISE * size * torch.linalg.vector_norm(turned, dim=-2, keepdim=True)  # what X = 0 may give
+        s = w.maximum(w[..., -1:] * (10 * eps)).sqrt()[..., None, :].maximum(rounding)
+        warm = torch.where((w[..., -1:] <= 0)[..., None], warm, turned / s).to(x.dtype).to(dtype)
+        squares = measured(warm)
+    # once more, without the noise that null directions of K_w, so large, have left in the others
+    limit = torch.full_like(scale, rows)
+    noisy = orthonormalise(warm, squares, limit, jacobi)[0]
+    null = _pseudo_inverse(noisy.coordinates, jacobi)[1] / torch.where(size == 0, 1, size)
+    warm = (noisy.basis + null).to(x.dtype).to(dtype)
+    return orthonormalise(warm, measured(warm), limit, jacobi)[0]
 
 
 def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: Tensor) -> Tensor:
     """K_w for the factor after a step X − M·``step``, before that is taken: from r×r matrices alone.
 
     In it, neither X, nor the step (``step`` (p, r, r) = lr·Dᵀ; ``norm`` (p, 1, 1) bounds the Frobenius norm of M), nor
-    the rounding of X (its relative size ``rounding`` (p, 1, 1)) is longer than 1, so neither is the factor after the
-    step.
+    the rounding of X (its relative size ``rounding`` (p, 1, 1), see NOISE) is longer than 1, so neither is the factor
+    after the step.
     """
     x, moved = old.coordinates @ old.warm, step @ old.warm
     size = torch.linalg.matrix_norm(old.coordinates, keepdim=True)
-    noise = (NOISE * rounding * size) * old.warm
+    noise = (rounding * size) * old.warm
     f = 2 * (x.mT @ x + norm**2 * (moved.mT @ moved) + noise.mT @ noise)
-    empty = (f.diagonal(dim1=-2, dim2=-1).amax(-1) <= 0)[..., None, None]
+    diagonal = f.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, 1).rsqrt()  # columns of 1: those of a null direction may be 1/eps
     eye = _eye_like(f)
-    jitter = eye * (trace(f) * (10 * torch.finfo(f.dtype).eps))  # makes f, positive semidefinite, numerically definite
-    root = torch.linalg.cholesky_ex(torch.where(empty, eye, f + jitter))[0]
-    return torch.linalg.solve_triangular(root.mT, old.warm, upper=True, left=False)
+    scaled = torch.where(diagonal.amax(-1)[..., None, None] > 0, f * scale[..., None, :] * scale[..., None], eye)
+    jitter = f.shape[-1] * 10 * torch.finfo(f.dtype).eps  # makes f, positive semidefinite, numerically definite
+    root = torch.linalg.cholesky_ex(scaled + jitter * eye)[0]
+    return torch.linalg.solve_triangular(root.mT, old.warm * scale[..., None, :], upper=True, left=False)
 
 
 def orthonormalise(warm: Tensor, gram_z: Tensor, rows: Tensor, jacobi: bool) -> tuple[Basis, Tensor, Tensor]:
@@ -204,25 +221,27 @@ def orthonormalise(warm: Tensor, gram_z: Tensor, rows: Tensor, jacobi: bool) -> 
     t = torch.where(live, s, 0)[..., None] * (u.mT @ inverse)
     basis = warm @ c
     if jacobi or w.device.type != "cpu" or not live.all().tolist():  # (asking costs nothing on a CPU)
-        basis = torch.where(live.all(-1)[..., None, None], basis, _pseudo_inverse(t, live, jacobi))
+        basis = torch.where(live.all(-1)[..., None, None], basis, _pseudo_inverse(t, jacobi)[0])
     return Basis(basis, t, warm), c, inverse
 
 
-def _pseudo_inverse(t: Tensor, live: Tensor, jacobi: bool) -> Tensor:
-    """T⁺ where the first rows of T are zero. (There warm·c is a right inverse too, but with parts of the size 1/eps in
-    the null space of T, into which the other factor would move.)"""
-    good = finite(t)
+def _pseudo_inverse(t: Tensor, jacobi: bool) -> tuple[Tensor, Tensor]:
+    """T⁺ where the first rows of T are zero, and as columns in their places an orthonormal basis of T's null space.
+    (There warm·c is a right inverse too, but with parts of the size 1/eps in the null space of T, into which the other
+    factor would move.)"""
+    good, live = finite(t), (t != 0).any(-1)[..., None, :]
     if jacobi:
         b, v = _jacobi(torch.where(good, t, 0))
         square = b.square().sum(-2, keepdim=True)
-        rank = live.sum(-1, keepdim=True)[..., None]  # of the σ, the largest so many count
-        square = torch.where(square.argsort(-1, descending=True).argsort(-1) < rank, square, torch.inf)
-        return torch.where(good, (v / square) @ b.mT, torch.nan)
+        square, order = square.sort(-1)
+        b, v = (m.gather(-1, order.expand_as(m)) for m in (b, v))
+        inverse = (v / torch.where(live, square, torch.inf)) @ b.mT
+        return torch.where(good, inverse, torch.nan), torch.where(live | ~good, 0, v)
     q, root = torch.linalg.qr(torch.where(good, t, 0).flip(-2).mT)  # T's live rows first: Tᵀ = Q·[R 0]
     mask = live.flip(-1).to(t.dtype)
-    root = root * mask[..., None, :] + torch.diag_embed(1 - mask)
-    inverse = torch.linalg.solve_triangular(root.mT, q * mask[..., None, :], upper=False, left=False)
-    return torch.where(good, inverse.flip(-1), torch.nan)
+    root = root * mask + torch.diag_embed(1 - mask[..., 0, :])
+    inverse = torch.linalg.solve_triangular(root.mT, q * mask, upper=False, left=False)
+    return torch.where(good, inverse.flip(-1), torch.nan), torch.where(live | ~good, 0, q.flip(-1))
 
 
 def damped_inverse(s: Tensor, delta: Tensor, jacobi: bool = False) -> Tensor:
