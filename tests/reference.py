@@ -8,7 +8,7 @@ import torch
 
 
 def decay(t, beta):
-    return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
+    return beta * (1 - beta ** (t - 1)) / (1 - beta**t) if beta < 1 else 1.0
 
 
 def basis(y, null):
@@ -85,7 +85,7 @@ class Reference:
             old_values, new_values = torch.linalg.eigvalsh(side.v), torch.linalg.eigvalsh(moved)
             escaped = min((old_values - new_values).max().clamp(min=0), (side.v.trace() - moved.trace()).clamp(min=0))
             side.rho = b2 * (side.rho + escaped)
-        side.v = b2 * moved + (1 - b2) * g.mT @ g / len(g)
+        side.v = b2 * moved + (1 - b2 if b2 < 1 else 1.0) * g.mT @ g / len(g)
         values, u = torch.linalg.eigh(side.v)
         root = (values.clamp(min=0) + side.rho).sqrt()
         s = g @ u @ (1 / (root + self.eps + self.relative_eps * root[-1])).diag() @ u.mT

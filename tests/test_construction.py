@@ -188,6 +188,7 @@ def test_tensor_lr_is_read_at_each_step():
     ("options", "message"),
     [
         ({"betas": (1.0, 0.9)}, r"\(1.0, 0.9\)"),
+        ({"betas": (0.9, 1.1)}, r"\(0.9, 1.1\)"),
         ({"betas": (0.9,)}, "betas"),
         ({"betas": (float("nan"), 0.9)}, "nan"),
         ({"betas": 0.9}, "betas"),

@@ -155,10 +155,12 @@ EVERYTHING = {
     "apply_escape": True, "balance_param": True, "update_capping": 0.5, "update_skipping": 1.0, "relative_eps": 0.0,
     "maximize": True, "betas": (0.0, 0.99),
 }  # fmt: skip
+SUMMED = {"betas": (0.0, 1.0), "apply_escape": True, "relative_eps": 0.0}
 PROBLEMS = {  # (r, n, m) and the zero factor of each pair; options; the gradients' rank
     "defaults": ([((4, 9, 7), "B"), ((4, 20, 7), "B"), ((8, 30, 40), None)], {"weight_decay": 0.1}, None),
     "low_rank": ([((8, 50, 40), "B"), ((8, 40, 50), "A")], {}, 2),
     "everything": ([((4, 9, 7), None), ((4, 9, 7), "B")], EVERYTHING, None),
+    "summed": ([((4, 9, 7), None), ((4, 20, 7), "B")], SUMMED, None),
     "wide": ([((16, 12, 20), None), ((16, 12, 20), "B"), ((6, 30, 4), None)], {}, None),
 }
 
@@ -362,7 +364,8 @@ def test_other_wrong_arguments_are_errors():
         tx.init(jax.tree.map(lambda x: x.astype(jnp.int32), params))
     for wrong in (
         {"learning_rate": -1.0}, {"learning_rate": "1e-3"}, {"learning_rate": float("nan")}, {"eps": 0.0},
-        {"betas": (0.9, 1.0)}, {"betas": 0.9}, {"damping": -1.0}, {"row_beta": 1.0}, {"weight_decay": float("inf")},
+        {"betas": (1.0, 0.9)}, {"betas": (0.9, 1.1)}, {"betas": 0.9}, {"damping": -1.0}, {"row_beta": 1.0},
+        {"weight_decay": float("inf")},
         {"row_equilibration": 1}, {"clip_unmagnified_grad": None}, {"update_capping": jnp.ones(2)},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be "):

@@ -25,6 +25,7 @@ OPTIONS = {
     "weight_decay": {"weight_decay": 0.3},
     "maximize": {"maximize": True, "betas": (0.5, 0.95), "eps": 1e-3},
     "no_momentum": {"betas": (0.0, 0.9)},
+    "summed": {"betas": (0.5, 1.0), "apply_escape": True},
     "all": {
         "damping": 5.0, "relative_eps": 1e-2, "update_skipping": 1.0, "update_capping": 0.7, "apply_escape": True,
         "balance_param": True, "weight_decay": 0.1, "clip_unmagnified_grad": 0.5,

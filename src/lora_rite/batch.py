@@ -327,6 +327,7 @@ class Batch:
             self.numbers[..., -1:].to(self.algebra),
             squares / self.rows,
             self.decays[1],
+            summed=group["betas"][1] == 1,
             eps=group["eps"],
             relative_eps=group["relative_eps"],
             jacobi=group["capturable"],

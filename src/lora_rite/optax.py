@@ -202,7 +202,9 @@ def _eigh(m: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _decay(step: jax.Array, beta: Any) -> jax.Array:
-    """β(1 − βᵗ⁻¹)/(1 − βᵗ), exact in float32 too."""
+    """β(1 − βᵗ⁻¹)/(1 − βᵗ), exact in float32 too; 1 for β = 1."""
+    if not isinstance(beta, jax.Array) and beta == 1:
+        return jnp.ones_like(step)
     log = jnp.log(jnp.maximum(beta, 1e-30)) if isinstance(beta, jax.Array) else math.log(max(beta, 1e-30))
     return beta * jnp.expm1((step - 1) * log) / jnp.expm1(step * log)
 
@@ -443,7 +445,8 @@ class _Batch:
         options, clip = self.options, self.options["clip_unmagnified_grad"]
         scale = 1.0 if _is_zero(clip) else jnp.where((clip > 0) & (norm > clip), clip / norm, 1)
         squares = self.squares * scale**2 / self.rows
-        self.second_moment = decays[1] * self.second_moment + (1 - decays[1]) * squares
+        summed = not isinstance(options["betas"][1], jax.Array) and options["betas"][1] == 1
+        self.second_moment = decays[1] * self.second_moment + (1 if summed else 1 - decays[1]) * squares
         self.escaped = decays[1] * self.escaped
         w, u = _eigh(self.second_moment)
         root = jnp.sqrt(jnp.maximum(w, 0) + self.escaped[..., 0])
@@ -619,9 +622,11 @@ def _check(learning_rate: Any, layouts: tuple[Layout, ...], options: dict[str, A
         raise LoRARiteValueError("eps must be a finite number > 0, got 0")
     _check_number("eps", options["eps"])
     if not isinstance(options["betas"], (tuple, list)) or len(options["betas"]) != 2:
-        raise LoRARiteValueError(f"betas must be two numbers in [0, 1), got {options['betas']!r}")
-    for key, beta in (*(("betas", beta) for beta in options["betas"]), ("row_beta", options["row_beta"])):
+        raise LoRARiteValueError(f"betas must be a number in [0, 1) and one in [0, 1], got {options['betas']!r}")
+    summed = not isinstance(options["betas"][1], jax.Array) and options["betas"][1] == 1
+    for key, beta in (("betas", options["betas"][0]), ("betas", 0.0 if summed else options["betas"][1])):
         _check_number(key, beta, below=1)
+    _check_number("row_beta", options["row_beta"], below=1)
     for key in _SWITCHES:
         if not isinstance(options[key], bool):
             raise LoRARiteValueError(f"{key} must be True or False, got {options[key]!r}")
@@ -710,7 +715,8 @@ def lora_rite(
     Args:
         learning_rate: a number or a schedule (of the number of updates, skipped ones too). 2e-4 is the default of
             LoRARite; start from the one that suits AdamW on the same adapter and try up to five times that.
-        betas: decays of the first and the second moment.
+        betas: decays of the first and the second moment. A second of 1 (a number, not an array) sums V over all steps,
+            as Adagrad does.
         eps: added to the root of the eigenvalues of V.
         weight_decay: decoupled, on both factors.
         damping: how many steps' worth of W must lie along a direction of B·A before the factor opposite to the zero one

@@ -73,7 +73,8 @@ class LoRARite(torch.optim.Optimizer):
             groups from :func:`lora_rite.param_groups`. Frozen parameters are left out.
         lr: the learning rate, a float or a tensor of one element. A step changes W by about lr·√(rows·r) in Frobenius
             norm. All hyperparameters are per group and read at each step.
-        betas: decays of the first and the second moment.
+        betas: decays of the first and the second moment. A second of 1 sums V over all steps (Algorithm 1 of the paper,
+            Theorems 3 and 4), as Adagrad does, so that steps shrink as t^-½; lr then is that of the first step.
         eps: added to the root of the eigenvalues of V.
         weight_decay: decoupled, on both factors.
         damping: how many steps' worth of W must lie along a direction of B·A before the factor opposite to the zero one
@@ -773,8 +774,9 @@ def _check_hyperparameters(values: dict[str, Any]) -> None:
     if not _is_number(values["eps"]) or not 0 < values["eps"] < math.inf:
         raise LoRARiteValueError(f"eps must be a finite number > 0, got {values['eps']!r}")
     betas = values["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
-        raise LoRARiteValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    good = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(_is_number(b) and 0 <= b <= 1 for b in betas)
+    if not good or betas[0] == 1:
+        raise LoRARiteValueError(f"betas must be a number in [0, 1) and one in [0, 1], got {betas!r}")
     if not _is_number(values["row_beta"]) or not 0 <= values["row_beta"] < 1:
         raise LoRARiteValueError(f"row_beta must be a number in [0, 1), got {values['row_beta']!r}")
     for key in ("row_equilibration", "apply_escape", "balance_param", "maximize", "capturable"):

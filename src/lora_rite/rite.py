@@ -54,8 +54,10 @@ class Basis(NamedTuple):
 
 
 def bias_corrected_decay(step: Tensor, beta: float) -> Tensor:
-    """β(1 − βᵗ⁻¹)/(1 − βᵗ): the decay that makes an exponential average unbiased at the 1-based step t."""
-    return beta * (1 - beta ** (step - 1)) / (1 - beta**step) if beta else torch.zeros_like(step)
+    """β(1 − βᵗ⁻¹)/(1 − βᵗ): the decay that makes an exponential average unbiased at the 1-based step t; 1 for β = 1."""
+    if beta in (0, 1):
+        return torch.full_like(step, beta)
+    return beta * (1 - beta ** (step - 1)) / (1 - beta**step)
 
 
 def times(x: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
@@ -277,14 +279,23 @@ def unmagnified_gram(gradient: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
 
 
 def second_moment(
-    moment: Tensor, escaped: Tensor, squares: Tensor, decay: Tensor, *, eps: float, relative_eps: float, jacobi: bool
+    moment: Tensor,
+    escaped: Tensor,
+    squares: Tensor,
+    decay: Tensor,
+    *,
+    summed: bool,
+    eps: float,
+    relative_eps: float,
+    jacobi: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """V ← β₂ₜ·V + (1−β₂ₜ)·``squares``, ρ ← β₂ₜ·ρ, and the preconditioner U diag(1/(√(λ+ρ) + eps + …)) Uᵀ (Eq. 8).
+    """V ← β₂ₜ·V + (1−β₂ₜ)·``squares``, ρ ← β₂ₜ·ρ, and the preconditioner U diag(1/(√(λ+ρ) + eps + …)) Uᵀ (Eq. 8);
+    V ← V + ``squares`` where ``summed`` (Algorithm 1, Theorems 3 and 4).
 
     ``relative_eps``·√(λ+ρ)_max is added to eps: directions of V that are rounding noise are then not whitened to full
     size, invariantly, and whatever the scale of the gradient.
     """
-    moment = decay * moment + (1 - decay) * squares
+    moment = moment + squares if summed else decay * moment + (1 - decay) * squares
     escaped = decay * escaped
     w, u = eigh(moment, jacobi)
     root = (w.clamp_min(0) + escaped[..., 0]).sqrt()

@@ -38,7 +38,7 @@ def theorem_3(pair: list[Tensor], lr: float) -> torch.optim.Optimizer:
     """LoRA-RITE as the theorems have it."""
     return Variant(
         pair, lr, betas=(0.0, 1.0), eps=1e-12, damping=0.0, relative_eps=0.0, rows=None, clip_unmagnified_grad=0.0,
-        apply_escape=True, summed=True,
+        apply_escape=True,
     )  # fmt: skip
 
 

@@ -14,7 +14,6 @@ class Variant(torch.optim.Optimizer):
     """LoRA-RITE on a flat list A, B, A, B, … with A (r, n) and B (m, r).
 
     Args (those of LoRARite have its meaning and defaults):
-        summed: V is the sum over all steps, unweighted (Algorithm 1, Theorems 3 and 4; "β₂ = 1"), and ρ too.
         transport: carry V and M into the new basis (P); False leaves them as they are.
         second_moment: False whitens with this step's gradient alone (S is then a polar factor, as in Muon).
         momentum: the first moment of the preconditioned gradient ("after"), or of the unmagnified gradient, which is
@@ -40,7 +39,6 @@ class Variant(torch.optim.Optimizer):
         clip_unmagnified_grad: float = 1.0,
         update_skipping: float = 0.0,
         apply_escape: bool = False,
-        summed: bool = False,
         transport: bool = True,
         second_moment: bool = True,
         momentum: Literal["after", "before"] = "after",
@@ -95,12 +93,12 @@ class Variant(torch.optim.Optimizer):
         if group["apply_escape"]:
             lost = torch.linalg.eigvalsh(old) - torch.linalg.eigvalsh(moved)
             state["rho"] += float(min(lost.max().clamp(min=0), (old.trace() - moved.trace()).clamp(min=0)))
-            state["rho"] *= 1 if group["summed"] else b2
+            state["rho"] *= b2
         gram = g.mT @ g / len(g)
         if not group["second_moment"]:
             state["v"] = gram
         else:
-            state["v"] = moved + gram if group["summed"] else b2 * moved + (1 - b2) * gram
+            state["v"] = b2 * moved + (1 if group["betas"][1] == 1 else 1 - b2) * gram
         m = state["m"] @ p.mT
         if group["momentum"] == "before":
             g = m = b1 * m + (1 - b1) * g
@@ -130,7 +128,7 @@ class Variant(torch.optim.Optimizer):
 
 
 def _decay(t: int, beta: float) -> float:
-    return beta * (1 - beta ** (t - 1)) / (1 - beta**t) if beta < 1 else 1 - 1 / t
+    return beta * (1 - beta ** (t - 1)) / (1 - beta**t) if beta < 1 else 1.0
 
 
 def _basis(y: Tensor, null: float) -> tuple[Tensor, Tensor, Tensor]:
