@@ -18,6 +18,7 @@ from lora_rite.finetune import check as module
 from lora_rite.finetune.compare import HEADERS, Study, load_recipe
 from lora_rite.finetune.tasks import find_task
 
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -25,9 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def test_there_are_recipes():
     """An empty list would pass every other test."""
-    assert len(RECIPES) >= 13
+    assert len(RECIPES) >= 14
     models = {load_recipe(ROOT / path).train["model"] for path in RECIPES}
-    assert models == {"tiny", "google/gemma-2b", "google/gemma-7b", "google/gemma-7b-it", "google/mt5-xxl"}
+    hub = {"google/gemma-2b", "google/gemma-7b", "google/gemma-7b-it", "google/mt5-xxl"}
+    assert models == {"tiny", MINILM, *hub}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
@@ -41,7 +43,7 @@ def test_recipe(path, monkeypatch, capsys):
     study = Study(load_recipe(path))
     assert f"{study.planned({})} runs, 0 of them finished" in capsys.readouterr().out
     model = study.recipe.train["model"]
-    expected = {"tiny": 35, "google/gemma-7b-it": 28 * 7}
+    expected = {"tiny": 35, "google/gemma-7b-it": 28 * 7, MINILM: 6 * 6 + 1}
     for rank in study.recipe.ranks:
         needs = module.needs(study, rank)
         name = model.removeprefix("google/")

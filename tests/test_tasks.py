@@ -55,11 +55,12 @@ def test_the_text_that_is_learnt_is_the_one_that_lm_eval_asks_for(name, folder):
     assert len(docs) == len(rows.rows) == (5 if name == "gsm8k" else 6)
     for doc, example in zip(docs, examples(name, rows), strict=True):
         target = judge.doc_to_target(doc)
-        if isinstance(target, int):
-            target = judge.doc_to_choice(doc)[target]
-        elif TASKS[name].evaluation == "choices":
-            target = judge.doc_to_choice(doc)[int(target)]
-        assert example == Example(judge.fewshot_context(doc, 0), judge.config.target_delimiter + target)
+        others = []
+        if TASKS[name].evaluation == "choices":
+            others = list(judge.doc_to_choice(doc))
+            target = others.pop(int(target))
+        target, *others = (judge.config.target_delimiter + text for text in (target, *others))
+        assert example == Example(judge.fewshot_context(doc, 0), target, others=tuple(others))
     assert TASKS[name].dataset == (judge.config.dataset_path, judge.config.dataset_name)
 
 

@@ -50,6 +50,10 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "feed_forward_proj": "gated-gelu",
         },
     ),
+    "sentence-transformers/all-MiniLM-L6-v2": (
+        "bert",
+        {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 30522},
+    ),
 }
 CONFIGURATIONS["google/gemma-7b-it"] = CONFIGURATIONS["google/gemma-7b"]
 
@@ -92,13 +96,15 @@ def needs(study: Study, rank: int) -> Needs:
     checkpointing.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from .. import find_pairs
 
     options = study.recipe.train
     config = configuration(options.get("model", "tiny"), options.get("trust_remote_code", False))
     build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if study.recipe.function is not None:  # which knows what it puts on top
+        build = AutoModel
     with torch.device("meta"):
         network = build.from_config(config)
         parameters = sum(p.numel() for p in network.parameters())

@@ -8,6 +8,7 @@ wherever it stopped.
 """
 
 import gc
+import inspect
 import itertools
 import json
 import math
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError
 from .checkpoint import write_json
 from .data import Example, read_examples, read_text, split
-from .optimizers import find_optimizer
+from .optimizers import find_optimizer, load
 from .tasks import examples, find_task, read_rows, read_task
 from .train import train, versions
 from .untrusted import read_config
@@ -98,6 +99,9 @@ class Recipe:
         ranks: of the adapter.
         seeds: of the runs at the best learning rate.
         sweep_seeds: of the runs that choose it: the first tries all rates, the others the best two.
+        function: ``package.module:function`` that trains a run in place of ``lora-rite train``: its keywords are the
+            options, those that the study decides among them, and it returns what a result.json has
+            (:func:`lora_rite.finetune.choices.train_choices` is one).
         notes: what the report says at its beginning.
     """
 
@@ -108,6 +112,7 @@ class Recipe:
     ranks: list[int] = field(default_factory=lambda: [16])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     sweep_seeds: list[int] = field(default_factory=lambda: [100, 101])
+    function: str | None = None
     notes: str = ""
 
 
@@ -161,13 +166,14 @@ def load_recipe(path: Path) -> Recipe:
     read_config(path)  # which may come from a stranger
     parser, options = ArgumentParser(exit_on_error=False), ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, as_group=False)
-    options.add_function_arguments(train, as_group=False)
     try:
         recipe = Recipe(**vars(parser.instantiate(parser.parse_string(read_text(path)))))
+        options.add_function_arguments(_function(recipe.function), as_group=False)
         for prefix, part in (("", recipe), *((f"tasks.{name}.", task) for name, task in recipe.tasks.items())):
             if decided := DECIDED & set(part.train):
                 raise LoRARiteValueError(f"{path}: {prefix}train.{min(decided)}: the study decides it")
-            parsed = options.parse_object({"out": ".", **part.train})
+            decided = {"out": ".", "data": ".", "validation": ".", "optimizer": "adamw", "lr": 1.0}
+            parsed = options.parse_object({**decided, **recipe.train, **part.train})
             part.train = {key: parsed[key] for key in part.train}
             if part.train.get("trust_remote_code"):
                 raise LoRARiteValueError(f"{path}: {prefix}train.trust_remote_code: not by a file, see lora-rite train")
@@ -189,12 +195,26 @@ def load_recipe(path: Path) -> Recipe:
             find_task(task.task)
         if unknown := set(task.limit) - set(SPLITS):
             raise LoRARiteValueError(f"{path}: tasks.{name}.limit.{min(unknown)}: there are {', '.join(SPLITS)}")
+        if task.evaluate and recipe.function:
+            raise LoRARiteValueError(f"{path}: tasks.{name}.evaluate: there is no adapter where a function trains")
     for name, contender in recipe.optimizers.items():
         grid = contender.lr
         if not grid or len(set(grid)) < len(grid) or not all(0 < lr < math.inf for lr in grid):
             raise LoRARiteValueError(f"{path}: optimizers.{name}.lr: at least one, each once, positive")
         find_optimizer(contender.optimizer)
     return recipe
+
+
+def _function(name: str | None) -> Callable[..., dict[str, Any]]:
+    """What trains a run."""
+    if name is None:
+        return train
+    function = load(name)
+    missing = {"data", "validation", "optimizer", "optimizer_args", "lr", "rank", "seed", "out"}
+    missing -= set(inspect.signature(function).parameters)
+    if missing:
+        raise LoRARiteValueError(f"function {name} must take {', '.join(sorted(missing))}")
+    return function
 
 
 class Study:
@@ -448,7 +468,7 @@ def _run_all(
         while due := study.due(losses):
             for run in [run for run in due if run not in working.values()][: jobs - len(working)]:
                 work = study.options(run, out), study.evaluation(run, out, data_dir)
-                working[executor.submit(_run, *work)] = run
+                working[executor.submit(_run, study.recipe.function, *work)] = run
             done, _ = wait(working, return_when=FIRST_COMPLETED)
             for future in done:
                 run = working.pop(future)
@@ -467,11 +487,39 @@ def _run_all(
     return _write_study(study, out, data, losses)
 
 
-def _run(options: dict[str, Any], evaluation: dict[str, Any]) -> tuple[float, float]:
+def _run(function: str | None, options: dict[str, Any], evaluation: dict[str, Any]) -> tuple[float, float]:
     """Trains one run, or goes on with it, and evaluates its adapter. Returns its held-out loss (infinite where it
     diverged) and the seconds."""
     gc.collect()  # the model of the run before: Trainers are in cycles
-    out, begin = options["out"], time.perf_counter()
+    begin = time.perf_counter()
+    loss = _train(options, evaluation) if function is None else _call(_function(function), options)
+    return loss, time.perf_counter() - begin
+
+
+def _call(function: Callable[..., dict[str, Any]], options: dict[str, Any]) -> float:
+    """Has a recipe's function train a run, from its beginning, and writes its result.json."""
+    out = options["out"]
+    if out.is_dir():
+        shutil.rmtree(out)  # of a run that was stopped
+    out.mkdir(parents=True)
+    bound = inspect.signature(function).bind(**options)
+    bound.apply_defaults()
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in bound.arguments.items()}
+    try:
+        result = function(**options)
+    except LoRARiteValueError as error:
+        raise LoRARiteValueError(f"{out}: {error}") from error
+    except NonFiniteError as error:
+        result = {"held_out": {"after": math.inf}, "diverged": str(error)}
+    if not math.isfinite(result["held_out"]["after"]):
+        result.setdefault("diverged", "the held-out loss is not finite after training")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    write_json(out / "result.json", {"settings": settings, **result, "versions": versions()})
+    return result["held_out"]["after"]
+
+
+def _train(options: dict[str, Any], evaluation: dict[str, Any]) -> float:
+    out = options["out"]
     resume = (out / "result.json").is_file() or any((out / "checkpoints").glob("checkpoint-*"))
     if out.is_dir() and not resume:
         shutil.rmtree(out)  # a run that was stopped before its first checkpoint
@@ -490,7 +538,7 @@ def _run(options: dict[str, Any], evaluation: dict[str, Any]) -> tuple[float, fl
         write_json(out / "result.json", result)
     for checkpoint in (out / "checkpoints").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    return loss, time.perf_counter() - begin
+    return loss
 
 
 def _finished(study: Study, out: Path, losses: Losses) -> Losses:

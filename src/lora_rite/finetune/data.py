@@ -17,12 +17,14 @@ RECORDS = (".jsonl", ".json", ".parquet")  # files of records
 class Example(NamedTuple):
     """A text (``prompt`` empty; all of it carries loss), or a prompt and the completion that carries it.
 
-    ``shorter`` has prompts to take instead, in this order, where the whole does not fit into a window.
+    ``shorter`` has prompts to take instead, in this order, where the whole does not fit into a window; ``others`` the
+    wrong completions of a multiple-choice question.
     """
 
     prompt: str
     completion: str
     shorter: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 Row = dict[str, list[int]]
@@ -35,7 +37,8 @@ class Split(NamedTuple):
 
 def read_examples(path: Path, skip_bad_lines: bool = False) -> list[Example]:
     """Examples from the records of a ``.jsonl``, ``.json`` or ``.parquet`` file (``{"text": …}``, or
-    ``{"prompt": …, "completion": …}``; beside a prompt, ``"shorter"`` may list prompts for where it does not fit), or
+    ``{"prompt": …, "completion": …}``; beside a prompt, ``"shorter"`` may list prompts for where it does not fit, and
+    ``"others"`` wrong completions), or
     from any other text file (one example).
 
     Args:
@@ -153,10 +156,16 @@ def _example(record: dict[str, Any], where: str) -> Example:
             raise LoRARiteValueError(f'{where}: "{key}" is not Unicode text: it has half of a surrogate pair')
     if not record[keys[-1]].strip():
         raise LoRARiteValueError(f'{where}: "{keys[-1]}" is empty')
-    shorter = record.get("shorter", [])
-    if not isinstance(shorter, list) or not all(isinstance(prompt, str) for prompt in shorter):
-        raise LoRARiteValueError(f'{where}: "shorter" must be a list of prompts')
-    return Example(record.get("prompt", "") if len(keys) == 2 else "", record[keys[-1]], tuple(shorter))
+    lists = {}
+    for key in ("shorter", "others"):
+        lists[key] = record.get(key, [])
+        if not isinstance(lists[key], list) or not all(isinstance(text, str) for text in lists[key]):
+            raise LoRARiteValueError(f'{where}: "{key}" must be a list of {_LISTS[key]}')
+        lists[key] = tuple(lists[key])
+    return Example(record.get("prompt", "") if len(keys) == 2 else "", record[keys[-1]], **lists)
+
+
+_LISTS = {"shorter": "prompts", "others": "completions"}
 
 
 def split(examples: list[Example], share: float, seed: int) -> Split:
@@ -217,7 +226,7 @@ def windows(
     stream: list[int] = []
     rows: list[Row] = []
     cut = 0
-    for prompt, completion, shorter in examples:
+    for prompt, completion, shorter, _ in examples:
         if not prompt and encoder_decoder:
             raise LoRARiteValueError("an encoder-decoder model learns from prompts and completions, not from texts")
         if not prompt:

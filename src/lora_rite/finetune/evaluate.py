@@ -448,7 +448,7 @@ class _Evaluator:
             )
         how = {"max_length": tokens} if encoder_decoder else {"max_gen_toks": tokens, "until": ["\n\n"]}
         requests, cut = [], 0
-        for n, (prompt, _, shorter) in enumerate(plan.texts):
+        for n, (prompt, _, shorter, _) in enumerate(plan.texts):
             text = next((text for text in (prompt, *shorter) if len(lm.tok_encode(text)) <= room), None)
             if text is None:
                 cut += 1

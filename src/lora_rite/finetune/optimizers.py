@@ -46,7 +46,7 @@ def find_optimizer(name: str) -> tuple[Callable[..., Any], Preset]:
     if name not in PRESETS and not _PATH.fullmatch(name):
         raise LoRARiteValueError(f"no optimizer {name}; there are {', '.join(PRESETS)}, and package.module:attribute")
     preset = PRESETS.get(name, Preset(name))
-    return _load(preset.path), preset
+    return load(preset.path), preset
 
 
 def create_optimizer(
@@ -68,7 +68,7 @@ def create_optimizer(
     target: Any
     target, preset = find_optimizer(name)
     arguments = {**preset.options, **(options or {}), "lr": lr}
-    arguments = {k: _load(v) if isinstance(v, str) and _PATH.fullmatch(v) else v for k, v in arguments.items()}
+    arguments = {k: load(v) if isinstance(v, str) and _PATH.fullmatch(v) else v for k, v in arguments.items()}
     taken = inspect.signature(target).parameters.values()
     if any(p.name == preset.weight_decay or p.kind is p.VAR_KEYWORD for p in taken):
         arguments.setdefault(preset.weight_decay, weight_decay)
@@ -94,7 +94,8 @@ class OptimizerFactory:
         return create_optimizer(model, **kwargs)
 
 
-def _load(path: str) -> Any:
+def load(path: str) -> Any:
+    """The attribute that an import path ``package.module:attribute`` names."""
     module, _, attribute = path.partition(":")
     try:
         found = importlib.import_module(module)

@@ -98,6 +98,8 @@ class Row:
         self.results = {seed: json.loads((folder / p).read_text(encoding="utf-8")) for seed, p in self.paths.items()}
         self.accuracies: dict[str, dict[int, float]] = {}
         for seed, path in self.paths.items():
+            if "accuracy" in self.results[seed]:
+                self.accuracies.setdefault("accuracy", {})[seed] = 100 * self.results[seed]["accuracy"]["after"]
             for file in sorted((folder / path).parent.glob("evaluation/*.json")):
                 record = json.loads(file.read_text(encoding="utf-8"))
                 figures = record["results"]

@@ -144,15 +144,17 @@ def _gsm8k(row: Row) -> Example:
 
 
 def _arc(row: Row) -> Example:
-    return Example(f"Question: {row['question']}\nAnswer:", f" {_choice(row)}")
+    return _question(f"Question: {row['question']}\nAnswer:", row)
 
 
 def _openbookqa(row: Row) -> Example:
-    return Example(row["question_stem"], f" {_choice(row)}")
+    return _question(row["question_stem"], row)
 
 
-def _choice(row: Row) -> str:
-    return row["choices"]["text"][row["choices"]["label"].index(row["answerKey"].strip())]
+def _question(prompt: str, row: Row) -> Example:
+    texts = [f" {text}" for text in row["choices"]["text"]]
+    right = row["choices"]["label"].index(row["answerKey"].strip())
+    return Example(prompt, texts.pop(right), others=tuple(texts))
 
 
 def _hellaswag(row: Row) -> Example:
@@ -160,7 +162,8 @@ def _hellaswag(row: Row) -> Example:
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
     prompt = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    return Example(prompt, f" {clean(row['endings'][int(row['label'])])}")
+    texts = [f" {clean(text)}" for text in row["endings"]]
+    return Example(prompt, texts.pop(int(row["label"])), others=tuple(texts))
 
 
 def _instruction(row: Row) -> Example:

@@ -298,13 +298,16 @@ def attach_adapter(
             check_adapter(adapter)
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
+    kind = "SEQ_2_SEQ_LM" if network.config.is_encoder_decoder else "CAUSAL_LM"
+    if not network.can_generate():
+        kind = "FEATURE_EXTRACTION"
     with _blame(f"--target_modules {target_modules}"):
         config = LoraConfig(
             r=rank,
             lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
             lora_dropout=dropout,
             target_modules=target_modules,
-            task_type="SEQ_2_SEQ_LM" if network.config.is_encoder_decoder else "CAUSAL_LM",
+            task_type=kind,
         )
         return get_peft_model(network, config)
 
