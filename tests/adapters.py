@@ -12,6 +12,7 @@ from inspect import signature
 from typing import Any
 
 import peft
+import peft.optimizers
 import torch
 from torch import Tensor, nn
 
@@ -69,6 +70,13 @@ def conv(dimensions: int, groups: int = 1) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(layer(4, 8, 3, groups=groups), nn.Tanh(), layer(8, 4, 1, groups=groups))
 
 
+def lora_fa() -> nn.Module:
+    """As PEFT sets LoRA-FA up: its optimizer's constructor freezes A."""
+    model = adapted(linear)()
+    peft.optimizers.create_lorafa_optimizer(model, r=4, lora_alpha=4, lr=1e-3)
+    return model
+
+
 class Attention(nn.Module):
     """Self-attention by torch's own layer, whose q, k and v are one matrix."""
 
@@ -90,6 +98,8 @@ ADAPTERS = [
     Adapter("pissa", adapted(linear, init_lora_weights="pissa"), numbers(6, 12), 2),
     Adapter("olora", adapted(linear, init_lora_weights="olora"), numbers(6, 12), 2),
     Adapter("orthogonal", adapted(linear, init_lora_weights="orthogonal"), numbers(6, 12), 2),
+    Adapter("mica", adapted(linear, init_lora_weights="mica"), numbers(6, 12), 2),
+    Adapter("lorafa", lora_fa, numbers(6, 12), 2),
     Adapter("velora", adapted(linear, velora_config=peft.VeloraConfig(num_groups=2)), numbers(6, 12), 2),
     Adapter("montecarlo", adapted(linear, monteclora_config=peft.MontecloraConfig()), numbers(6, 12), 2, others=4),
     Adapter("embedding", adapted(embedding), tokens(6, 3), 2),

@@ -30,15 +30,17 @@ class Side:
 
 
 class Reference:
-    """pairs: list of [A (r, n), B (m, r)] float64 tensors, replaced at each step."""
+    """pairs: list of [A (r, n), B (m, r)] float64 tensors, replaced at each step. ``frozen``: for each pair None, or 0
+    or 1, the factor (A or B) that stays as it is."""
 
     def __init__(
         self, pairs, *, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, damping=0.0, row_equilibration=False,
         row_beta=0.99, relative_eps=0.0, clip_unmagnified_grad=1.0, update_skipping=0.0, update_capping=0.0,
-        apply_escape=False, balance_param=False, maximize=False, null=1e-11,
+        apply_escape=False, balance_param=False, maximize=False, null=1e-11, frozen=None,
     ):  # fmt: skip
         self.__dict__.update({k: v for k, v in locals().items() if k != "self"})
         self.t = 0
+        self.frozen = frozen or [None] * len(pairs)
         self.sides = [(Side(a.shape[1], a.shape[0]), Side(b.shape[0], b.shape[1])) for a, b in pairs]
         self.damp_a = [not a.any() and bool(b.any()) for a, b in pairs]
 
@@ -47,12 +49,14 @@ class Reference:
         self.t += 1
         sign = -1 if self.maximize else 1
         work = []
-        for (a, b), (g_a, g_b), damp_a in zip(self.pairs, gradients, self.damp_a, strict=True):
+        for (a, b), (g_a, g_b), damp_a, frozen in zip(self.pairs, gradients, self.damp_a, self.frozen, strict=True):
             q_a, t_a, k_a = basis(a.mT, self.null)
             q_b, t_b, k_b = basis(b, self.null)
-            if self.damping:
+            if self.damping and frozen is None:
                 k_a, k_b = (self.damped(t_a, t_b, a.shape[1]), k_b) if damp_a else (k_a, self.damped(t_b, t_a, len(b)))
             work.append([[q_b, k_b, sign * g_a.mT @ k_b], [q_a, k_a, sign * g_b @ k_a]])
+            if frozen is not None:
+                work[-1][frozen][2] *= 0
         for sides in work:
             for side in sides:
                 if self.update_skipping and side[2].square().mean().sqrt() > self.update_skipping:
@@ -65,7 +69,9 @@ class Reference:
                 self.move(x, c * g, q, k, side)
                 for x, (q, k, g), side in zip((a.mT, b), sides, self.sides[i], strict=True)
             ]
-            if self.balance_param and all(x.any() for x in new):
+            if self.frozen[i] is not None:
+                new[self.frozen[i]] = (a.mT, b)[self.frozen[i]]
+            elif self.balance_param and all(x.any() for x in new):
                 norms = [x.norm() + 1e-6 for x in new]
                 new = [x * (norms[0] * norms[1]).sqrt() / n for x, n in zip(new, norms, strict=True)]
             self.pairs[i] = [new[0].mT, new[1]]

@@ -229,6 +229,7 @@ def test_quantised_base(bits):
         return model
 
     model = adapted(base)()
+    assert LoRARite(model.named_parameters()).report()["pairs"] == 2
     optimizer, x, losses = create_lora_rite(model, lr=1e-2, damping=1.0), torch.randn(6, 64), []
     frozen = lambda: [p.detach().clone() for p in model.parameters() if not p.requires_grad]
     before = frozen()
@@ -286,22 +287,26 @@ def test_the_table_names_tests_that_exist():
     assert kinds == {kind.name for kind in (*ADAPTERS, *ONE_BY_ONE)} - {"experts_transposed"}
 
 
-def test_one_frozen_factor_is_refused():
-    """MiCA trains A, from zero; B is frozen and has orthonormal columns. LoRA-FA trains B, from zero; A is frozen."""
-    mica = adapted(linear, init_lora_weights="mica")()
-    factors = {name: p for name, p in mica.named_parameters() if "lora_" in name}
-    for name, p in factors.items():
-        assert p.requires_grad == ("lora_A" in name)
-        if p.requires_grad:
-            assert not p.any()
-        else:
-            torch.testing.assert_close(p.mT @ p, torch.eye(4))
-    fa = adapted(linear)()
-    from peft.optimizers import create_lorafa_optimizer
-
-    create_lorafa_optimizer(fa, r=4, lora_alpha=4, lr=1e-3)
-    for name, p in fa.named_parameters():
-        assert p.requires_grad == ("lora_B" in name)
-    for model in (mica, fa):
-        with pytest.raises(ValueError, match=r"unpaired factor .*it is frozen"):
-            create_lora_rite(model)
+def test_one_frozen_factor_is_a_pair_of_its_own_kind():
+    """MiCA trains A, from zero; B is frozen and has orthonormal columns. LoRA-FA trains B, from zero; A is frozen. What
+    is frozen stays, bit by bit; `find_pairs` says which it is; switching adapters does not confuse them."""
+    for name, still, moving in (("mica", "lora_B", "lora_A"), ("lorafa", "lora_A", "lora_B")):
+        model = next(kind for kind in ADAPTERS if kind.name == name).build()
+        factors = {n: p for n, p in model.named_parameters() if "lora_" in n}
+        assert {n for n, p in factors.items() if p.requires_grad} == {n for n in factors if moving in n}
+        assert all(p.any() == (still in n) for n, p in factors.items())
+        if name == "mica":
+            frozen = next(p for n, p in factors.items() if still in n)
+            torch.testing.assert_close(frozen.mT @ frozen, torch.eye(4))
+        pairing = find_pairs(model)
+        assert str(pairing).count(f", {still[-1]} frozen") == 2
+        assert pairing.frozen == []
+        before = {n: p.detach().clone() for n, p in factors.items()}
+        optimizer = create_lora_rite(model, lr=1e-2)
+        for t in range(3):
+            optimizer.zero_grad()
+            loss(model, numbers(6, 12)(t)).backward()
+            optimizer.step()
+            assert optimizer.report()["pairs_preconditioned"] == 2
+        assert {n for n, p in factors.items() if not torch.equal(p, before[n])} == {n for n in factors if moving in n}
+        assert {id(p) for p in optimizer.state} == {id(p) for n, p in factors.items() if moving in n}

@@ -36,6 +36,8 @@ class FactorPair(NamedTuple):
 MATRICES = ("second_moment", "transport", "basis", "coordinates", "warm_basis")
 #: The keys of a factor's state, see :func:`new_state`.
 STATE_KEYS = ("step", "first_moment", "row_moment", "matrices", "numbers", "damped")
+#: The further ones where the other factor is frozen: what of a state that one needs.
+FROZEN_KEYS = ("frozen_matrices", "frozen_numbers")
 
 
 def work_dtype(*tensors: Tensor) -> torch.dtype:
@@ -101,8 +103,8 @@ def rank_of(group: dict[str, Any], a: Tensor) -> int:
     return a.shape[0] // group.get("blocks", 1)
 
 
-def new_state(group: dict[str, Any], pair: FactorPair) -> tuple[State, State]:
-    """The state of A and of B before their first step. Memory: 4(m+n)(r+1) + 40r² + 8r + 26 bytes a pair in float32;
+def new_state(group: dict[str, Any], pair: FactorPair) -> dict[Tensor, State]:
+    """The states of A and of B before their first step. Memory: 4(m+n)(r+1) + 40r² + 8r + 26 bytes a pair in float32;
     about twice that in float64.
 
     Under each factor: ``step`` of the pair; ``first_moment`` (the factor's shape); ``row_moment`` (rows,);
@@ -111,6 +113,9 @@ def new_state(group: dict[str, Any], pair: FactorPair) -> tuple[State, State]:
     change from outside is noticed, the Frobenius norm of the first moment, and the escaped mass; ``damped``, whether T⁺
     of this factor is damped: of the one that starts at zero, else of B. Where a parameter holds several pairs, all but
     ``first_moment`` have a leading dimension for them.
+
+    A frozen factor has no state: its constant basis and checksum are kept under the other one, as ``frozen_matrices``
+    and ``frozen_numbers`` (distributed checkpoints hold no state of frozen parameters).
     """
     dtype, shards, sides = work_dtype(pair.a, pair.b), Shards(pair.a), layouts(group)
     shares = [shards.rows([p], layout.long_dim)[0] for layout, p in zip(sides, pair[:2], strict=True)]
@@ -137,7 +142,17 @@ def new_state(group: dict[str, Any], pair: FactorPair) -> tuple[State, State]:
         row_shape = (blocks, rows) if blocks > 1 else (rows,)
         state["row_moment"] = shards.wrapped(state["row_moment"], row_shape, len(row_shape) - 1)
         states.append(state)
-    return tuple(states)  # type: ignore[return-value]
+    a, b = states
+    if not pair.a.requires_grad and pair.b.requires_grad:
+        return {pair.b: {**b, **{key: a[key.removeprefix("frozen_")] for key in FROZEN_KEYS}}}
+    if not pair.b.requires_grad and pair.a.requires_grad:
+        return {pair.a: {**a, **{key: b[key.removeprefix("frozen_")] for key in FROZEN_KEYS}}}
+    return {pair.a: a, pair.b: b}
+
+
+def _frozen_state(other: State) -> State:
+    """What the arithmetic needs of the state of a frozen factor, from that of the other one."""
+    return {"step": other["step"], **{key.removeprefix("frozen_"): other[key] for key in FROZEN_KEYS}}
 
 
 class Chunk:
@@ -148,11 +163,13 @@ class Chunk:
 
     def __init__(self, params: list[Tensor], states: list[State], positions: list[int], layout: Layout, shards: Shards):
         self.whole, self.states, self.positions, self.layout, self.shards = params, states, positions, layout, shards
+        self.moves = "first_moment" in states[0]  # else the factors are frozen
         self.params = shards.rows(params, layout.long_dim)
-        self.gradients = shards.rows([p.grad for p in params], layout.long_dim) if params[0].grad is not None else []  # type: ignore[misc]
-        self.dtype = states[0]["first_moment"].dtype
+        gradients: list[Any] = [p.grad for p in params if self.moves and p.grad is not None]
+        self.gradients = shards.rows(gradients, layout.long_dim) if gradients else []
+        self.dtype = states[0]["matrices"].dtype
         self.rows = layout.rows(params[0])
-        self.start, self.local_rows = shards.start(self.rows), local(states[0]["row_moment"]).shape[-1]
+        self.start, self.local_rows = shards.start(self.rows), layout.rows(self.params[0])
         self.count = len(params) * layout.blocks
 
     def scratch(self, workspace: Tensor) -> list[Tensor]:
@@ -187,6 +204,12 @@ class Chunk:
         if flat.data_ptr() != tensors[0].data_ptr():  # else it is a view, and there already
             torch._foreach_copy_(tensors, list(flat.reshape(len(tensors), *tensors[0].shape).unbind()))
 
+    def still(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In place of what :meth:`Batch._move` returns, for frozen factors; nothing is made of it."""
+        r, like = self.states[0]["matrices"].shape[-1], {"dtype": self.dtype, "device": self.whole[0].device}
+        zeros = torch.zeros(self.count, r, r, **like)
+        return zeros + torch.eye(r, **like), zeros, zeros[:, 0], zeros[:, 0, 0]
+
     def commit(self, x: Tensor) -> None:
         """Sets the factors to x (p, rows, r)."""
         self.put(self.params, x)
@@ -209,7 +232,8 @@ class Chunk:
 
 class Batch:
     """Pairs of one group, rank, dtype and device. r×r algebra is done for all their factors together, those of A first
-    and then those of B; tall products in chunks of factors of the same shape.
+    and then those of B; tall products in chunks of factors of the same shape. One side may be frozen in all of them:
+    it is measured once, and does not move.
 
     ``fresh`` takes the states of pairs that have none yet; the optimizer keeps them when it commits.
     """
@@ -229,8 +253,8 @@ class Batch:
         fresh: dict[Tensor, State],
     ):
         for pair in pairs:
-            if pair.a not in fresh and not states.get(pair.a):
-                fresh[pair.a], fresh[pair.b] = new_state(group, pair)
+            if not any(fresh.get(p) or states.get(p) for p in pair[:2]):
+                fresh.update(new_state(group, pair))
         self.group = group
         # same shapes side by side, so that chunks are runs
         self.pairs = sorted(
@@ -238,7 +262,10 @@ class Batch:
         )
         self.shards = Shards(pairs[0].a)
         factors = [pair.a for pair in self.pairs] + [pair.b for pair in self.pairs]
-        self.states = [fresh.get(p) or states[p] for p in factors]
+        own = [fresh.get(p) or states.get(p) for p in factors]
+        partners = own[len(pairs) :] + own[: len(pairs)]
+        self.states = [state or _frozen_state(other) for state, other in zip(own, partners, strict=True)]  # type: ignore[arg-type]
+        self.one_sided = not all(own)
         self.device, self.dtype = pairs[0].a.device, work_dtype(*pairs[0][:2])
         self.algebra = algebra_dtype(self.device)
         self.chunks = list(self._chunks(factors))
@@ -249,6 +276,7 @@ class Batch:
         step = self.gather("step", 1).to(self.algebra) + 1
         self.decays = [rite.bias_corrected_decay(step, float(b)) for b in (*group["betas"], group["row_beta"])]
         self.rows = constant(tuple(c.rows for c in self.chunks for _ in range(c.count)), self.algebra, self.device)
+        self.moves = constant(tuple(c.moves for c in self.chunks for _ in range(c.count)), torch.bool, self.device)
         self.lr = scalar(group["lr"], self.algebra, self.device)
         r = rank_of(group, factors[0])
         matrices = self.gather("matrices", len(MATRICES), r, r).to(self.algebra)
@@ -292,7 +320,8 @@ class Batch:
         squares = []
         for c, inverse in zip(self.chunks, self._by_chunk(self.inverse), strict=True):
             first, second, _ = c.scratch(self.workspace)
-            squares.append(rite.unmagnified_gram(c.gradient(first), inverse, second))
+            square = rite.unmagnified_gram(c.gradient(first), inverse, second) if c.moves else torch.zeros_like(inverse)
+            squares.append(square)
         checksums = torch.cat([c.checksum() for c in self.chunks])
         squares, self.checksum = self.shards.total(torch.cat(squares), checksums)
         self.squares = squares.to(self.algebra)
@@ -304,11 +333,12 @@ class Batch:
         return rite.trace(self.squares).sum()
 
     def _invert(self) -> None:
-        """T⁺ of the other factor for each; damped for one side of each pair."""
+        """T⁺ of the other factor for each; damped for one side of each pair, unless the other one is frozen: then there
+        is no product of two steps that damping would have to keep small."""
         n, damping = self.count, self.group["damping"]
         self.inverse = self.partners(self.basis)
         self.product: tuple[Tensor, Tensor] | None = None  # S = T_Y·T_Xᵀ (p, r, r), and δ (p, 1, 1)
-        if damping:
+        if damping and not self.one_sided:
             t, damps_a = self.coordinates, self.gather("damped", 1)[:n]
             delta = damping * self.lr * torch.where(damps_a, self.rows[:n], self.rows[n:]).sqrt()
             y, x = torch.where(damps_a, t[:n], t[n:]), torch.where(damps_a, t[n:], t[:n])
@@ -352,11 +382,14 @@ class Batch:
     def _gate(self, ok: Tensor | None) -> Tensor | None:
         """(2p, 1, 1), the factors to move; None is all of them. Of several pairs in one parameter (experts), those
         without any gradient are passed over."""
-        if self.group.get("blocks", 1) == 1:
-            return None if ok is None else ok.expand(2 * self.count, 1, 1)
-        seen = rite.trace(self.squares) > 0
-        seen = seen | self.partners(seen)
-        return seen if ok is None else seen & ok
+        gate = ok
+        if self.group.get("blocks", 1) > 1:
+            seen = rite.trace(self.squares) > 0
+            seen = seen | self.partners(seen)
+            gate = seen if gate is None else seen & gate
+        if self.one_sided:
+            gate = self.moves if gate is None else self.moves & gate
+        return None if gate is None else gate.expand(2 * self.count, 1, 1)
 
     def apply(self, ok: Tensor | None = None) -> None:
         """Moves the factors, measures their new bases, carries the second moments over. With ``ok``, a scalar, nothing
@@ -367,7 +400,8 @@ class Batch:
         zero = self.lr.new_zeros(())
         # factors that are not to move are multiplied by 1, and what is added to them by 0
         rest = gated(1 - self.decays[0], zero)
-        carry = gated(self.decays[0] * self.transport.mT, torch.eye(old.basis.shape[-1], out=torch.empty_like(zero)))
+        eye = torch.eye(old.basis.shape[-1], out=torch.empty_like(zero))
+        carry = gated(self.decays[0] * self.transport.mT, eye)
         step = gated(self.lr * self.inverse.mT, zero)
         shrink = gated((1 - self.lr * self.group["weight_decay"]).expand(2 * self.count, 1, 1), zero + 1)
         row_decay = gated(self.decays[2], zero + 1)
@@ -381,7 +415,8 @@ class Batch:
         warm = rite.warm_basis(old, step, moment_norm, noise).to(self.dtype)
         matrices = (whiten, carry, rest, row_decay, (1 - row_decay) / step.shape[-1], step, warm, shrink)
         by_chunk = zip(self.chunks, *map(self._by_chunk, matrices), strict=True)
-        results = _together([self._move(c, ok, *parts) for c, *parts in by_chunk], self.shards)
+        moved_chunks = iter(_together([self._move(c, ok, *parts) for c, *parts in by_chunk if c.moves], self.shards))
+        results = [next(moved_chunks) if c.moves else c.still() for c in self.chunks]
         sums = self.shards.total(*(torch.cat(parts) for parts in zip(*results, strict=True)))
         gram_z, shift, checksum, norm_square = sums
         norm = norm_square.sqrt()
@@ -391,11 +426,13 @@ class Batch:
         # zᵀ·X_old, z = X_new·K_w, from X_old = (X_new + what it moved by)/shrink
         cross = (gram_z.to(self.algebra) @ inverse_warm + shift.to(self.algebra)) / shrink
         transport = self.partners(c.mT @ cross @ old.basis)
+        if self.one_sided:
+            transport = torch.where(self.partners(self.moves), transport, eye)
         moved = rite.transport(self.second_moment, transport)
         if self.group["apply_escape"]:
             lost = rite.escaped_mass(self.second_moment, moved, self.group["capturable"])
             self.escaped_mass = self.escaped_mass + lost
-        if self.group["balance_param"]:
+        if self.group["balance_param"] and not self.one_sided:
             basis, checksum = self._balance(basis, checksum, gate)
         news = torch.stack([moved, transport, *basis], 1)
         numbers = torch.cat([checksum[:, None], norm[:, None, None], self.escaped_mass.to(self.dtype)], -1)
@@ -484,9 +521,11 @@ class Batch:
         return rite.Basis(basis.basis / ratio, basis.coordinates * ratio, basis.warm / ratio), checksum
 
     def dead(self) -> list[bool]:
-        """Whether both factors of a pair are zero: it has no gradient and never gets one."""
-        zero = self.coordinates.flatten(1).any(1).logical_not().reshape(2, -1)
-        return (zero[0] & zero[1]).tolist()
+        """Whether both factors of a pair are zero, or a frozen one is: it has no gradient and never gets one."""
+        zero = self.coordinates.flatten(1).any(1).logical_not()
+        if self.one_sided:
+            zero = zero | self.moves[:, 0, 0]
+        return zero.reshape(2, -1).all(0).tolist()
 
     def update_square(self) -> Tensor:
         """‖δB·A‖² + ‖B·δA‖² of the step that the present first moments make, summed over pairs, a scalar.
@@ -497,9 +536,10 @@ class Batch:
         seen = self._capped(seen, self.numbers[..., -2:-1], self.rows)
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         for c, part in zip(self.chunks, self._by_chunk(seen), strict=True):
-            first, second, _ = c.scratch(self.workspace)
-            moved = rite.times(c.tall(c.state("first_moment"), first), part, second)
-            total += moved.square_().sum()
+            if c.moves:
+                first, second, _ = c.scratch(self.workspace)
+                moved = rite.times(c.tall(c.state("first_moment"), first), part, second)
+                total += moved.square_().sum()
         return self.shards.total(total)[0]
 
 

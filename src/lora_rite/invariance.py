@@ -218,7 +218,9 @@ class _Run:
     def __init__(
         self, make: Callable[[nn.Module], torch.optim.Optimizer], model: nn.Module, change: Any = None, seed: int = 0
     ):
-        self.model = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+        factors = {id(p) for pair in find_pairs(model).pairs for p in (pair.a, pair.b)}
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad and id(p) not in factors}
+        self.model = copy.deepcopy(model, shared)
         self.transformed, self.broken = change is not None, False
         pairs = find_pairs(self.model).pairs
         self.pairs = [(pair.a_name, pair.a, pair.b) for pair in pairs]
@@ -295,8 +297,9 @@ def _maker(
     def make(model: nn.Module) -> Any:
         if takes == "model":
             return target(model, **options)
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        return target(named if takes == "named" else [p for _, p in named], **options)
+        if takes == "named":
+            return target(list(model.named_parameters()), **options)
+        return target([p for p in model.parameters() if p.requires_grad], **options)
 
     return make
 

@@ -27,7 +27,7 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
     every step.
     """
     names, rows = optimizer._names_by_position(), []
-    for group, pairs in optimizer._alike(lambda a, b: bool(optimizer.state.get(a))):
+    for group, pairs in optimizer._alike(optimizer._with_state):
         for pair in pairs:
             batch = Batch(group, [pair], optimizer.state, {})
             update_norm = float(batch.update_square()) ** 0.5

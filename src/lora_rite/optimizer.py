@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import rite
 from .batch import (
+    FROZEN_KEYS,
     LOW_PRECISION,
     MATRICES,
     STATE_KEYS,
@@ -70,7 +71,8 @@ class LoRARite(torch.optim.Optimizer):
     Args:
         params: ``model.named_parameters()`` (pairs by name: ``lora_A``/``lora_B`` of PEFT, also ``lora_embedding_…``,
             ``lora_down``/``lora_up``, ``lora_a``/``lora_b``), a flat list A, B, A, B, … with A (r, n) and B (m, r), or
-            groups from :func:`lora_rite.param_groups`. Frozen parameters are left out.
+            groups from :func:`lora_rite.param_groups`. Frozen parameters are left out, but where they are the partner
+            of a trained factor (LoRA-FA, MiCA): that one then moves alone, undamped, in a basis that does not change.
         lr: the learning rate, a float or a tensor of one element. A step changes W by about lr·√(rows·r) in Frobenius
             norm. All hyperparameters are per group and read at each step.
         betas: decays of the first and the second moment. A second of 1 sums V over all steps (Algorithm 1 of the paper,
@@ -200,7 +202,8 @@ class LoRARite(torch.optim.Optimizer):
         labelled: list[tuple[str, Any]] = (
             params if named else [(f"parameter {offset + i}", p) for i, p in enumerate(params)]
         )
-        _check_tensors(labelled)
+        # (a frozen base, of integers where it is quantised, may be among named parameters)
+        _check_tensors([(n, p) for n, p in labelled if not (named and isinstance(p, Tensor) and not p.requires_grad)])
         if "kind" in options:
             groups = [{"params": labelled, **options}]
         elif named:
@@ -209,6 +212,7 @@ class LoRARite(torch.optim.Optimizer):
             trainable = [(name, p) for name, p in labelled if p.requires_grad]
             groups = [{"params": trainable, "kind": "lora", **options}] if trainable else []
         for group in groups:
+            _check_tensors(group["params"])  # frozen factors of pairs too
             self._check_group(group, named)
         everything = [
             *zip(self._names_by_position(), chain.from_iterable(g["params"] for g in self.param_groups), strict=True),
@@ -319,7 +323,7 @@ class LoRARite(torch.optim.Optimizer):
             )
         return batches, None
 
-    def _alike(self, wanted: Callable[[Tensor, Tensor], bool]) -> Iterator[tuple[dict[str, Any], list[FactorPair]]]:
+    def _alike(self, wanted: Callable[[Tensor, Tensor], Any]) -> Iterator[tuple[dict[str, Any], list[FactorPair]]]:
         """Pairs (A, B) that are wanted, by group, rank, dtype of the arithmetic and device."""
         position, one_sided = 0, []
         for number, group in enumerate(self.param_groups):
@@ -328,13 +332,15 @@ class LoRARite(torch.optim.Optimizer):
             for k in range(0, len(params) if group["kind"] == "lora" else 0, 2):
                 a, b = params[k : k + 2]
                 if not wanted(a, b):
-                    if (a.grad is None) != (b.grad is None):
+                    if a.requires_grad and b.requires_grad and (a.grad is None) != (b.grad is None):
                         one_sided.append(position + k)
                     continue
-                if self._altered(a) or self._altered(b):
+                if self._altered(a) or self._altered(b) or self._newly_frozen(a, b):
                     self._explain(group, a, b, _names(self.param_groups)[number][k : k + 2])
                 pair = FactorPair(a, b, position + k)
-                key = rank_of(group, a), work_dtype(a, b), a.device, getattr(a, "device_mesh", None), is_sharded(b)
+                moving = self._with_state(a, b) or (a.requires_grad, b.requires_grad)
+                mesh = getattr(a, "device_mesh", None)
+                key = rank_of(group, a), work_dtype(a, b), a.device, mesh, is_sharded(b), moving
                 alike.setdefault(key, []).append(pair)
             position += len(params)
             yield from ((group, pairs) for pairs in alike.values())
@@ -353,6 +359,17 @@ class LoRARite(torch.optim.Optimizer):
         swapped = is_sharded(p) != is_sharded(state["first_moment"]) if state else False
         return p.ndim < 2 or sparse or swapped or (bool(state) and state["first_moment"].shape != p.shape)
 
+    def _with_state(self, a: Tensor, b: Tensor) -> tuple[bool, bool] | None:
+        """Which of two factors have a state: both, or the one that is not frozen; None where the pair has none yet."""
+        have = bool(self.state.get(a)), bool(self.state.get(b))
+        return have if any(have) else None
+
+    def _newly_frozen(self, a: Tensor, b: Tensor) -> bool:
+        """Whether other factors of a pair are trained than its state was made for. (A pair that is frozen as a whole,
+        an adapter that is not active, keeps its state.)"""
+        trained = a.requires_grad, b.requires_grad
+        return any(trained) and self._with_state(a, b) not in (None, trained)
+
     def _explain(self, group: dict[str, Any], a: Tensor, b: Tensor, names: list[str]) -> None:
         check_pair(a, b, names[0], names[1], **_layout_options(group))
         for p, name in zip((a, b), names, strict=True):
@@ -363,9 +380,14 @@ class LoRARite(torch.optim.Optimizer):
                     f"{name} is sharded and its state is not, or the reverse: shard the model (fully_shard) before the "
                     "optimizer's first step, and load states by torch.distributed.checkpoint"
                 )
-            if self._altered(p):
+            if self.state.get(p) and p.shape != self.state[p]["first_moment"].shape:
                 raise LoRARiteValueError(
                     f"{name} changed its shape from {tuple(self.state[p]['first_moment'].shape)} to {tuple(p.shape)}: "
+                    "make a new optimizer, or remove the state of both factors (optimizer.state.pop) to start anew"
+                )
+            if self._newly_frozen(a, b) and p.requires_grad != bool(self.state.get(p)):
+                raise LoRARiteValueError(
+                    f"{name} is {'trained' if p.requires_grad else 'frozen'}, and was not when its state was made: "
                     "make a new optimizer, or remove the state of both factors (optimizer.state.pop) to start anew"
                 )
 
@@ -376,9 +398,9 @@ class LoRARite(torch.optim.Optimizer):
             for p, name in zip(pair[:2], names[pair.position :], strict=False):
                 if not _all_finite(p):
                     raise NonFiniteError(f"parameter {name} contains NaN or Inf: restore a checkpoint")
-                if pair.a in fresh:  # a state that was made in this step
+                if pair.a in fresh or pair.b in fresh:  # a state that was made in this step
                     raise NonFiniteError(f"parameter {name} is too large: sums of its values overflow")
-            fresh[pair.a], fresh[pair.b] = new_state(self._group_at(pair.position), pair)
+            fresh.update(new_state(self._group_at(pair.position), pair))
         first = names[changed[0].position]
         warnings.warn(
             f"{len(changed)} pairs were changed from outside since the last step "
@@ -401,8 +423,9 @@ class LoRARite(torch.optim.Optimizer):
         """Names the parameters that made a step be skipped: a warning, or an error where it were too many in a row."""
         names = self._names_by_position()
         suspects = [p for pair, ok in zip(pairs, finite, strict=False) if not ok for p in pair[:2]]
-        suspects += [p for group in others for p in group["params"] if p.grad is not None]
-        bad = [p for p in suspects if p.grad is not None and not _all_finite(p.grad)]
+        suspects += [p for group in others for p in group["params"]]
+        suspects = [p for p in suspects if p.grad is not None]
+        bad = [p for p in suspects if not _all_finite(p.grad)]  # type: ignore[arg-type]
         what = "non-finite gradient" if bad else "overflow from the gradient"
         bad = bad or suspects
         positions = {p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))}
@@ -448,9 +471,7 @@ class LoRARite(torch.optim.Optimizer):
             for _ in range(group.get("blocks", 1))
         ]
         states = [state for state in self.state.values() if "matrices" in state]
-        batches = [
-            Batch(group, pairs, self.state, {}) for group, pairs in self._alike(lambda a, b: bool(self.state.get(a)))
-        ]
+        batches = [Batch(group, pairs, self.state, {}) for group, pairs in self._alike(self._with_state)]
         return {
             "pairs": len(ranks),
             "ranks": {rank: ranks.count(rank) for rank in sorted(set(ranks))},
@@ -524,7 +545,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _have_gradients(a: Tensor, b: Tensor) -> bool:
-    return a.grad is not None and b.grad is not None
+    """Whether the factors that are trained, both or one, have gradients."""
+    trained = [p for p in (a, b) if p.requires_grad]
+    return bool(trained) and all(p.grad is not None for p in trained)
 
 
 def _layout_options(group: dict[str, Any]) -> dict[str, Any]:
@@ -711,10 +734,19 @@ def _match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> di
             if fault := _fault(state):
                 raise LoRARiteValueError(f"the state of {name} is damaged: {fault}. Nothing was loaded")
         if group["kind"] == "lora":
-            ids = saved_group["params"]
-            for a, b, name in zip(ids[::2], ids[1::2], group_names[::2], strict=False):
-                if bool(state_dict["state"].get(a)) != bool(state_dict["state"].get(b)):
+            states = [state_dict["state"].get(i) or {} for i in saved_group["params"]]
+            trained = [p.requires_grad for p in group["params"]]
+            pairs = zip(states[::2], states[1::2], trained[::2], trained[1::2], group_names[::2], strict=False)
+            for *own, trains_a, trains_b, name in pairs:
+                missing = bool(own[0]) != bool(own[1])
+                frozen = missing and all(key in (own[0] or own[1]) for key in FROZEN_KEYS)
+                if missing and not frozen:
                     raise LoRARiteValueError(f"the state of {name} or of its partner is missing")
+                if any(own) and (trains_a or trains_b) and (bool(own[0]), bool(own[1])) != (trains_a, trains_b):
+                    raise LoRARiteValueError(
+                        f"{name} or its partner is frozen in the model and not in the state, or the reverse: freeze "
+                        "the same factors. Nothing was loaded"
+                    )
     return {**state_dict, "param_groups": saved}
 
 

@@ -55,7 +55,8 @@ REASONS = {
 @dataclass(frozen=True)
 class Pair:
     """One product B·A: A is (r, n) and B is (m, r), or convolutions (r, n, …) and (m, r, 1, …). Or several, ``blocks``:
-    A is (blocks·r, n, …), and B (m, r·blocks) where ``interleaved`` (experts), else (blocks·m, r, …) (groups)."""
+    A is (blocks·r, n, …), and B (m, r·blocks) where ``interleaved`` (experts), else (blocks·m, r, …) (groups). One
+    factor may be frozen."""
 
     a_name: str
     b_name: str
@@ -67,6 +68,11 @@ class Pair:
     @property
     def rank(self) -> int:
         return self.a.shape[0] // self.blocks
+
+    def __str__(self) -> str:
+        several = f": {self.blocks} pairs of rank {self.rank}" if self.blocks > 1 else ""
+        frozen = [f", {side} frozen" for side, p in (("A", self.a), ("B", self.b)) if not p.requires_grad]
+        return f"{self.a_name} {tuple(self.a.shape)} with {self.b_name} {tuple(self.b.shape)}{''.join(frozen)}{several}"
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,8 @@ class LeftOut:
 
 @dataclass
 class Pairing:
-    """What :func:`find_pairs` found: ``pairs``, ``left_out`` (trainable, with the reason) and the names of ``frozen``
-    factors."""
+    """What :func:`find_pairs` found: ``pairs``, of which at least one factor is trainable; ``left_out`` (trainable,
+    with the reason); and the names of ``frozen`` factors, whose partners are frozen too or absent."""
 
     pairs: list[Pair] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
@@ -89,11 +95,7 @@ class Pairing:
 
     def __str__(self) -> str:
         lines = [f"{sum(p.blocks for p in self.pairs)} pairs"]
-        lines += [
-            f"  {p.a_name} {tuple(p.a.shape)} with {p.b_name} {tuple(p.b.shape)}"
-            f"{f': {p.blocks} pairs of rank {p.rank}' * (p.blocks > 1)}"
-            for p in self.pairs
-        ]
+        lines += [f"  {pair}" for pair in self.pairs]
         lines += [f"{len(self.left_out)} other trainable parameters (AdamW)"] if self.left_out else []
         lines += [f"  {o.name} {tuple(o.parameter.shape)}: {o.reason}" for o in self.left_out]
         lines += [f"{len(self.frozen)} frozen factors, not trained"] if self.frozen else []
@@ -109,6 +111,8 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
     Given a model, layers whose parameters hold several pairs are recognised too (stacked experts, grouped
     convolutions, block-diagonal B); given names alone, they cannot be.
 
+    One factor of a pair may be frozen (``requires_grad=False``), as in LoRA-FA and MiCA; it must be given too.
+
     Raises:
         LoRARiteValueError: a trainable factor without its partner, or two factors that cannot be multiplied.
     """
@@ -116,8 +120,9 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
         (stacked, excluded), named = _special_layers(model), list(model.named_parameters())
     else:
         stacked, excluded, named = {}, {}, _check_named(model)
+    everything = dict(named)
     trainable = {name: p for name, p in named if p.requires_grad}
-    pairing = Pairing(frozen=[name for name, p in named if not p.requires_grad and _partner(name)])
+    pairing = Pairing()
     for name in trainable:
         if any(segment in BETWEEN_NAMES for segment in name.split(".")):
             excluded[_layer(name)] = f"ΔW is not a plain product B·A: {name} stands between"
@@ -128,18 +133,22 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
             pairing.left_out.append(LeftOut(name, p, _why_not(name)))
         elif reason := excluded.get(_layer(name)):
             pairing.left_out.append(LeftOut(name, p, reason))
-        elif partner not in trainable:
-            frozen = " (it is frozen: training one factor alone is not supported)" if partner in pairing.frozen else ""
+        elif partner not in everything:
             raise LoRARiteValueError(
-                f"unpaired factor {name}: no trainable {partner}{frozen}. Pass both factors, or freeze this one"
+                f"unpaired factor {name}: no {partner}. Pass both factors, also where one is frozen "
+                "(model.named_parameters()), or freeze this one"
             )
-        else:
+        elif _is_a(name):
             partners[name] = partner
-    for name, partner in partners.items():
-        if _is_a(name):
-            pair = Pair(name, partner, trainable[name], trainable[partner], *stacked.get(_layer(name), (1, False)))
-            check_pair(pair.a, pair.b, name, partner, pair.blocks, pair.interleaved)
-            pairing.pairs.append(pair)
+        else:
+            partners[partner] = name
+    for a_name, b_name in partners.items():
+        blocks, interleaved = stacked.get(_layer(a_name), (1, False))
+        pair = Pair(a_name, b_name, everything[a_name], everything[b_name], blocks, interleaved)
+        check_pair(pair.a, pair.b, a_name, b_name, blocks, interleaved)
+        pairing.pairs.append(pair)
+    paired = {name for names in partners.items() for name in names}
+    pairing.frozen += [name for name, p in named if not p.requires_grad and _partner(name) and name not in paired]
     return pairing
 
 
