@@ -1,5 +1,5 @@
-"""FSDP2 through Accelerate and through transformers' Trainer, on gloo: the optimizer is made before the model is cut, and
-Accelerate puts DTensors in the places of its parameters.
+"""FSDP2 through Accelerate and through transformers' Trainer, on gloo: the optimizer is made before the model is cut,
+and Accelerate puts DTensors in the places of its parameters.
 
 Accelerate lets FSDP2 run on accelerators alone; with ``cpu=True`` it takes the plugin and trains by DDP. So
 :func:`as_on_an_accelerator` tells it otherwise; all the rest is the installed code.
@@ -22,10 +22,10 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
-from test_hf import network, rows, trainer  # noqa: E402
+from test_hf import network, rows, trainer
 
-from lora_rite import create_lora_rite, find_pairs  # noqa: E402
-from lora_rite.hf import unwrap  # noqa: E402
+from lora_rite import create_lora_rite, find_pairs
+from lora_rite.hf import unwrap
 
 pytestmark = pytest.mark.slow
 PAIRS = 14  # two layers of seven linear maps
@@ -122,7 +122,7 @@ def check_accelerate_by_way_of_the_meta_device_with_activation_checkpointing(fol
 
 
 def check_trainer(folder, state_dict_type="FULL_STATE_DICT"):
-    """W as of the same run under DDP; a run that is resumed from its checkpoint ends bitwise where the whole one does."""
+    """W as of the same run under DDP; a resumed run ends bitwise where the whole one does."""
     fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": state_dict_type}}
     arguments = {"per_device_train_batch_size": 4, "save_steps": 3, "seed": 1}
     ddp = trainer(os.path.join(folder, "ddp"), steps=6, model=network(), **arguments)
