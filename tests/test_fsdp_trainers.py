@@ -5,18 +5,14 @@ Accelerate lets FSDP2 run on accelerators alone; with ``cpu=True`` it takes the 
 :func:`as_on_an_accelerator` tells it otherwise; all the rest is the installed code.
 """
 
-import json
 import os
-import tempfile
-import traceback
-import warnings
-from datetime import timedelta
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
 import torch.distributed as dist
 from problems import relative
+from worlds import assert_passed, checks_of, outcomes
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -31,6 +27,17 @@ pytestmark = pytest.mark.slow
 PAIRS = 14  # two layers of seven linear maps
 
 
+def before():
+    """Forgets the last check's state and settings."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for key in [key for key in os.environ if key.startswith(("FSDP_", "ACCELERATE_"))]:
+        del os.environ[key]
+    as_on_an_accelerator()
+
+
+@cache
 def as_on_an_accelerator():
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
@@ -46,21 +53,13 @@ def as_on_an_accelerator():
     AcceleratorState.__init__ = init
 
 
-def reset():
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    for key in [key for key in os.environ if key.startswith(("FSDP_", "ACCELERATE_"))]:
-        del os.environ[key]
-
-
 def whole(model):
     """B·A of each pair, in every process."""
     full = lambda p: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
     return [full(pair.b) @ full(pair.a) for pair in find_pairs(model).pairs]
 
 
-def check_dtensors(optimizer):
+def assert_dtensors(optimizer):
     params = optimizer.param_groups[0]["params"]
     assert len(params) == 2 * PAIRS
     assert all(type(p).__name__ == "DTensor" and p.placements[0].is_shard(0) for p in params)
@@ -83,7 +82,7 @@ def train_one_process(steps):
     return whole(model)
 
 
-def check_accelerate(folder, **plugin):
+def check_accelerate(size, folder, **plugin):
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
 
     rank = dist.get_rank()
@@ -100,7 +99,7 @@ def check_accelerate(folder, **plugin):
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            check_dtensors(unwrap(optimizer))
+            assert_dtensors(unwrap(optimizer))
 
     advance(range(2))
     accelerator.save_state(os.path.join(folder, "accelerate"))
@@ -113,15 +112,15 @@ def check_accelerate(folder, **plugin):
     assert all(map(torch.equal, whole(model), results))
 
 
-def check_accelerate_with_sharded_checkpoints(folder):
-    check_accelerate(folder, state_dict_type="SHARDED_STATE_DICT")
+def check_accelerate_with_sharded_checkpoints(size, folder):
+    check_accelerate(size, folder, state_dict_type="SHARDED_STATE_DICT")
 
 
-def check_accelerate_by_way_of_the_meta_device_with_activation_checkpointing(folder):
-    check_accelerate(folder, cpu_ram_efficient_loading=True, activation_checkpointing=True)
+def check_accelerate_by_way_of_the_meta_device_with_activation_checkpointing(size, folder):
+    check_accelerate(size, folder, cpu_ram_efficient_loading=True, activation_checkpointing=True)
 
 
-def check_trainer(folder, state_dict_type="FULL_STATE_DICT"):
+def check_trainer(size, folder, state_dict_type="FULL_STATE_DICT"):
     """W as of the same run under DDP; a resumed run ends bitwise where the whole one does."""
     fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": state_dict_type}}
     arguments = {"per_device_train_batch_size": 4, "save_steps": 3, "seed": 1}
@@ -129,10 +128,10 @@ def check_trainer(folder, state_dict_type="FULL_STATE_DICT"):
     ddp.train()
     results = []
     for resume in (None, os.path.join(folder, state_dict_type, "checkpoint-3")):
-        reset()
+        before()
         run = trainer(os.path.join(folder, state_dict_type), steps=6, model=network(), **arguments, **fsdp)
         run.train(resume_from_checkpoint=resume)
-        check_dtensors(unwrap(run.optimizer))
+        assert_dtensors(unwrap(run.optimizer))
         assert unwrap(run.optimizer).report()["steps"] == 6
         results.append(whole(run.model))
     assert all(map(torch.equal, *results))
@@ -140,43 +139,18 @@ def check_trainer(folder, state_dict_type="FULL_STATE_DICT"):
         assert relative(got, expected) < 1e-4
 
 
-def check_trainer_with_sharded_checkpoints(folder):
-    check_trainer(folder, "SHARDED_STATE_DICT")
+def check_trainer_with_sharded_checkpoints(size, folder):
+    check_trainer(size, folder, "SHARDED_STATE_DICT")
 
 
-CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
-del CHECKS["dtensors"]
-
-
-def run_checks(rank, size, folder):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size, timeout=timedelta(seconds=60)
-    )
-    warnings.simplefilter("ignore")
-    as_on_an_accelerator()
-    results = {}
-    for name, check in CHECKS.items():
-        reset()
-        try:
-            check(folder)
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()
-    with open(os.path.join(folder, f"results_{rank}.json"), "w") as file:
-        json.dump(results, file)
-    dist.destroy_process_group()
+CHECKS = checks_of(globals())
 
 
 @pytest.fixture(scope="module")
 def outcome():
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run_checks, (2, folder), nprocs=2)
-        yield [json.loads(Path(folder, f"results_{rank}.json").read_text()) for rank in range(2)]
+    yield from outcomes(__name__, [2], before)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_fsdp2(name, outcome):
-    for rank, results in enumerate(outcome):
-        assert results[name] == "", f"rank {rank}:\n{results[name]}"
+    assert_passed(name, outcome)

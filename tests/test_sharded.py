@@ -1,18 +1,14 @@
 """More than one process, on gloo: FSDP2's DTensors and DDP equal one process. A world runs all its checks at once."""
 
-import json
 import os
-import tempfile
-import traceback
 import warnings
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from problems import factors, gradients_of_w, random_matrix, regauged, relative, w
 from torch import nn
+from worlds import assert_passed, checks_of, outcomes
 
 from lora_rite import PUBLISHED, LoRARite
 
@@ -330,44 +326,16 @@ def check_ddp_equals_one_process_on_the_joined_batch(size, folder):
         assert relative(q.detach(), p.detach()) < 1e-4
 
 
-CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
-
-
-def run_checks(rank, size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous_{size}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=30),
-    )
-    warnings.simplefilter("ignore")
-    results = {}
-    for name, check in CHECKS.items():
-        try:
-            check(size, folder)
-            results[name] = ""
-        except Exception:  # the others go on, unless they wait for this one: then the group's timeout ends them
-            results[name] = traceback.format_exc()
-    with open(os.path.join(folder, f"results_{size}_{rank}.json"), "w") as file:
-        json.dump(results, file)
-    dist.destroy_process_group()
+CHECKS = checks_of(globals())
 
 
 @pytest.fixture(scope="module", params=[(2, 1), pytest.param((4, 2, 1), marks=pytest.mark.slow)], ids=["2", "4"])
 def outcome(request):
-    """What each check printed on failing, by number of processes and rank. The largest number comes first: the others
-    load its checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        for size in request.param:
-            torch.multiprocessing.spawn(run_checks, (size, folder), nprocs=size)
-        ranks = [(size, rank) for size in request.param for rank in range(size)]
-        yield {key: json.loads(Path(folder, "results_{}_{}.json".format(*key)).read_text()) for key in ranks}
+    """What each check printed on failing. The largest number comes first: the others load its checkpoint."""
+    yield from outcomes(__name__, request.param)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_several_processes(name, outcome):
     """D1 to D5."""
-    for (size, rank), results in outcome.items():
-        assert results[name] == "", f"rank {rank} of {size}:\n{results[name]}"
+    assert_passed(name, outcome)

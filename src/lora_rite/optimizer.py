@@ -328,6 +328,12 @@ class LoRARite(torch.optim.Optimizer):
         position, one_sided = 0, []
         for number, group in enumerate(self.param_groups):
             params = group["params"]
+            named = group.get("param_names", params)
+            if group["kind"] == "lora" and (len(params) != len(named) or len(params) % 2):
+                raise LoRARiteValueError(
+                    f"group {number} holds {len(params)} parameters instead of its factors A, B, A, B, …: DeepSpeed "
+                    "ZeRO flattens and splits them. Use DeepSpeed's stage 0, DDP or FSDP2"
+                )
             alike: dict[Any, list[FactorPair]] = {}
             for k in range(0, len(params) if group["kind"] == "lora" else 0, 2):
                 a, b = params[k : k + 2]
