@@ -56,13 +56,11 @@ def test_blocks_multiply_as_written(kind):
     assert len(kind.products(model)) == kind.pairs
 
 
-ONE_BY_ONE = [kind for kind in STACKED if kind.name != "bdlora_a"]
-
-
-@named(ONE_BY_ONE)
+@named(STACKED)
 def test_each_block_is_a_pair(kind):
-    """Experts, groups of a convolution, blocks of B: the step equals that on the same products as separate pairs, and
-    does not depend on their factorisation. An expert without tokens, and its state, stay as they are, bit by bit."""
+    """Experts, groups of a convolution, blocks of a factor: the step equals that on the same products as separate
+    pairs, and does not depend on their factorisation. An expert without tokens stays as it is, with its state, bit by
+    bit."""
     after = []
     for turned in (False, True):
         model = kind.build().double()
@@ -107,12 +105,6 @@ def test_each_block_is_a_pair(kind):
         assert all(torch.equal(p, x) for p, x in zip(kind.products(model)[2], before, strict=True))
         for p, state in zip(adapters.whole(model), states, strict=True):
             assert all(torch.equal(optimizer.state[p][key][2], value) for key, value in state.items())
-
-
-def test_a_block_diagonal_a_is_left_to_adamw_with_the_reason():
-    pairing = find_pairs(next(kind for kind in STACKED if kind.name == "bdlora_a").build())
-    assert not pairing.pairs
-    assert {o.reason for o in pairing.left_out} == {"a block-diagonal A (BD-LoRA): several products in one matrix"}
 
 
 @named([kind for kind in ADAPTERS if kind.name != "montecarlo"])
@@ -284,7 +276,7 @@ def test_the_table_names_tests_that_exist():
     assert [name for name in named_tests if f"def {name}(" not in sources] == []
     cases = set(re.findall(r"(?:…|every_step|is_a_pair)\[(\w+)\]|`\[(\w+)\]`", text))
     kinds = {one or other for one, other in cases}
-    assert kinds == {kind.name for kind in (*ADAPTERS, *ONE_BY_ONE)} - {"experts_transposed"}
+    assert kinds == {kind.name for kind in (*ADAPTERS, *STACKED)} - {"experts_transposed"}
 
 
 def test_one_frozen_factor_is_a_pair_of_its_own_kind():

@@ -228,17 +228,16 @@ def test_float32_products_are_not_rounded_further(monkeypatch):
 # ------------------------------------------------------------------------------------- several pairs in one parameter
 
 
-def stacked(pairs, interleaved):
-    """A (E·r, n) and B, (m, r·E) with the pair running fastest or (E·m, r), from E pairs."""
-    a = torch.cat([a for a, _ in pairs])
-    bs = torch.stack([b for _, b in pairs], -1 if interleaved else 0)
-    return a, bs.flatten(1) if interleaved else bs.flatten(0, 1)
+def stacked(pairs, columns):
+    """A (E·r, n) and B, (m, r·E) with the pair running fastest or slowest, or (E·m, r), from E pairs."""
+    bs = torch.stack([b for _, b in pairs], {"interleaved": 2, "side by side": 1, "": 0}[columns])
+    return torch.cat([a for a, _ in pairs]), bs.flatten(1) if columns else bs.flatten(0, 1)
 
 
-@pytest.mark.parametrize("interleaved", [True, False], ids=["experts", "groups"])
+@pytest.mark.parametrize("columns", ["interleaved", "side by side", ""], ids=["experts", "block_diagonal_a", "groups"])
 @pytest.mark.parametrize("capturable", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_pairs_in_one_parameter_equal_the_same_pairs_apart(interleaved, capturable, dtype):
+def test_pairs_in_one_parameter_equal_the_same_pairs_apart(columns, capturable, dtype):
     """Some get no gradient in some steps: they and their state stay, bit by bit."""
     count, r, n, m, steps = 3, 4, 9, 7, 12
     options = {"lr": 0.02, "weight_decay": 0.1, "capturable": capturable}
@@ -246,8 +245,8 @@ def test_pairs_in_one_parameter_equal_the_same_pairs_apart(interleaved, capturab
     gradients = [gradients_of_w(steps, m, n, seed=e) for e in range(count)]
     apart = [[torch.nn.Parameter(x.clone()) for x in pair] for pair in pairs]
     apart_optimizer = LoRARite([p for pair in apart for p in pair], **options)
-    a, b = (torch.nn.Parameter(x) for x in stacked(pairs, interleaved))
-    group = {"params": [a, b], "kind": "lora", "blocks": count, "interleaved": interleaved}
+    a, b = (torch.nn.Parameter(x) for x in stacked(pairs, columns))
+    group = {"params": [a, b], "kind": "lora", "blocks": count, "columns": columns}
     optimizer = LoRARite([group], **options)
     assert optimizer.report()["pairs"] == count
     assert optimizer.report()["ranks"] == {r: count}
@@ -258,7 +257,7 @@ def test_pairs_in_one_parameter_equal_the_same_pairs_apart(interleaved, capturab
             if skip:
                 x.grad.zero_()
                 y.grad.zero_()
-        a.grad, b.grad = stacked([(x.grad, y.grad) for x, y in apart], interleaved)
+        a.grad, b.grad = stacked([(x.grad, y.grad) for x, y in apart], columns)
         for (x, y), skip in zip(apart, idle, strict=True):
             if skip:
                 x.grad = y.grad = None
@@ -271,11 +270,12 @@ def test_pairs_in_one_parameter_equal_the_same_pairs_apart(interleaved, capturab
             for p, state, was in zip((a, b), before, old, strict=True):
                 for key in ("step", "matrices", "numbers", "row_moment"):
                     assert torch.equal(state[key][e], optimizer.state[p][key][e])
-                shape = (1, (r, count)) if p is b and interleaved else (0, (count, -1))
-                block = lambda x, shape=shape, e=e: x.unflatten(*shape).select(2 if shape[0] else 0, e)
+                layout = {"interleaved": (1, (r, count)), "side by side": (1, (count, r)), "": (0, (count, -1))}
+                shape = layout[columns if p is b else ""]
+                block = lambda x, shape=shape, e=e: x.unflatten(*shape).select(shape[0] + shape[1].index(count), e)
                 assert torch.equal(block(p.detach()), block(was))
                 assert torch.equal(block(optimizer.state[p]["first_moment"]), block(state["first_moment"]))
-    expected = stacked(apart, interleaved)
+    expected = stacked(apart, columns)
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
     for p, other in zip((a, b), expected, strict=True):
         assert relative(p.detach(), other.detach()) < tolerance
@@ -288,8 +288,10 @@ def test_pairs_in_one_parameter_are_invariant_and_resume():
     gradients = [gradients_of_w(10, m, n, seed=e) for e in range(count)]
 
     def run(pairs, resume_at=None):
-        a, b = (torch.nn.Parameter(x) for x in stacked(pairs, True))
-        make = lambda: LoRARite([{"params": [a, b], "kind": "lora", "blocks": count, "interleaved": True}], lr=0.02)
+        a, b = (torch.nn.Parameter(x) for x in stacked(pairs, "interleaved"))
+        make = lambda: LoRARite(
+            [{"params": [a, b], "kind": "lora", "blocks": count, "columns": "interleaved"}], lr=0.02
+        )
         optimizer = make()
         split = lambda: list(zip(a.unflatten(0, (count, r)), b.unflatten(1, (r, count)).movedim(2, 0), strict=True))
         for t in range(10):
@@ -300,7 +302,7 @@ def test_pairs_in_one_parameter_are_invariant_and_resume():
             leaves = [[x.detach().clone() for x in pair] for pair in split()]
             for (x, y), g in zip(leaves, gradients, strict=True):
                 set_gradients(x, y, g[t])
-            a.grad, b.grad = stacked([(x.grad, y.grad) for x, y in leaves], True)
+            a.grad, b.grad = stacked([(x.grad, y.grad) for x, y in leaves], "interleaved")
             optimizer.step()
         return torch.stack([w(pair) for pair in split()])
 
@@ -313,9 +315,11 @@ def test_a_wrong_number_of_pairs_is_an_error():
     a, b = torch.nn.Parameter(torch.zeros(8, 5)), torch.nn.Parameter(torch.zeros(6, 8))
     for blocks in (0, 3, 1.5):
         with pytest.raises(ValueError, match="blocks"):
-            LoRARite([{"params": [a, b], "kind": "lora", "blocks": blocks, "interleaved": True}])
+            LoRARite([{"params": [a, b], "kind": "lora", "blocks": blocks, "columns": "interleaved"}])
+    with pytest.raises(ValueError, match="columns must be one of"):
+        LoRARite([{"params": [a, b], "kind": "lora", "blocks": 4, "columns": "by rank"}])
     with pytest.raises(ValueError, match=r"l\.lora_A has shape"):
         LoRARite([{"params": [("l.lora_A", a), ("l.lora_B", b)], "kind": "lora", "blocks": 2}])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        LoRARite([{"params": [a, b], "kind": "lora", "blocks": 4, "interleaved": True}])
+        LoRARite([{"params": [a, b], "kind": "lora", "blocks": 4, "columns": "interleaved"}])

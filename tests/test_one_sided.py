@@ -154,7 +154,7 @@ def test_experts_with_a_frozen_factor_equal_separate_pairs():
         torch.nn.Parameter(torch.cat([a.detach() for a, _ in experts]), requires_grad=False),
         torch.nn.Parameter(torch.stack([b.detach() for _, b in experts], 2).flatten(1)),
     ]
-    group = {"params": whole, "kind": "lora", "blocks": 3, "interleaved": True}
+    group = {"params": whole, "kind": "lora", "blocks": 3, "columns": "interleaved"}
     together, apart = LoRARite([group], lr=0.02), optimizer_of(experts[:2])
     before = experts[2][1].detach().clone()
     for t in range(steps):

@@ -52,11 +52,12 @@ def algebra_dtype(device: torch.device) -> torch.dtype:
 
 class Layout(NamedTuple):
     """How a parameter holds the factor of ``blocks`` pairs: A (blocks·r, n, …), one after the other; B (blocks·m, r, …)
-    likewise, or, ``interleaved``, (m, r·blocks), the pair running fastest (PEFT's experts)."""
+    likewise, or, where ``columns`` is "interleaved", (m, r·blocks), the pair running fastest (PEFT's experts), or,
+    "side by side", (m, blocks·r), the pair running slowest (a block-diagonal A)."""
 
     rank_first: bool
     blocks: int = 1
-    interleaved: bool = False
+    columns: str = ""
 
     @property
     def long_dim(self) -> int:
@@ -65,7 +66,7 @@ class Layout(NamedTuple):
 
     def rows(self, p: Tensor) -> int:
         """The number of rows of a tall factor."""
-        return p.shape[1:].numel() if self.rank_first else p.shape[0] // (1 if self.interleaved else self.blocks)
+        return p.shape[1:].numel() if self.rank_first else p.shape[0] // (1 if self.columns else self.blocks)
 
     def tall(self, tensors: Sequence[Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """(p, rows, r), tall factors, from parameters or what has their shape; a view where there is one tensor of that
@@ -78,8 +79,10 @@ class Layout(NamedTuple):
             torch._foreach_copy_(list(stacked.unbind()), flat)  # (torch.stack uses one core)
         else:
             stacked = torch.stack(flat).to(dtype)
-        if self.interleaved:
+        if self.columns == "interleaved":
             stacked = stacked.unflatten(2, (-1, self.blocks)).movedim(3, 1).flatten(0, 1)
+        elif self.columns:
+            stacked = stacked.unflatten(2, (self.blocks, -1)).movedim(2, 1).flatten(0, 1)
         elif self.blocks > 1:
             stacked = stacked.unflatten(1, (self.blocks, -1)).flatten(0, 1)
         return stacked.mT if self.rank_first else stacked
@@ -87,15 +90,15 @@ class Layout(NamedTuple):
     def flat(self, x: Tensor) -> Tensor:
         """The opposite: (p / blocks, …) laid out as the parameters are, flattened to matrices."""
         x = x.mT if self.rank_first else x
-        if self.interleaved:
-            return x.unflatten(0, (-1, self.blocks)).movedim(1, 3).flatten(2)
+        if self.columns:
+            return x.unflatten(0, (-1, self.blocks)).movedim(1, 3 if self.columns == "interleaved" else 2).flatten(2)
         return x.unflatten(0, (-1, self.blocks)).flatten(1, 2)
 
 
 def layouts(group: dict[str, Any]) -> tuple[Layout, Layout]:
     """Of A and of B in a group."""
-    blocks, interleaved = group.get("blocks", 1), group.get("interleaved", False)
-    return Layout(True, blocks), Layout(False, blocks, interleaved)
+    blocks = group.get("blocks", 1)
+    return Layout(True, blocks), Layout(False, blocks, group.get("columns", ""))
 
 
 def rank_of(group: dict[str, Any], a: Tensor) -> int:

@@ -19,8 +19,8 @@ RAW_CLIPPING = (
 def create_lora_rite(model: nn.Module, lr: float | Tensor = 2e-4, **options: Any) -> LoRARite:
     """LoRARite for the trainable parameters of a model with LoRA layers (PEFT's, or others with the same names).
 
-    Unlike ``LoRARite(model.named_parameters())``, it also recognises layers whose factors are no plain pairs (stacked
-    experts, grouped convolutions) and gives those to AdamW.
+    Unlike ``LoRARite(model.named_parameters())``, it also recognises layers whose parameters hold several pairs
+    (stacked experts, grouped convolutions, block-diagonal factors).
 
     Args:
         model: the model, after ``get_peft_model``.

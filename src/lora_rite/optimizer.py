@@ -42,7 +42,7 @@ MAX_DROPPED_IN_A_ROW = 10
 Step = TypeVar("Step", bound=Callable[..., Any])
 
 _SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
-_LAYOUT_KEYS = ("blocks", "interleaved")
+_LAYOUT_KEYS = ("blocks", "columns")
 ADAMW_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 _ATTACH = "attach an adapter first (peft.get_peft_model), and pass model.named_parameters()"
 _NON_NEGATIVE = (

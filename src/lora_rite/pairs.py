@@ -32,6 +32,8 @@ FACTOR_NAMES = {
 BETWEEN_NAMES = ("lora_E", "lora_diag", "lora_mid", "hada_t1", "hada_t2", "lokr_t2")
 #: Type of device → why LoRARite refuses it.
 REFUSED_DEVICES = {"mps": "there is no float64 on Apple's MPS, and no eigenvalue decomposition: train on the CPU"}
+#: Where a B that holds several pairs has them: one below the other, or in its columns.
+COLUMNS = ("", "interleaved", "side by side")
 NO_FACTOR = "not a LoRA factor"
 #: Begin of a segment of a name → why a parameter of that name is no factor of a pair.
 REASONS = {
@@ -55,15 +57,15 @@ REASONS = {
 @dataclass(frozen=True)
 class Pair:
     """One product B·A: A is (r, n) and B is (m, r), or convolutions (r, n, …) and (m, r, 1, …). Or several, ``blocks``:
-    A is (blocks·r, n, …), and B (m, r·blocks) where ``interleaved`` (experts), else (blocks·m, r, …) (groups). One
-    factor may be frozen."""
+    A is (blocks·r, n, …), and B (blocks·m, r, …) (groups), or, where ``columns`` says so, (m, r·blocks): "interleaved"
+    (experts) or "side by side" (a block-diagonal A). One factor may be frozen."""
 
     a_name: str
     b_name: str
     a: Tensor
     b: Tensor
     blocks: int = 1
-    interleaved: bool = False
+    columns: str = ""
 
     @property
     def rank(self) -> int:
@@ -109,7 +111,7 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
     and LoKr.
 
     Given a model, layers whose parameters hold several pairs are recognised too (stacked experts, grouped
-    convolutions, block-diagonal B); given names alone, they cannot be.
+    convolutions, block-diagonal factors); given names alone, they cannot be.
 
     One factor of a pair may be frozen (``requires_grad=False``), as in LoRA-FA and MiCA; it must be given too.
 
@@ -117,12 +119,12 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
         LoRARiteValueError: a trainable factor without its partner, or two factors that cannot be multiplied.
     """
     if isinstance(model, nn.Module):
-        (stacked, excluded), named = _special_layers(model), list(model.named_parameters())
+        stacked, named = _stacked_layers(model), list(model.named_parameters())
     else:
-        stacked, excluded, named = {}, {}, _check_named(model)
+        stacked, named = {}, _check_named(model)
     everything = dict(named)
     trainable = {name: p for name, p in named if p.requires_grad}
-    pairing = Pairing()
+    pairing, excluded = Pairing(), {}
     for name in trainable:
         if any(segment in BETWEEN_NAMES for segment in name.split(".")):
             excluded[_layer(name)] = f"ΔW is not a plain product B·A: {name} stands between"
@@ -143,9 +145,9 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
         else:
             partners[partner] = name
     for a_name, b_name in partners.items():
-        blocks, interleaved = stacked.get(_layer(a_name), (1, False))
-        pair = Pair(a_name, b_name, everything[a_name], everything[b_name], blocks, interleaved)
-        check_pair(pair.a, pair.b, a_name, b_name, blocks, interleaved)
+        layout = stacked.get(_layer(a_name), (1, ""))
+        pair = Pair(a_name, b_name, everything[a_name], everything[b_name], *layout)
+        check_pair(pair.a, pair.b, a_name, b_name, *layout)
         pairing.pairs.append(pair)
     paired = {name for names in partners.items() for name in names}
     pairing.frozen += [name for name, p in named if not p.requires_grad and _partner(name) and name not in paired]
@@ -161,19 +163,21 @@ def param_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: Any
     """
     pairing = find_pairs(model)
     groups: list[dict[str, Any]] = []
-    for layout in sorted({(p.blocks, p.interleaved) for p in pairing.pairs}):
-        alike = [p for p in pairing.pairs if (p.blocks, p.interleaved) == layout]
+    for layout in sorted({(p.blocks, p.columns) for p in pairing.pairs}):
+        alike = [p for p in pairing.pairs if (p.blocks, p.columns) == layout]
         named = [named for p in alike for named in ((p.a_name, p.a), (p.b_name, p.b))]
-        several = {"blocks": layout[0], "interleaved": layout[1]} if layout[0] > 1 else {}
+        several = {"blocks": layout[0], "columns": layout[1]} if layout[0] > 1 else {}
         groups.append({"params": named, "kind": "lora", **several, **options})
     if pairing.left_out:
         groups.append({"params": [(o.name, o.parameter) for o in pairing.left_out], "kind": "adamw"})
     return groups
 
 
-def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, interleaved: bool = False) -> None:
+def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, columns: str = "") -> None:
     """Raises LoRARiteValueError where A (r, n, …) and B (m, r, …) cannot be the factors of one product; or, where they
-    hold several pairs, ``blocks``, A (blocks·r, n, …) and B (m, r·blocks) if ``interleaved``, else (blocks·m, r, …)."""
+    hold several pairs, ``blocks``, A (blocks·r, n, …) and B (blocks·m, r, …) or, with ``columns``, (m, r·blocks)."""
+    if columns not in COLUMNS:
+        raise LoRARiteValueError(f"columns must be one of {COLUMNS}, got {columns!r}")
     if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1 or a.shape[:1].numel() % blocks:
         raise LoRARiteValueError(
             f"blocks={blocks!r} must be a whole number that divides the first dimension of {a_name}"
@@ -186,9 +190,9 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, 
             )
     rank = a.shape[0] // blocks
     if (
-        b.shape[1] != (a.shape[0] if interleaved else rank)
+        b.shape[1] != (a.shape[0] if columns else rank)
         or b.shape[2:].numel() != 1
-        or (not interleaved and b.shape[0] % blocks)
+        or (not columns and b.shape[0] % blocks)
     ):
         hint = ""
         if a.ndim > 2 and a.shape[0] % b.shape[1] == 0:
@@ -259,10 +263,9 @@ def _why_not(name: str) -> str:
     return found[0] if found else NO_FACTOR
 
 
-def _special_layers(model: nn.Module) -> tuple[dict[str, tuple[int, bool]], dict[str, str]]:
-    """Layers (by name) whose factors hold several pairs, with ``blocks`` and ``interleaved`` of :class:`Pair`; and
-    layers whose factors do not form pairs, with the reason."""
-    stacked, reasons = {}, {}
+def _stacked_layers(model: nn.Module) -> dict[str, tuple[int, str]]:
+    """Layers (by name) whose factors hold several pairs, with ``blocks`` and ``columns`` of :class:`Pair`."""
+    stacked = {}
     for name, module in model.named_modules():
         diagonal = {
             side: [f for f in getattr(module, side, {}).values() if type(f).__name__ == "BlockDiagonalLinear"]
@@ -270,14 +273,14 @@ def _special_layers(model: nn.Module) -> tuple[dict[str, tuple[int, bool]], dict
             if isinstance(getattr(module, side, None), nn.ModuleDict)
         }
         if type(module).__name__ == "ParamWrapper" and getattr(module, "num_experts", 1) > 1:
-            stacked[name] = module.num_experts, True
+            stacked[name] = module.num_experts, "interleaved"
         elif (groups := getattr(getattr(module, "base_layer", None), "groups", 1)) > 1:
-            stacked[name] = groups, False
-        elif diagonal.get("lora_A"):
-            reasons[name] = "a block-diagonal A (BD-LoRA): several products in one matrix"
+            stacked[name] = groups, ""
         elif diagonal.get("lora_B"):
-            stacked[name] = diagonal["lora_B"][0].nblocks, False
-    return stacked, reasons
+            stacked[name] = diagonal["lora_B"][0].nblocks, ""
+        elif diagonal.get("lora_A"):
+            stacked[name] = diagonal["lora_A"][0].nblocks, "side by side"
+    return stacked
 
 
 def overlapping_storage(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
