@@ -38,16 +38,13 @@ MATRICES = ("second_moment", "transport", "basis", "coordinates", "warm_basis")
 STATE_KEYS = ("step", "first_moment", "row_moment", "matrices", "numbers", "damped")
 #: The further ones where the other factor is frozen: what of a state that one needs.
 FROZEN_KEYS = ("frozen_matrices", "frozen_numbers")
+#: The dtype of r×r matrices while they are computed with.
+ALGEBRA = torch.float64
 
 
 def work_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where a factor is float64, float32 otherwise: the dtype of all arithmetic and of the state."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def algebra_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of r×r matrices while they are computed with."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Layout(NamedTuple):
@@ -130,7 +127,7 @@ def new_state(group: dict[str, Any], pair: FactorPair) -> dict[Tensor, State]:
     for p, share, layout, x, damped in zip(pair[:2], shares, sides, tall, (a_damped, ~a_damped), strict=True):
         (blocks, local_rows, r), rows = x.shape, layout.rows(p)
         like = {"dtype": dtype, "device": p.device}
-        basis = rite.initial_basis(x, algebra_dtype(p.device), group["capturable"], rows, shards)
+        basis = rite.initial_basis(x, ALGEBRA, group["capturable"], rows, shards)
         zeros = torch.zeros(blocks, r, r, **like)
         checksum = shards.total(rite.checksum(x, shards.start(rows)))[0]
         state = {
@@ -270,19 +267,18 @@ class Batch:
         self.states = [state or _frozen_state(other) for state, other in zip(own, partners, strict=True)]  # type: ignore[arg-type]
         self.one_sided = not all(own)
         self.device, self.dtype = pairs[0].a.device, work_dtype(*pairs[0][:2])
-        self.algebra = algebra_dtype(self.device)
         self.chunks = list(self._chunks(factors))
         self.count = sum(c.count for c in self.chunks) // 2
         # three tall temporaries, for all chunks in turn: fresh memory is slower than the arithmetic
         size = max(sum(p.numel() for p in c.params) for c in self.chunks)
         self.workspace = torch.empty(3, size, dtype=self.dtype, device=self.device)
-        step = self.gather("step", 1).to(self.algebra) + 1
+        step = self.gather("step", 1).to(ALGEBRA) + 1
         self.decays = [rite.bias_corrected_decay(step, float(b)) for b in (*group["betas"], group["row_beta"])]
-        self.rows = constant(tuple(c.rows for c in self.chunks for _ in range(c.count)), self.algebra, self.device)
+        self.rows = constant(tuple(c.rows for c in self.chunks for _ in range(c.count)), ALGEBRA, self.device)
         self.moves = constant(tuple(c.moves for c in self.chunks for _ in range(c.count)), torch.bool, self.device)
-        self.lr = scalar(group["lr"], self.algebra, self.device)
+        self.lr = scalar(group["lr"], ALGEBRA, self.device)
         r = rank_of(group, factors[0])
-        matrices = self.gather("matrices", len(MATRICES), r, r).to(self.algebra)
+        matrices = self.gather("matrices", len(MATRICES), r, r).to(ALGEBRA)
         self.old_moment, self.transport, self.basis, self.coordinates, self.warm = matrices.unbind(1)
         self.numbers = self.gather("numbers", 1, r + 2)  # (2p, 1, r + 2)
 
@@ -327,7 +323,7 @@ class Batch:
             squares.append(square)
         checksums = torch.cat([c.checksum() for c in self.chunks])
         squares, self.checksum = self.shards.total(torch.cat(squares), checksums)
-        self.squares = squares.to(self.algebra)
+        self.squares = squares.to(ALGEBRA)
         self.kept = torch.ones_like(self.rows, dtype=torch.bool)
         if self.group["update_skipping"]:
             mean_square = rite.trace(self.squares) / (self.rows * self.squares.shape[-1])
@@ -357,7 +353,7 @@ class Batch:
         squares = self.squares * scale**2
         self.second_moment, self.escaped_mass, root = rite.second_moment(
             self.old_moment,
-            self.numbers[..., -1:].to(self.algebra),
+            self.numbers[..., -1:].to(ALGEBRA),
             squares / self.rows,
             self.decays[1],
             summed=group["betas"][1] == 1,
@@ -367,7 +363,7 @@ class Batch:
         )
         self.whiten = self.inverse @ root * (self.kept * (scale * (-1.0 if group["maximize"] else 1.0)))
         square = rite.trace(root @ squares @ root)  # ‖S‖²; equilibration of rows leaves it as it is
-        last = self.numbers[..., -2:-1].to(self.algebra)
+        last = self.numbers[..., -2:-1].to(ALGEBRA)
         self.moment_norm = self.decays[0] * last + (1 - self.decays[0]) * square.clamp_min(0).sqrt()
 
     def finite(self) -> Tensor:
@@ -413,7 +409,7 @@ class Batch:
         floor = torch.finfo(self.dtype).eps ** rite.NOISE
         rounding = [max(floor, torch.finfo(c.whole[0].dtype).eps) for c in self.chunks]
         rounding = tuple(eps for eps, c in zip(rounding, self.chunks, strict=True) for _ in range(c.count))
-        noise = constant(rounding, self.algebra, self.device)
+        noise = constant(rounding, ALGEBRA, self.device)
         # what the state keeps is what is measured: rounded to the work dtype first
         warm = rite.warm_basis(old, step, moment_norm, noise).to(self.dtype)
         matrices = (whiten, carry, rest, row_decay, (1 - row_decay) / step.shape[-1], step, warm, shrink)
@@ -424,10 +420,10 @@ class Batch:
         gram_z, shift, checksum, norm_square = sums
         norm = norm_square.sqrt()
         basis, c, inverse_warm = rite.orthonormalise(
-            warm.to(self.algebra), gram_z.to(self.algebra), self.rows, self.group["capturable"]
+            warm.to(ALGEBRA), gram_z.to(ALGEBRA), self.rows, self.group["capturable"]
         )
         # zᵀ·X_old, z = X_new·K_w, from X_old = (X_new + what it moved by)/shrink
-        cross = (gram_z.to(self.algebra) @ inverse_warm + shift.to(self.algebra)) / shrink
+        cross = (gram_z.to(ALGEBRA) @ inverse_warm + shift.to(ALGEBRA)) / shrink
         transport = self.partners(c.mT @ cross @ old.basis)
         if self.one_sided:
             transport = torch.where(self.partners(self.moves), transport, eye)

@@ -10,7 +10,7 @@ one code path serves both sides. With X = Q·T, Q orthonormal (its *basis*), T (
     X ← X − lr·M·Dᵀ  (Eq. 11)
 
 Shapes: p pairs of one batch, ``rows`` = n or m, r rank. Tall tensors are (p, rows, r) in the *work* dtype (float32, or
-float64 where a factor is float64); r×r tensors are (p, r, r) in the *algebra* dtype (float64, where the device has it).
+float64 where a factor is float64); r×r tensors are (p, r, r) in the *algebra* dtype, float64.
 Paper: Yen et al., "LoRA Done RITE", arXiv 2410.20625, Algorithm 1.
 """
 
