@@ -115,7 +115,7 @@ def new_state(group: dict[str, Any], pair: FactorPair) -> dict[Tensor, State]:
     ``first_moment`` have a leading dimension for them.
 
     A frozen factor has no state: its constant basis and checksum are kept under the other one, as ``frozen_matrices``
-    and ``frozen_numbers`` (distributed checkpoints hold no state of frozen parameters).
+    and ``frozen_numbers`` (distributed checkpoints restore no state of frozen parameters).
     """
     dtype, shards, sides = work_dtype(pair.a, pair.b), Shards(pair.a), layouts(group)
     shares = [shards.rows([p], layout.long_dim)[0] for layout, p in zip(sides, pair[:2], strict=True)]

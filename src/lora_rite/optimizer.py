@@ -221,7 +221,7 @@ class LoRARite(torch.optim.Optimizer):
         if shared := overlapping_storage(everything):
             raise LoRARiteValueError(
                 f"{shared[0]} and {shared[1]} are the same tensor or share storage (tied, or passed twice): each may "
-                "be updated once only. Untie them, or freeze one"
+                "be updated once only. Untie them, or freeze one, with its partner where it is a factor"
             )
         for group in groups:
             if not named:
