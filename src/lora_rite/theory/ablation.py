@@ -51,6 +51,7 @@ EMBEDDED: dict[str, tuple[float, ...]] = {
     "row_floor 1e-3": (2e-2,),
     "row_floor 1e-2": (2e-2,),
     "no second moment": (2e-2,),
+    "no clip": (2e-2,),
     "momentum before": (2e-2,),
     "no transport": (2e-2,),
     "rows after momentum": (2e-2,),
@@ -70,7 +71,7 @@ def run(
     warmups: tuple[float, ...] = (0.1,),
     lrs: tuple[float, ...] = (1e-2, 3e-2, 1e-1, 3e-1),
     seeds: int = 5,
-    embedded_seeds: tuple[int, ...] = (100, 101),
+    embedded_seeds: tuple[int, ...] = (100, 101, 102, 103, 104),
 ) -> dict[str, Any]:
     """Synthetic: relative loss on fresh samples of :class:`.problems.Regression` with noisy targets; lr chosen with
     seed 100, then ``seeds`` other ones. Embedded: validation loss after 200 steps, rank 16. Gauge: LoRARite
