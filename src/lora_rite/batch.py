@@ -142,12 +142,12 @@ def new_state(group: dict[str, Any], pair: FactorPair) -> dict[Tensor, State]:
         row_shape = (blocks, rows) if blocks > 1 else (rows,)
         state["row_moment"] = shards.wrapped(state["row_moment"], row_shape, len(row_shape) - 1)
         states.append(state)
-    a, b = states
-    if not pair.a.requires_grad and pair.b.requires_grad:
-        return {pair.b: {**b, **{key: a[key.removeprefix("frozen_")] for key in FROZEN_KEYS}}}
-    if not pair.b.requires_grad and pair.a.requires_grad:
-        return {pair.a: {**a, **{key: b[key.removeprefix("frozen_")] for key in FROZEN_KEYS}}}
-    return {pair.a: a, pair.b: b}
+    new: dict[Tensor, State] = dict(zip(pair[:2], states, strict=True))
+    for p, other in ((pair.a, pair.b), (pair.b, pair.a)):
+        if other.requires_grad and not p.requires_grad:
+            frozen = new.pop(p)
+            new[other].update({key: frozen[key.removeprefix("frozen_")] for key in FROZEN_KEYS})
+    return new
 
 
 def _frozen_state(other: State) -> State:

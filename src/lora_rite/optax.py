@@ -203,7 +203,7 @@ def _eigh(m: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _decay(step: jax.Array, beta: Any) -> jax.Array:
     """β(1 − βᵗ⁻¹)/(1 − βᵗ), exact in float32 too; 1 for β = 1."""
-    if not isinstance(beta, jax.Array) and beta == 1:
+    if _is(beta, 1):
         return jnp.ones_like(step)
     log = jnp.log(jnp.maximum(beta, 1e-30)) if isinstance(beta, jax.Array) else math.log(max(beta, 1e-30))
     return beta * jnp.expm1((step - 1) * log) / jnp.expm1(step * log)
@@ -424,7 +424,7 @@ class _Batch:
         """Unmagnified gradients ḡ = g·D. Returns the sum of their squares."""
         damping, skipping = self.options["damping"], self.options["update_skipping"]
         self.inverse = self._partners(self.basis.basis)
-        if not _is_zero(damping):
+        if not _is(damping, 0):
             t, half = self.basis.coordinates, self.rows.shape[0] // 2
             damps_a = self.damped[:half]
             delta = damping * lr * jnp.sqrt(jnp.where(damps_a, self.rows[:half], self.rows[half:]))
@@ -434,7 +434,7 @@ class _Batch:
         unmagnified = self._each(_times, self.gradients, self.inverse)
         self.squares = self._join([_gram(g, g) for g in unmagnified])
         self.kept = jnp.ones_like(self.rows, bool)
-        if not _is_zero(skipping):
+        if not _is(skipping, 0):
             mean_square = _trace(self.squares) / (self.rows * self.squares.shape[-1])
             self.kept = ~((mean_square > skipping**2) & (skipping > 0))
             self.squares = self.squares * self.kept  # (what is infinite becomes NaN)
@@ -443,10 +443,10 @@ class _Batch:
     def precondition(self, norm: jax.Array, decays: list[jax.Array]) -> jax.Array:
         """V and g → S. Returns whether everything is finite in the state's dtype."""
         options, clip = self.options, self.options["clip_unmagnified_grad"]
-        scale = 1.0 if _is_zero(clip) else jnp.where((clip > 0) & (norm > clip), clip / norm, 1)
+        scale = 1.0 if _is(clip, 0) else jnp.where((clip > 0) & (norm > clip), clip / norm, 1)
         squares = self.squares * scale**2 / self.rows
-        summed = not isinstance(options["betas"][1], jax.Array) and options["betas"][1] == 1
-        self.second_moment = decays[1] * self.second_moment + (1 if summed else 1 - decays[1]) * squares
+        fresh = 1 if _is(options["betas"][1], 1) else 1 - decays[1]
+        self.second_moment = decays[1] * self.second_moment + fresh * squares
         self.escaped = decays[1] * self.escaped
         w, u = _eigh(self.second_moment)
         root = jnp.sqrt(jnp.maximum(w, 0) + self.escaped[..., 0])
@@ -469,7 +469,7 @@ class _Batch:
         )  # fmt: skip
         moments, row_moments = [m for m, _ in results], [row for _, row in results]
         self.moment_norm, cap = self._norms(moments), self.options["update_capping"]
-        if not _is_zero(cap):
+        if not _is(cap, 0):
             rms = self.moment_norm / jnp.sqrt(self.rows * self.step.shape[-1])
             self.step = self.step / jnp.where(cap > 0, jnp.maximum(rms / jnp.where(cap > 0, cap, 1), 1), 1)
         decay = jnp.asarray(lr * self.options["weight_decay"], self.dtype)
@@ -607,9 +607,10 @@ _NUMBERS = (
 _SWITCHES = ("row_equilibration", "apply_escape", "balance_param", "maximize")
 
 
-def _is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is off for good: not where it is an array, as optax.inject_hyperparams makes of it."""
-    return not isinstance(value, jax.Array) and value == 0
+def _is(value: Any, number: float) -> bool:
+    """Whether a hyperparameter has this value for good: not where it is an array, as optax.inject_hyperparams makes of
+    it."""
+    return not isinstance(value, jax.Array) and value == number
 
 
 def _check(learning_rate: Any, layouts: tuple[Layout, ...], options: dict[str, Any]) -> None:
@@ -623,7 +624,7 @@ def _check(learning_rate: Any, layouts: tuple[Layout, ...], options: dict[str, A
     _check_number("eps", options["eps"])
     if not isinstance(options["betas"], (tuple, list)) or len(options["betas"]) != 2:
         raise LoRARiteValueError(f"betas must be a number in [0, 1) and one in [0, 1], got {options['betas']!r}")
-    summed = not isinstance(options["betas"][1], jax.Array) and options["betas"][1] == 1
+    summed = _is(options["betas"][1], 1)
     for key, beta in (("betas", options["betas"][0]), ("betas", 0.0 if summed else options["betas"][1])):
         _check_number(key, beta, below=1)
     _check_number("row_beta", options["row_beta"], below=1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import LoRARiteValueError
 from .data import Example, read_examples
 from .optimizers import OptimizerFactory
-from .train import _add_callbacks, _blame, _entries, attach_adapter, describe_optimizer
+from .train import _add_callbacks, _blame, _entries, attach_adapter, describe_optimizer, training_arguments
 
 
 def train_choices(
@@ -67,7 +67,7 @@ def train_choices(
     Raises:
         LoRARiteValueError: a question without wrong answers, or a model that cannot be loaded.
     """
-    from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments, set_seed
+    from transformers import AutoModel, AutoTokenizer, Trainer, set_seed
     from transformers.utils import logging
 
     from .. import LoRARite, LoRARiteCallback
@@ -100,12 +100,9 @@ def train_choices(
         network.train()
         return total / len(held_out), right / len(held_out)
 
-    arguments = TrainingArguments(
-        output_dir=str(out / "checkpoints"), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=lr,
-        lr_scheduler_type=scheduler, warmup_steps=round(warmup * steps), seed=seed, logging_steps=log_every,
-        logging_nan_inf_filter=False, save_strategy="no", report_to="none", disable_tqdm=True,
-        remove_unused_columns=False, use_cpu=not torch.accelerator.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+    arguments = training_arguments(
+        out, steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, scheduler=scheduler, seed=seed,
+        log_every=log_every, save_strategy="no", report_to="none", remove_unused_columns=False,
     )  # fmt: skip
     kwargs = {"name": optimizer, "lr": lr, "weight_decay": 0.0, "options": optimizer_args}
     trainer = Trainer(

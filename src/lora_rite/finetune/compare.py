@@ -43,8 +43,9 @@ FINALISTS = 2
 #: The name of the task whose text every installation has.
 HEADERS = "torch-headers"
 SPLITS = ("train", "validation", "test")
-#: Options of a run that the study decides.
-DECIDED = {"data", "task", "data_dir", "validation", "optimizer", "optimizer_args", "lr", "rank", "seed", "out"}
+#: Options of a run that the study gives, and those that it decides: a task is among the data that it gives.
+GIVEN = {"data", "validation", "optimizer", "optimizer_args", "lr", "rank", "seed", "out"}
+DECIDED = GIVEN | {"task", "data_dir"}
 _WORD = re.compile(r"[\w.+][\w.+ -]*")
 
 
@@ -172,8 +173,8 @@ def load_recipe(path: Path) -> Recipe:
         for prefix, part in (("", recipe), *((f"tasks.{name}.", task) for name, task in recipe.tasks.items())):
             if decided := DECIDED & set(part.train):
                 raise LoRARiteValueError(f"{path}: {prefix}train.{min(decided)}: the study decides it")
-            decided = {"out": ".", "data": ".", "validation": ".", "optimizer": "adamw", "lr": 1.0}
-            parsed = options.parse_object({**decided, **recipe.train, **part.train})
+            stand_ins = {"out": ".", "data": ".", "validation": ".", "optimizer": "adamw", "lr": 1.0}
+            parsed = options.parse_object({**stand_ins, **recipe.train, **part.train})
             part.train = {key: parsed[key] for key in part.train}
             if part.train.get("trust_remote_code"):
                 raise LoRARiteValueError(f"{path}: {prefix}train.trust_remote_code: not by a file, see lora-rite train")
@@ -210,9 +211,7 @@ def _function(name: str | None) -> Callable[..., dict[str, Any]]:
     if name is None:
         return train
     function = load(name)
-    missing = {"data", "validation", "optimizer", "optimizer_args", "lr", "rank", "seed", "out"}
-    missing -= set(inspect.signature(function).parameters)
-    if missing:
+    if missing := GIVEN - set(inspect.signature(function).parameters):
         raise LoRARiteValueError(f"function {name} must take {', '.join(sorted(missing))}")
     return function
 

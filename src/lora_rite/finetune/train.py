@@ -126,8 +126,7 @@ def train(
     if (finished := _check_folder(out, settings, resume, allow_changed)) is not None:
         return finished
 
-    import torch
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+    from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
 
     from .. import LoRARite, LoRARiteCallback
 
@@ -150,27 +149,23 @@ def train(
     with checkpoint.locked(out):
         pass  # the Trainer makes folders: from here on, the folder is known as one of ours
     with _blame(f"--scheduler {scheduler}"):
-        arguments = TrainingArguments(
-            output_dir=str(out / "checkpoints"),
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
+        arguments = training_arguments(
+            out,
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            warmup=warmup,
+            scheduler=scheduler,
+            seed=seed,
+            log_every=log_every,
             gradient_accumulation_steps=accumulation,
-            learning_rate=lr,
-            lr_scheduler_type=scheduler,
-            warmup_steps=round(warmup * steps),
             weight_decay=weight_decay,
             bf16=bf16,
-            use_cpu=not torch.accelerator.is_available(),
-            seed=seed,
-            logging_steps=log_every,
-            logging_nan_inf_filter=False,
             include_num_input_tokens_seen="non_padding",
             save_strategy="steps" if save_every else "no",
             save_steps=save_every or 500,
             save_total_limit=None,  # rotation is ours: it counts checkpoints that verify
             report_to=report_to,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            disable_tqdm=True,
         )
     optimizer_kwargs = {"name": optimizer, "lr": lr, "weight_decay": weight_decay, "options": optimizer_args}
     with _blame(f"--report_to {report_to}"):
@@ -230,6 +225,39 @@ def train(
         }
         run.finish(lambda folder: network.save_pretrained(str(folder), safe_serialization=True), result)
     return result
+
+
+def training_arguments(
+    out: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    warmup: float,
+    scheduler: str,
+    seed: int,
+    log_every: int,
+    **more: Any,
+) -> Any:
+    """The Trainer's arguments that all runs share, by the names of ``lora-rite train``, and ``more`` by its own."""
+    import torch
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        lr_scheduler_type=scheduler,
+        warmup_steps=round(warmup * steps),
+        use_cpu=not torch.accelerator.is_available(),
+        seed=seed,
+        logging_steps=log_every,
+        logging_nan_inf_filter=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        **more,
+    )
 
 
 def _read(
