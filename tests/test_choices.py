@@ -153,6 +153,22 @@ def test_a_function_trains_the_runs_of_a_study(recipe, tmp_path, capsys):
     assert "rank 2: 13 pairs" in capsys.readouterr().out
 
 
+def ends_in_nan(out, data, validation, optimizer, optimizer_args, lr, rank, seed, model, steps, batch_size):
+    return {"held_out": {"before": 1.0, "after": math.nan}, "held_out_losses": []}
+
+
+def test_a_loss_that_is_nan_counts_as_diverged(recipe, tmp_path):
+    pytest.importorskip("jsonargparse")
+    pytest.importorskip("jinja2")
+    out = tmp_path / "study"
+    assert main(["compare", recipe(f"{__name__}:ends_in_nan"), "--out", str(out), "--no_progress"]) == 0
+    result = json.loads((out / "runs/Syllables/r2/AdamW/lr0.001-seed0-test/result.json").read_text())
+    assert result["held_out"]["after"] == math.inf
+    assert result["diverged"] == "the held-out loss is nan after training"
+    assert all(run["loss"] == math.inf for run in json.loads((out / "study.json").read_text())["runs"])
+    assert "diverged" in (out / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

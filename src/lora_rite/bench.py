@@ -54,9 +54,9 @@ def configuration(model: str, layers: int | None = None) -> Any:
     folder with one or a hub id; cut to so many layers (of encoder and decoder each)."""
     from transformers import AutoConfig
 
-    from .finetune.train import TINY, _blame
+    from .finetune.train import TINY, blame
 
-    with _blame(f"--models {model}"):
+    with blame(f"--models {model}"):
         if model in CONFIGS:
             kind, options = CONFIGS[model]
             config = AutoConfig.for_model(kind, **options)
@@ -77,11 +77,11 @@ def network(model: str, layers: int | None, rank: int, device: str, dtype: torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from .finetune.train import _blame
+    from .finetune.train import blame
 
     config = configuration(model, layers)
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device(device), _blame(f"--models {model}"):
+    with torch.device(device), blame(f"--models {model}"):
         base = kind.from_config(config, dtype=dtype)
         return get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import LoRARiteValueError
 from .data import Example, read_examples
 from .optimizers import OptimizerFactory
-from .train import _add_callbacks, _blame, _entries, attach_adapter, describe_optimizer, training_arguments
+from .train import add_callbacks, attach_adapter, blame, describe_optimizer, log_entries, training_arguments
 
 
 def train_choices(
@@ -74,7 +74,7 @@ def train_choices(
 
     logging.disable_progress_bar()
     questions, held_out = (_questions(path) for path in (data, validation))
-    with _blame(f"cannot load model {model}"):
+    with blame(f"cannot load model {model}"):
         tokenizer = AutoTokenizer.from_pretrained(model)
         encoder = AutoModel.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
     set_seed(seed)
@@ -112,20 +112,20 @@ def train_choices(
         train_dataset=questions,  # type: ignore[arg-type]
         optimizer_cls_and_kwargs=(OptimizerFactory, kwargs),  # type: ignore[arg-type]
     )
-    with _blame(f"optimizer_args {optimizer_args}"):
+    with blame(f"optimizer_args {optimizer_args}"):
         is_lora_rite = isinstance(trainer.create_optimizer(), LoRARite)
     arguments.max_grad_norm = 0.0 if is_lora_rite else 1.0
-    clock = _add_callbacks(
+    clock = add_callbacks(
         trainer, LoRARiteCallback() if is_lora_rite else None, False, lambda: measure()[0], eval_every
     )
     before = measure()
     result = trainer.train()
     after = measure()
     return {
-        "held_out": {"before": before[0], "after": after[0] if math.isfinite(after[0]) else math.inf},
+        "held_out": {"before": before[0], "after": after[0]},
         "accuracy": {"before": before[1], "after": after[1], "questions": len(held_out)},
-        "losses": _entries(trainer.state.log_history, "loss", "learning_rate"),
-        "held_out_losses": _entries(trainer.state.log_history, "held_out_loss"),
+        "losses": log_entries(trainer.state.log_history, "loss", "learning_rate"),
+        "held_out_losses": log_entries(trainer.state.log_history, "held_out_loss"),
         "seconds": {"training": result.metrics["train_runtime"], **clock.seconds()},
         "optimizer": describe_optimizer(trainer.optimizer),
     }

@@ -169,7 +169,7 @@ def load_recipe(path: Path) -> Recipe:
     parser.add_class_arguments(Recipe, as_group=False)
     try:
         recipe = Recipe(**vars(parser.instantiate(parser.parse_string(read_text(path)))))
-        options.add_function_arguments(_function(recipe.function), as_group=False)
+        options.add_function_arguments(_function(recipe.function), as_group=False, fail_untyped=False)
         for prefix, part in (("", recipe), *((f"tasks.{name}.", task) for name, task in recipe.tasks.items())):
             if decided := DECIDED & set(part.train):
                 raise LoRARiteValueError(f"{path}: {prefix}train.{min(decided)}: the study decides it")
@@ -510,11 +510,12 @@ def _call(function: Callable[..., dict[str, Any]], options: dict[str, Any]) -> f
         raise LoRARiteValueError(f"{out}: {error}") from error
     except NonFiniteError as error:
         result = {"held_out": {"after": math.inf}, "diverged": str(error)}
-    if not math.isfinite(result["held_out"]["after"]):
-        result.setdefault("diverged", "the held-out loss is not finite after training")
+    if not math.isfinite(loss := result["held_out"]["after"]):
+        result.setdefault("diverged", f"the held-out loss is {loss} after training")
+        result["held_out"]["after"] = loss = math.inf  # NaN compares with nothing
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     write_json(out / "result.json", {"settings": settings, **result, "versions": versions()})
-    return result["held_out"]["after"]
+    return loss
 
 
 def _train(options: dict[str, Any], evaluation: dict[str, Any]) -> float:

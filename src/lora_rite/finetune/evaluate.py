@@ -17,7 +17,7 @@ from ..errors import LoRARiteValueError
 from .checkpoint import write_json
 from .data import IGNORED, RECORDS, Example, label_count, read_examples, windows
 from .tasks import TASKS, Row, Rows, Task, examples, find_task, require_rows
-from .train import _blame, attach_adapter, held_out_loss, load_model, versions
+from .train import attach_adapter, blame, held_out_loss, load_model, versions
 
 #: Categories of Super-Natural Instructions' test split that Tk-Instruct judges by exact match; the others by ROUGE-L.
 EXACT_MATCH = {
@@ -263,7 +263,7 @@ def _other_judge(name: str, num_fewshot: int | None) -> Any:
     """Any other task of lm_eval: by its name, or by the path of its YAML file."""
     TaskManager, _ = _lm_eval_tasks()
     path = Path(name)
-    with _blame(f"--tasks {name}"):
+    with blame(f"--tasks {name}"):
         try:
             found = TaskManager(include_defaults=not path.is_file()).load(name)["tasks"]
         except KeyError:
@@ -326,7 +326,7 @@ class _Evaluator:
         if device is None:
             accelerator = torch.accelerator.current_accelerator()
             device = "cpu" if accelerator is None else accelerator.type
-        with _blame(f"--device {device}"):
+        with blame(f"--device {device}"):
             self.network = network.to(device).eval()
 
     def __call__(self, plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -297,7 +297,7 @@ def figure(case: Case, cases: Sequence[Case]) -> str:
         by_lr.set(title="validation loss, best rate marked", xlabel="learning rate", xscale="log")
         by_lr.set_xticks(rates, [f"{lr:g}" for lr in rates], rotation=60)
         by_lr.minorticks_off()
-        by_step.set(title="test loss over steps", xlabel="step", ylabel="nat a token")
+        by_step.set(title="test loss over steps", xlabel="step", ylabel="nat")
         by_time.set(title="test loss over training time", xlabel="seconds (steps × median step time)")
         for axis in (by_step, by_time, by_lr):
             axis.grid(alpha=0.3)

@@ -148,7 +148,7 @@ def train(
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     with checkpoint.locked(out):
         pass  # the Trainer makes folders: from here on, the folder is known as one of ours
-    with _blame(f"--scheduler {scheduler}"):
+    with blame(f"--scheduler {scheduler}"):
         arguments = training_arguments(
             out,
             steps=steps,
@@ -168,7 +168,7 @@ def train(
             report_to=report_to,
         )
     optimizer_kwargs = {"name": optimizer, "lr": lr, "weight_decay": weight_decay, "options": optimizer_args}
-    with _blame(f"--report_to {report_to}"):
+    with blame(f"--report_to {report_to}"):
         trainer = checkpoint.crash_safe(Trainer)(
             network,
             arguments,
@@ -176,14 +176,14 @@ def train(
             train_dataset=train_rows,  # type: ignore[arg-type]
             optimizer_cls_and_kwargs=(OptimizerFactory, optimizer_kwargs),  # type: ignore[arg-type]
         )
-    with _blame(f"--optimizer_args {optimizer_args}"):
+    with blame(f"--optimizer_args {optimizer_args}"):
         is_lora_rite = isinstance(trainer.create_optimizer(), LoRARite)
     arguments.max_grad_norm = 0.0 if is_lora_rite else 1.0  # LoRA-RITE clips by itself, invariantly
     if packing:
         _check_packing(network, train_rows)
     measure = lambda: held_out_loss(network, held_out_rows, collator, batch_size)
     reporter = LoRARiteCallback(out / "layers.jsonl" if layers_every else None, layers_every or 1)
-    clock = _add_callbacks(trainer, reporter if is_lora_rite else None, progress, measure, eval_every)
+    clock = add_callbacks(trainer, reporter if is_lora_rite else None, progress, measure, eval_every)
     with checkpoint.locked(out):
         if (finished := _check_folder(out, settings, resume, allow_changed)) is not None:
             return finished  # by the process that had the lock before
@@ -210,8 +210,8 @@ def train(
                 "examples_in_training_data": contaminated,
             },
             "perplexity": {"before": _perplexity(before), "after": _perplexity(after)},
-            "losses": _entries(trainer.state.log_history, "loss", "learning_rate"),
-            "held_out_losses": _entries(trainer.state.log_history, "held_out_loss"),
+            "losses": log_entries(trainer.state.log_history, "loss", "learning_rate"),
+            "held_out_losses": log_entries(trainer.state.log_history, "held_out_loss"),
             "log": trainer.state.log_history,
             "seconds": {"training": seconds, **clock.seconds()},
             "optimizer": describe_optimizer(trainer.optimizer),
@@ -293,7 +293,7 @@ def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False
 
     logging.disable_progress_bar()
     source = str(TINY) if name == "tiny" else name
-    with _blame(f"cannot load --model {name}"):
+    with blame(f"cannot load --model {name}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -322,14 +322,14 @@ def attach_adapter(
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter is not None:
-        with _blame(f"--adapter {adapter}"), warnings.catch_warnings():
+        with blame(f"--adapter {adapter}"), warnings.catch_warnings():
             check_adapter(adapter)
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
     kind = "SEQ_2_SEQ_LM" if network.config.is_encoder_decoder else "CAUSAL_LM"
     if not network.can_generate():
         kind = "FEATURE_EXTRACTION"
-    with _blame(f"--target_modules {target_modules}"):
+    with blame(f"--target_modules {target_modules}"):
         config = LoraConfig(
             r=rank,
             lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
@@ -429,7 +429,7 @@ def versions(*more: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _blame(option: str) -> Iterator[None]:
+def blame(option: str) -> Iterator[None]:
     """Turns an error of a library inside into one that names the option it comes from, with its first line."""
     try:
         yield
@@ -497,7 +497,7 @@ def _check_folder(
     return json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else None
 
 
-def _add_callbacks(trainer: Any, reporter: Any, progress: bool, measure: Callable[[], float], eval_every: int) -> Any:
+def add_callbacks(trainer: Any, reporter: Any, progress: bool, measure: Callable[[], float], eval_every: int) -> Any:
     """The clock, the held-out loss, the progress bar and, in front of the reporters, LoRARite's figures. Returns the
     clock."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -558,7 +558,7 @@ def _add_callbacks(trainer: Any, reporter: Any, progress: bool, measure: Callabl
     return clock
 
 
-def _entries(log: list[dict[str, float]], *keys: str) -> list[dict[str, float]]:
+def log_entries(log: list[dict[str, float]], *keys: str) -> list[dict[str, float]]:
     """Those entries of the Trainer's log that have all the keys, with them and the step alone."""
     return [{key: entry[key] for key in ("step", *keys)} for entry in log if all(key in entry for key in keys)]
 
