@@ -100,5 +100,5 @@ def test_check_reads_the_data(tmp_path, capsys):
     """Bad local data is found before anything is trained."""
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "train.jsonl").write_text('{"question": "1 + 1?"}\n')
-    assert main(["compare", str(ROOT / "recipes/small/long.yaml"), "--check", "--data-dir", str(tmp_path)]) == 2
+    assert main(["compare", str(ROOT / "recipes/small/gsm8k.yaml"), "--check", "--data-dir", str(tmp_path)]) == 2
     assert "train.jsonl" in capsys.readouterr().err
