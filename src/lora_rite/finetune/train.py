@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import subprocess
 import time
@@ -441,6 +442,11 @@ def blame(option: str) -> Iterator[None]:
 
 
 def _check(settings: dict[str, Any]) -> None:
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise LoRARiteValueError(
+            f"lora-rite train is one process, and there are {processes} (WORLD_SIZE, as torchrun sets it): on several "
+            "GPUs use a script of the Trainer or of Accelerate (docs/scaling.md), or compare --devices, a run on each"
+        )
     least = {
         "rank": 1,
         "steps": 1,
