@@ -16,7 +16,15 @@ from torch import Tensor
 from ..errors import LoRARiteValueError
 from .data import Example, read_examples
 from .optimizers import OptimizerFactory
-from .train import add_callbacks, attach_adapter, blame, describe_optimizer, log_entries, training_arguments
+from .train import (
+    add_callbacks,
+    attach_adapter,
+    blame,
+    create_optimizer,
+    describe_optimizer,
+    log_entries,
+    training_arguments,
+)
 
 
 def train_choices(
@@ -70,7 +78,7 @@ def train_choices(
     from transformers import AutoModel, AutoTokenizer, Trainer, set_seed
     from transformers.utils import logging
 
-    from .. import LoRARite, LoRARiteCallback
+    from .. import LoRARiteCallback
 
     logging.disable_progress_bar()
     questions, held_out = (_questions(path) for path in (data, validation))
@@ -112,9 +120,7 @@ def train_choices(
         train_dataset=questions,  # type: ignore[arg-type]
         optimizer_cls_and_kwargs=(OptimizerFactory, kwargs),  # type: ignore[arg-type]
     )
-    with blame(f"optimizer_args {optimizer_args}"):
-        is_lora_rite = isinstance(trainer.create_optimizer(), LoRARite)
-    arguments.max_grad_norm = 0.0 if is_lora_rite else 1.0
+    is_lora_rite = create_optimizer(trainer, f"optimizer_args {optimizer_args}")
     clock = add_callbacks(
         trainer, LoRARiteCallback() if is_lora_rite else None, False, lambda: measure()[0], eval_every
     )

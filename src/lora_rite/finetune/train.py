@@ -129,7 +129,7 @@ def train(
 
     from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
 
-    from .. import LoRARite, LoRARiteCallback
+    from .. import LoRARiteCallback
 
     network, tokenizer = load_model(model, bf16=bf16, trust_remote_code=trust_remote_code)
     encoder_decoder = network.config.is_encoder_decoder
@@ -177,9 +177,7 @@ def train(
             train_dataset=train_rows,  # type: ignore[arg-type]
             optimizer_cls_and_kwargs=(OptimizerFactory, optimizer_kwargs),  # type: ignore[arg-type]
         )
-    with blame(f"--optimizer_args {optimizer_args}"):
-        is_lora_rite = isinstance(trainer.create_optimizer(), LoRARite)
-    arguments.max_grad_norm = 0.0 if is_lora_rite else 1.0  # LoRA-RITE clips by itself, invariantly
+    is_lora_rite = create_optimizer(trainer, f"--optimizer_args {optimizer_args}")
     if packing:
         _check_packing(network, train_rows)
     measure = lambda: held_out_loss(network, held_out_rows, collator, batch_size)
@@ -259,6 +257,17 @@ def training_arguments(
         disable_tqdm=True,
         **more,
     )
+
+
+def create_optimizer(trainer: Any, option: str) -> bool:
+    """Has the Trainer make its optimizer, an error blamed on ``option``, and sets its clipping. Returns whether it is
+    LoRARite."""
+    from .. import LoRARite
+
+    with blame(option):
+        is_lora_rite = isinstance(trainer.create_optimizer(), LoRARite)
+    trainer.args.max_grad_norm = 0.0 if is_lora_rite else 1.0  # LoRA-RITE clips by itself, invariantly
+    return is_lora_rite
 
 
 def _read(
