@@ -84,7 +84,7 @@ class Fails:
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_eigenvalues_that_do_not_converge_come_from_jacobi_rotations(steps, monkeypatch):
+def test_eigenvalues_that_do_not_converge_come_from_singular_values(steps, monkeypatch):
     """B12: wherever LAPACK gives up in a step, the step is what it would have been."""
     for at in range(1, count_calls(steps, monkeypatch) + 1):
         results = []

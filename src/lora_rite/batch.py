@@ -127,7 +127,7 @@ def new_state(group: dict[str, Any], pair: FactorPair) -> dict[Tensor, State]:
     for p, share, layout, x, damped in zip(pair[:2], shares, sides, tall, (a_damped, ~a_damped), strict=True):
         (blocks, local_rows, r), rows = x.shape, layout.rows(p)
         like = {"dtype": dtype, "device": p.device}
-        basis = rite.initial_basis(x, ALGEBRA, group["capturable"], rows, shards)
+        basis = rite.initial_basis(x, ALGEBRA, shards)
         zeros = torch.zeros(blocks, r, r, **like)
         checksum = shards.total(rite.checksum(x, shards.start(rows)))[0]
         state = {
@@ -267,6 +267,8 @@ class Batch:
         self.states = [state or _frozen_state(other) for state, other in zip(own, partners, strict=True)]  # type: ignore[arg-type]
         self.one_sided = not all(own)
         self.device, self.dtype = pairs[0].a.device, work_dtype(*pairs[0][:2])
+        #: r×r matrices are not decomposed by LAPACK, nor by its slow, waiting likes on other devices
+        self.iterate = group["capturable"] or self.device.type != "cpu"
         self.chunks = list(self._chunks(factors))
         self.count = sum(c.count for c in self.chunks) // 2
         # three tall temporaries, for all chunks in turn: fresh memory is slower than the arithmetic
@@ -342,7 +344,7 @@ class Batch:
             delta = damping * self.lr * torch.where(damps_a, self.rows[:n], self.rows[n:]).sqrt()
             y, x = torch.where(damps_a, t[:n], t[n:]), torch.where(damps_a, t[n:], t[:n])
             product = y @ x.mT
-            damped = x.mT @ rite.damped_inverse(product, delta, self.group["capturable"])
+            damped = x.mT @ rite.damped_inverse(product, delta)
             self.product = product, delta
             self.inverse = torch.where(torch.cat([~damps_a, damps_a]), damped.repeat(2, 1, 1), self.inverse)
 
@@ -359,7 +361,7 @@ class Batch:
             summed=group["betas"][1] == 1,
             eps=group["eps"],
             relative_eps=group["relative_eps"],
-            jacobi=group["capturable"],
+            iterate=self.iterate,
         )
         self.whiten = self.inverse @ root * (self.kept * (scale * (-1.0 if group["maximize"] else 1.0)))
         square = rite.trace(root @ squares @ root)  # ‖S‖²; equilibration of rows leaves it as it is
@@ -419,9 +421,7 @@ class Batch:
         sums = self.shards.total(*(torch.cat(parts) for parts in zip(*results, strict=True)))
         gram_z, shift, checksum, norm_square = sums
         norm = norm_square.sqrt()
-        basis, c, inverse_warm = rite.orthonormalise(
-            warm.to(ALGEBRA), gram_z.to(ALGEBRA), self.rows, self.group["capturable"]
-        )
+        basis, c, inverse_warm = rite.orthonormalise(warm.to(ALGEBRA), gram_z.to(ALGEBRA), self.iterate)
         # zᵀ·X_old, z = X_new·K_w, from X_old = (X_new + what it moved by)/shrink
         cross = (gram_z.to(ALGEBRA) @ inverse_warm + shift.to(ALGEBRA)) / shrink
         transport = self.partners(c.mT @ cross @ old.basis)
@@ -429,7 +429,7 @@ class Batch:
             transport = torch.where(self.partners(self.moves), transport, eye)
         moved = rite.transport(self.second_moment, transport)
         if self.group["apply_escape"]:
-            lost = rite.escaped_mass(self.second_moment, moved, self.group["capturable"])
+            lost = rite.escaped_mass(self.second_moment, moved)
             self.escaped_mass = self.escaped_mass + lost
         if self.group["balance_param"] and not self.one_sided:
             basis, checksum = self._balance(basis, checksum, gate)

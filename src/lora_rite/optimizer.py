@@ -93,8 +93,8 @@ class LoRARite(torch.optim.Optimizer):
         maximize: ascend instead of descend.
         capturable: never let the host wait for the device in a step, so that a CUDA graph can hold it: a step with a
             non-finite gradient, or with a factor that was changed from outside, is skipped on the device, and
-            ``report()`` says so. r×r matrices are decomposed by Jacobi rotations then. Take a first step before the
-            capture, and give ``lr`` as a tensor if it is to change. One value for all groups.
+            ``report()`` says so. Take a first step before the capture, and give ``lr`` as a tensor if it is to change.
+            Not with ``apply_escape``. One value for all groups.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: for the trainable parameters that are not factors (they
             become ``lr``, ``betas``, … of a group of kind "adamw", so that schedulers act on it too). Without
             ``adamw_lr`` such parameters are an error: LoRA-RITE's learning rate does not suit them.
@@ -820,6 +820,8 @@ def _check_hyperparameters(values: dict[str, Any]) -> None:
     for key in ("row_equilibration", "apply_escape", "balance_param", "maximize", "capturable"):
         if not isinstance(values[key], bool):
             raise LoRARiteValueError(f"{key} must be True or False, got {values[key]!r}")
+    if values["capturable"] and values["apply_escape"]:
+        raise LoRARiteValueError("apply_escape needs eigenvalues, for which the host waits: not with capturable=True")
 
 
 def _is_number(value: Any) -> bool:

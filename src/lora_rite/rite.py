@@ -35,15 +35,16 @@ NOISE = 0.75
 #: basis is measured from the factor as it is.)
 CHECKED_ROWS = 1024
 
-#: Sweeps of Jacobi rotations over all pairs of columns, and one more for each bit of the rank.
-SWEEPS = 6
+#: Of the trace of V, what is added to its diagonal: the least of these that makes it numerically definite.
+JITTER = (1e-18, 1e-14, 1e-8, 1e-7, 1e-5, 1e-2)
 
 
 class Basis(NamedTuple):
     """A tall factor X (rows, r) in terms of r×r matrices.
 
-    basis        K (p, r, r): X·K has orthonormal columns, and zero columns where X has no rank
-    coordinates  T (p, r, r): X = (X·K)·T, zero rows where X has no rank. Not K⁻¹ where X is rank-deficient
+    basis        K (p, r, r), T⁺: X·K = Q has orthonormal columns. Where X is rank-deficient, QᵀQ is a projection
+                 instead, of the rank of X
+    coordinates  T (p, r, r): X = Q·T, QᵀQ·T = T
     warm         K_w (p, r, r): invertible. In X·K_w no direction is longer than 1 or can outgrow its last step, so that
                  a Gram matrix taken there is exact to rounding however ill-conditioned X itself is
     """
@@ -92,78 +93,95 @@ def finite(m: Tensor) -> Tensor:
     return m.isfinite().all(-1).all(-1)[..., None, None]
 
 
-def eigh(matrix: Tensor, jacobi: bool = False) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (ascending) and eigenvectors of symmetric matrices; all NaN for one that is not finite.
-
-    By LAPACK, or, with ``jacobi`` and where that fails to converge, by Jacobi rotations.
-    """
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (ascending) and eigenvectors of symmetric matrices that are positive semidefinite up to rounding; all
+    NaN for one that is not finite. By LAPACK's singular values where its eigenvalues fail to converge."""
     matrix = (matrix + matrix.mT) / 2
     good = finite(matrix)
     matrix = torch.where(good, matrix, _eye_like(matrix))
     try:
-        values, vectors = _jacobi_eigh(matrix) if jacobi else torch.linalg.eigh(matrix)
+        values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
-        values, vectors = _jacobi_eigh(matrix)
+        vectors = torch.linalg.svd(matrix)[0].flip(-1)
+        values = (vectors * (matrix @ vectors)).sum(-2)
     return torch.where(good[..., 0], values, torch.nan), torch.where(good, vectors, torch.nan)
 
 
-def _jacobi_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    rotated, vectors = _jacobi(matrix, symmetric=True)
-    values, order = rotated.diagonal(dim1=-2, dim2=-1).sort()
-    return values, vectors.gather(-1, order[..., None, :].expand_as(vectors))
+def polar(x: Tensor, least: float) -> Tensor:
+    """U of X = U·H, U orthogonal and H symmetric positive semidefinite, for (p, r, r) with no singular value above 1.
 
-
-def _jacobi(matrix: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor]:
-    """Products of Jacobi rotations: V (p, r, r), orthogonal, such that B = ``matrix``·V has orthogonal columns
-    (one-sided, Hestenes: B = U·diag(σ)), or, if ``symmetric``, that B = Vᵀ·``matrix``·V is diagonal. Returns B, V.
-
-    r/2 rotations at a time: nothing but batched products and element-wise operations on the device, so that the host
-    never waits for it and a CUDA graph can hold it.
+    Those below ``least`` may come out as less than 1 in U (no matter, where it is H that is wanted). Dynamically
+    weighted Halley iterations (Nakatsukasa, Bai, Gygi 2010), with Cholesky decompositions: a few batched calls, however
+    large r is, and none for which the host waits.
     """
-    r = matrix.shape[-1]
-    both = torch.cat([matrix, _eye_like(matrix).expand_as(matrix)], -2)
-    identity = _eye_like(matrix).flatten().expand(*matrix.shape[:-2], -1)
-    for _ in range(SWEEPS + r.bit_length()):
-        for read, write in _rounds(r, matrix.device):
-            b = both[..., :r, :]
-            pp, qq, pq = (b if symmetric else b.mT @ b).flatten(-2)[..., read].chunk(3, -1)
-            half = (qq - pp) / 2
-            t = torch.where(half < 0, -pq, pq) / (half.abs() + torch.hypot(half, pq)).clamp_min(1e-30)
-            c = (1 + t * t).rsqrt()
-            s = t * c
-            values = torch.cat([c, c, s, -s], -1)
-            rotation = identity.scatter(-1, write.expand_as(values), values).unflatten(-1, (r, r))
-            both = both @ rotation
-            if symmetric:
-                both[..., :r, :] = rotation.mT @ both[..., :r, :]
-    b, v = both.split(r, -2)
-    return b, v
+    eye = _eye_like(x).expand_as(x)
+    for a, b, c in _weights(least):
+        q = _orthonormal(torch.cat([math.sqrt(c) * x, eye], -2), 1 + (c > 100))[0]
+        top, bottom = q.chunk(2, -2)
+        x = torch.baddbmm(x, top, bottom.mT, beta=b / c, alpha=(a - b / c) / math.sqrt(c))
+    return x
 
 
-@lru_cache(maxsize=64)
-def _rounds(r: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """A tournament in which each two columns meet once. For each round, where to read (p, p), (q, q), (p, q) in a
-    flattened Gram matrix, and where to write c, c, s, −s of the rotations into a flattened matrix."""
-    players = list(range(r + r % 2))
-    rounds = []
-    for _ in range(r - 1 + r % 2 if r > 1 else 0):
-        pairs = [sorted(pair) for pair in zip(players, reversed(players), strict=True)][: len(players) // 2]
-        pairs = [pair for pair in pairs if pair[1] < r]  # (with an odd number, one sits out)
-        ps, qs = torch.tensor(pairs, device=device).unbind(1)
-        read, write = [ps * r + ps, qs * r + qs, ps * r + qs], [ps * r + ps, qs * r + qs, ps * r + qs, qs * r + ps]
-        rounds.append((torch.cat(read), torch.cat(write)))
-        players = [players[0], players[-1], *players[1:-1]]
-    return rounds
+@lru_cache(maxsize=8)
+def _weights(least: float) -> list[tuple[float, float, float]]:
+    """The weights of the iterations that bring singular values from ``least`` on to 1."""
+    weights = []
+    while 1 - least > 1e-15:
+        square = least**2
+        d = (4 * (1 - square) / square**2) ** (1 / 3)
+        a = math.sqrt(1 + d) + math.sqrt(8 - 4 * d + 8 * (2 - square) / (square * math.sqrt(1 + d))) / 2
+        b = (a - 1) ** 2 / 4
+        weights.append((a, b, a + b - 1))
+        least = min(1.0, least * (a + b * square) / (1 + (a + b - 1) * square))
+    return weights
+
+
+def _solve(root: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
+    """x·L⁻¹, or x·L⁻ᵀ, for lower triangular L."""
+    return torch.linalg.solve_triangular(root.mT if transposed else root, x, upper=transposed, left=False)
+
+
+def _largest(m: Tensor) -> Tensor:
+    """(p, 1, 1) the largest eigenvalue of positive semidefinite matrices, to 6e-6 of it, and to rounding where no other
+    one is that near: the average of all with the weights λ^65536."""
+    power = m
+    for _ in range(4):
+        size = trace(power)
+        power = power / torch.where(size == 0, 1, size)
+        for _ in range(4):
+            power = power @ power
+    return (power * m).sum((-2, -1), keepdim=True) / torch.where(trace(power) == 0, 1, trace(power))
+
+
+def _inverse_root(moment: Tensor, eps: float, relative_eps: float) -> Tensor:
+    """U diag(1/(√λ + eps + relative_eps·√λ_max)) Uᵀ of V = U diag(λ) Uᵀ, without eigenvalues.
+
+    V^½ is the positive semidefinite polar factor of Lᵀ, V = L·Lᵀ. That needs λ > 0: the least of some multiples of the
+    trace is added that makes it so, and it is not larger than what rounding has made negative.
+    """
+    moment = (moment + moment.mT) / 2
+    good = finite(moment)
+    moment = torch.where(good, moment, 0)
+    eye, size = _eye_like(moment), trace(moment).clamp_min(1e-300)
+    root = torch.linalg.cholesky_ex(moment / size + JITTER[-1] * eye)[0]
+    for share in JITTER[-2::-1]:
+        found, failed = torch.linalg.cholesky_ex(moment / size + share * eye)
+        root = torch.where((failed == 0)[:, None, None], found, root)
+    half = polar(root.mT, 1e-9).mT @ root.mT
+    half = (half + half.mT) / 2 * size.sqrt()
+    added = eps + relative_eps * _largest(moment).sqrt()
+    inverse = torch.linalg.inv_ex(half + added * eye).inverse
+    return torch.where(good, inverse, torch.nan)
 
 
 def _eye_like(m: Tensor) -> Tensor:
     return torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
 
 
-def initial_basis(x: Tensor, dtype: torch.dtype, jacobi: bool, rows: int, shards: Shards) -> Basis:
+def initial_basis(x: Tensor, dtype: torch.dtype, shards: Shards) -> Basis:
     """The basis of an arbitrary factor: scaled to 1, then made orthonormal three times, each of which makes the Gram
     matrix better conditioned (one pass is exact up to a condition number of about eps^-½). x (p, …, r) holds this
-    process's share of ``rows`` rows."""
+    process's share of the rows."""
     eye = torch.eye(x.shape[-1], dtype=dtype, device=x.device).expand(*x.shape[:-2], -1, -1)
     largest = torch.linalg.vector_norm(x, torch.inf, (-2, -1), keepdim=True) if x.numel() else x.new_zeros(len(x), 1, 1)
     scale = shards.largest(largest).to(dtype)
@@ -177,18 +195,19 @@ def initial_basis(x: Tensor, dtype: torch.dtype, jacobi: bool, rows: int, shards
     squares = measured(warm)
     size = scale * trace(squares).sqrt()  # ‖X‖
     for _ in range(3):
-        w, u = eigh(squares, jacobi)
+        w, u = eigh(squares)
         turned = warm @ u
         rounding = eps**NOISE * size * torch.linalg.vector_norm(turned, dim=-2, keepdim=True)  # what X = 0 may give
         s = w.maximum(w[..., -1:] * (10 * eps)).sqrt()[..., None, :].maximum(rounding)
         warm = torch.where((w[..., -1:] <= 0)[..., None], warm, turned / s).to(x.dtype).to(dtype)
         squares = measured(warm)
     # once more, without the noise that null directions of K_w, so large, have left in the others
-    limit = torch.full_like(scale, rows)
-    noisy = orthonormalise(warm, squares, limit, jacobi)[0]
-    null = _pseudo_inverse(noisy.coordinates, jacobi)[1] / torch.where(size == 0, 1, size)
-    warm = (noisy.basis + null).to(x.dtype).to(dtype)
-    return orthonormalise(warm, measured(warm), limit, jacobi)[0]
+    noisy = orthonormalise(warm, squares)[0]
+    nulls = torch.stack([eye - noisy.basis @ noisy.coordinates, eye - noisy.coordinates @ noisy.basis])
+    (values, others), (v, u) = eigh(nulls)
+    null = (v * (values.minimum(others) > 0.5)[..., None, :]) @ u.mT  # from outside the range of T to its null space
+    warm = (noisy.basis + null / torch.where(size == 0, 1, size)).to(x.dtype).to(dtype)
+    return orthonormalise(warm, measured(warm))[0]
 
 
 def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: Tensor) -> Tensor:
@@ -211,61 +230,77 @@ def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: Tensor) -> Tens
     return torch.linalg.solve_triangular(root.mT, old.warm * scale[..., None, :], upper=True, left=False)
 
 
-def orthonormalise(warm: Tensor, gram_z: Tensor, rows: Tensor, jacobi: bool) -> tuple[Basis, Tensor, Tensor]:
-    """The basis of X from K_w, the Gram matrix of z = X·K_w and the number of rows of X, (p, 1, 1), which bounds its
-    rank; also c (p, r, r) with Q = z·c, and K_w⁻¹."""
-    w, u = eigh(gram_z, jacobi)
-    r = w.shape[-1]
-    live = (w > w[..., -1:] * LIVE) & (torch.arange(r, 0, -1, device=w.device) <= rows[..., 0])
-    s = torch.where(live, w, 1).sqrt()
-    c = u * torch.where(live, 1 / s, 0)[..., None, :]
+def orthonormalise(warm: Tensor, gram_z: Tensor, iterate: bool = False) -> tuple[Basis, Tensor, Tensor]:
+    """The basis of X from K_w and the Gram matrix of z = X·K_w; also c (p, r, r) with Q = z·c, and K_w⁻¹.
+
+    By a Cholesky decomposition; where some X has no full rank, after a projection on its live directions. (With
+    ``iterate`` always so: the host does not ask.)
+    """
+    eye, r = _eye_like(warm), warm.shape[-1]
     inverse = torch.linalg.inv_ex(warm).inverse
-    t = torch.where(live, s, 0)[..., None] * (u.mT @ inverse)
-    basis = warm @ c
-    if jacobi or w.device.type != "cpu" or not live.all().tolist():  # (asking costs nothing on a CPU)
-        basis = torch.where(live.all(-1)[..., None, None], basis, _pseudo_inverse(t, jacobi)[0])
+    if not iterate:
+        root, failed = torch.linalg.cholesky_ex(gram_z)
+        c = _solve(root, eye.expand_as(root), transposed=True)
+        powers = torch.stack([gram_z, c @ c.mT])  # G and its inverse
+        powers = torch.linalg.matrix_norm(powers @ powers)  # λ_max² and 1/λ_min² at most
+        full = (failed == 0) & (powers[0] * powers[1] < LIVE**-2)
+        if full.all().tolist():  # (on a CPU, where asking costs nothing)
+            return Basis(warm @ c, root.mT @ inverse, warm), c, inverse
+    # I on the eigenvectors with a share of λ_max above LIVE, 0 on the others, from the sign of G/λ_max − LIVE
+    largest = _largest(gram_z)
+    shifted = gram_z / torch.where(largest > 0, largest, 1) - LIVE * eye
+    live = torch.where(largest > 0, (eye + polar((shifted + shifted.mT) / 2, 1e-8)) / 2, 0)
+    null = eye - live
+    root = torch.linalg.cholesky_ex(live @ gram_z @ live + null)[0]
+    c, t = _solve(root, live, transposed=True), root.mT @ live @ inverse
+    null = _solve(root, null, transposed=True)
+    # (K_w·c is a right inverse of T too, but with parts of the size 1/eps in the null space of T, into which the other
+    # factor would move)
+    basis = torch.where(trace(live) > r - 0.5, warm @ c, _pseudo_inverse(t, null.mT @ null))
     return Basis(basis, t, warm), c, inverse
 
 
-def _pseudo_inverse(t: Tensor, jacobi: bool) -> tuple[Tensor, Tensor]:
-    """T⁺ where the first rows of T are zero, and as columns in their places an orthonormal basis of T's null space.
-    (There warm·c is a right inverse too, but with parts of the size 1/eps in the null space of T, into which the other
-    factor would move.)"""
-    good, live = finite(t), (t != 0).any(-1)[..., None, :]
-    if jacobi:
-        b, v = _jacobi(torch.where(good, t, 0))
-        square = b.square().sum(-2, keepdim=True)
-        square, order = square.sort(-1)
-        b, v = (m.gather(-1, order.expand_as(m)) for m in (b, v))
-        inverse = (v / torch.where(live, square, torch.inf)) @ b.mT
-        return torch.where(good, inverse, torch.nan), torch.where(live | ~good, 0, v)
-    q, root = torch.linalg.qr(torch.where(good, t, 0).flip(-2).mT)  # T's live rows first: Tᵀ = Q·[R 0]
-    mask = live.flip(-1).to(t.dtype)
-    root = root * mask + torch.diag_embed(1 - mask[..., 0, :])
-    inverse = torch.linalg.solve_triangular(root.mT, q * mask, upper=False, left=False)
-    return torch.where(good, inverse.flip(-1), torch.nan), torch.where(live | ~good, 0, q.flip(-1))
+def _pseudo_inverse(t: Tensor, null: Tensor) -> Tensor:
+    """T⁺, where ``null`` projects on the orthogonal complement of the range of T."""
+    return stacked_inverse(t, null * torch.linalg.matrix_norm(t, keepdim=True).clamp_min(1e-30), passes=3)
 
 
-def damped_inverse(s: Tensor, delta: Tensor, jacobi: bool = False) -> Tensor:
+def stacked_inverse(s: Tensor, e: Tensor, passes: int) -> Tensor:
+    """Sᵀ(SSᵀ + EEᵀ)⁻¹ without the square, which would square the condition number: from Q·R = [Sᵀ; Eᵀ]."""
+    q, roots = _orthonormal(torch.cat([s, e], -1).mT, passes, shift=16 * s.shape[-1] * torch.finfo(s.dtype).eps)
+    inverse = q[..., : s.shape[-1], :]
+    for root in reversed(roots):
+        inverse = _solve(root, inverse)
+    return inverse
+
+
+def _orthonormal(q: Tensor, passes: int, shift: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+    """Orthonormal columns for those of (p, 2r, r), by Cholesky decompositions L·Lᵀ of their Gram matrices, and the L of
+    each pass. Two passes are exact to rounding up to a condition number of about eps^-½; three, the first with a shift
+    of its diagonal (times the trace), up to 1/eps (Fukaya et al. 2020)."""
+    roots = []
+    for i in range(passes):
+        square = gram(q, q)
+        if shift and i == 0:
+            square = square + shift * trace(square) * _eye_like(square)
+        roots.append(torch.linalg.cholesky_ex(square)[0])
+        q = _solve(roots[-1], q, transposed=True)
+    return q, roots
+
+
+def damped_inverse(s: Tensor, delta: Tensor) -> Tensor:
     """V diag(σ/(σ² + δ²)) Uᵀ of S = U diag(σ) Vᵀ (p, r, r), for δ (p, 1, 1).
 
     With S = T_Y·T_Xᵀ, whose σ are the singular values of BA itself, D = T_Xᵀ times this is T_Y⁻¹ times σ²/(σ² + δ²)
     along the singular directions of BA: the damped T_Y⁺ of the side X, invariant also where Y is rank-deficient. 0
     where σ = 0, also for δ = 0.
 
-    Sᵀ(SSᵀ + δ²)⁻¹ without the square, which would square the condition number: from the QR decomposition of [Sᵀ; δ].
     δ is at least 1e-6·‖S‖ (in float64; eps^⅜), so that σ that are rounding noise count for little.
     """
     good = finite(s)
     s = torch.where(good, s, 0)
-    r, eps = s.shape[-1], torch.finfo(s.dtype).eps
-    delta = delta.maximum(eps**0.375 * torch.linalg.matrix_norm(s, keepdim=True)).clamp_min(1e-30)
-    if jacobi:
-        b, v = _jacobi(s)
-        inverse = (v / (b.square().sum(-2, keepdim=True) + delta**2)) @ b.mT
-    else:
-        q, root = torch.linalg.qr(torch.cat([s.mT, delta * _eye_like(s)], -2))
-        inverse = torch.linalg.solve_triangular(root.mT, q[..., :r, :], upper=False, left=False)
+    least = torch.finfo(s.dtype).eps ** 0.375 * torch.linalg.matrix_norm(s, keepdim=True)
+    inverse = stacked_inverse(s, delta.maximum(least).clamp_min(1e-30) * _eye_like(s), passes=2)
     return torch.where(good, inverse, torch.nan)
 
 
@@ -287,7 +322,7 @@ def second_moment(
     summed: bool,
     eps: float,
     relative_eps: float,
-    jacobi: bool,
+    iterate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """V ← β₂ₜ·V + (1−β₂ₜ)·``squares``, ρ ← β₂ₜ·ρ, and the preconditioner U diag(1/(√(λ+ρ) + eps + …)) Uᵀ (Eq. 8);
     V ← V + ``squares`` where ``summed`` (Algorithm 1, Theorems 3 and 4).
@@ -297,7 +332,9 @@ def second_moment(
     """
     moment = moment + squares if summed else decay * moment + (1 - decay) * squares
     escaped = decay * escaped
-    w, u = eigh(moment, jacobi)
+    if iterate:
+        return moment, escaped, _inverse_root(moment + escaped * _eye_like(moment), eps, relative_eps)
+    w, u = eigh(moment)
     root = (w.clamp_min(0) + escaped[..., 0]).sqrt()
     inverse_root = 1 / (root + eps + relative_eps * root[..., -1:])
     return moment, escaped, (u * inverse_root[..., None, :]) @ u.mT
@@ -319,12 +356,12 @@ def transport(moment: Tensor, p: Tensor) -> Tensor:
     return p @ moment @ p.mT
 
 
-def escaped_mass(old: Tensor, new: Tensor, jacobi: bool = False) -> Tensor:
+def escaped_mass(old: Tensor, new: Tensor) -> Tensor:
     """min(max_i (λ_i(V_old) − λ_i(V_new))₊, (tr V_old − tr V_new)₊): what the new basis no longer sees (d_λ of Alg. 1).
 
     old, new (p, r, r); returns (p, 1, 1).
     """
-    lost = eigh(old, jacobi)[0] - eigh(new, jacobi)[0]
+    lost = eigh(old)[0] - eigh(new)[0]
     return lost.amax(-1)[..., None, None].clamp_min(0).minimum(trace(old - new).clamp_min(0))
 
 

@@ -78,11 +78,11 @@ def _walk(
 
 
 def _drift(state: dict[str, torch.Tensor], x: torch.Tensor) -> float:
-    """How far the kept basis is from orthonormal, or V from symmetric (relative), whichever is more."""
+    """How far the kept basis is from orthonormal directions, or V from symmetric (relative), whichever is more."""
     q = x @ state["matrices"][MATRICES.index("basis")].double()
-    live = (q.norm(dim=0) > 0.5).double()
+    live = q.mT @ q  # a projection: those that X has not are left out
     v = state["matrices"][MATRICES.index("second_moment")]
-    return max(float((q.mT @ q - live.diag()).abs().max()), float((v - v.mT).abs().max() / v.abs().max()))
+    return max(float((live @ live - live).abs().max()), float((v - v.mT).abs().max() / v.abs().max()))
 
 
 def _signal(make: Any, noise: float, steps: int, rank: int, n: int, m: int, lr: float, seed: int) -> dict[str, Any]:
