@@ -71,11 +71,16 @@ class Layout(NamedTuple):
         flat = [t.flatten(1) for t in tensors]
         if len(flat) == 1:
             stacked = flat[0][None].to(dtype)
-        elif flat[0].dtype == dtype and out is not None and self.blocks == 1:
+        elif out is not None and self.blocks == 1:
             stacked = out.mT if self.rank_first else out
             torch._foreach_copy_(list(stacked.unbind()), flat)  # (torch.stack uses one core)
         else:
             stacked = torch.stack(flat).to(dtype)
+        return self.apart(stacked)
+
+    def apart(self, stacked: Tensor) -> Tensor:
+        """(p, rows, r), tall factors, from parameters' matrices one above the other; a view where a parameter holds one
+        factor."""
         if self.columns == "interleaved":
             stacked = stacked.unflatten(2, (-1, self.blocks)).movedim(3, 1).flatten(0, 1)
         elif self.columns:
@@ -85,7 +90,7 @@ class Layout(NamedTuple):
         return stacked.mT if self.rank_first else stacked
 
     def flat(self, x: Tensor) -> Tensor:
-        """The opposite: (p / blocks, …) laid out as the parameters are, flattened to matrices."""
+        """The opposite of :meth:`apart`: (p / blocks, …) laid out as the parameters are, flattened to matrices."""
         x = x.mT if self.rank_first else x
         if self.columns:
             return x.unflatten(0, (-1, self.blocks)).movedim(1, 3 if self.columns == "interleaved" else 2).flatten(2)
@@ -227,7 +232,7 @@ class Chunk:
         width = self.rows if self.layout.rank_first else flat.shape[-1]  # (of the whole parameter)
         first = self.start if self.layout.rank_first else self.start * width
         flat = rite.stochastic_round(flat, dtype, rounding_key(steps, self.positions), first, width)
-        return self.layout.tall(list(flat.unbind()), dtype)
+        return self.layout.apart(flat)
 
 
 class Batch:
@@ -494,7 +499,7 @@ class Batch:
             c.commit(x_new)
             x_new = x_new.to(c.dtype)
             z = rite.times(x_new, warm, third)
-            shift = rite.gram(z, x - x_new)
+            shift = rite.gram(z, x.sub_(x_new))
             x = x_new
         return rite.gram(z, z), shift, rite.checksum(x, c.start), square
 

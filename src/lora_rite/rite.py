@@ -376,7 +376,7 @@ def checksum(x: Tensor, start: int = 0) -> Tensor:
 @lru_cache(maxsize=64)
 def _signs(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(1, n) of ±1."""
-    return (1 - 2 * (_hash(torch.arange(n, device=device)) & 1)).to(dtype)[None]
+    return (1 - 2 * (_hash(torch.arange(n, device=device, dtype=torch.int32)) & 1)).to(dtype)[None]
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, key: Tensor, first: int = 0, width: int | None = None) -> Tensor:
@@ -387,21 +387,25 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, key: Tensor, first: int = 0,
     their element ``first`` on.
     """
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
-    dropped_bits = 23 + int(math.log2(eps))
+    dropped = 2 ** (23 + int(math.log2(eps)))
     if width is None:
         index = torch.arange(x[0].numel(), device=x.device).reshape(x[0].shape)
     else:
         index = first + torch.arange(x.shape[1], device=x.device)[:, None] * width
         index = index + torch.arange(x.shape[2], device=x.device)
-    noise = _hash(index + _hash(key).reshape(-1, *[1] * (x.ndim - 1))) & (2**dropped_bits - 1)
+    noise = _hash(index.to(torch.int32) + _hash(key.to(torch.int32)).reshape(-1, *[1] * (x.ndim - 1)))
+    noise = noise.bitwise_and_(dropped - 1)
+    if dtype == torch.bfloat16:  # the upper half of a float32
+        return noise.add_(x.float().view(torch.int32)).bitwise_and_(-dropped).view(torch.float32).to(dtype)
     exponent = torch.frexp(x.abs().clamp_min(tiny)).exponent - 1
     quantum = torch.ldexp(torch.full_like(x, eps), exponent)
-    return ((x / quantum + noise.to(x.dtype) / 2**dropped_bits).floor() * quantum).to(dtype)
+    return ((x / quantum + noise.to(x.dtype) / dropped).floor() * quantum).to(dtype)
 
 
 def _hash(h: Tensor) -> Tensor:
-    """A 32-bit integer hash in int64 ("lowbias32" of C. Wellons' hash prospector)."""
-    h = h & 0xFFFFFFFF
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return h ^ (h >> 16)
+    """A hash of int32 ("lowbias32" of C. Wellons' hash prospector), in place."""
+    shifted = torch.empty_like(h)
+    for bits, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)):
+        torch.bitwise_right_shift(h, bits, out=shifted)
+        h.bitwise_xor_(shifted.bitwise_and_(2 ** (32 - bits) - 1)).mul_(factor)
+    return h
