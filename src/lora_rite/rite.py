@@ -233,19 +233,27 @@ def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: Tensor) -> Tens
 def orthonormalise(warm: Tensor, gram_z: Tensor, iterate: bool = False) -> tuple[Basis, Tensor, Tensor]:
     """The basis of X from K_w and the Gram matrix of z = X·K_w; also c (p, r, r) with Q = z·c, and K_w⁻¹.
 
-    By a Cholesky decomposition; where some X has no full rank, after a projection on its live directions. (With
-    ``iterate`` always so: the host does not ask.)
+    By a Cholesky decomposition, and where X has no full rank, after a projection on its live directions (with
+    ``iterate`` everywhere: the host does not ask).
     """
-    eye, r = _eye_like(warm), warm.shape[-1]
     inverse = torch.linalg.inv_ex(warm).inverse
-    if not iterate:
+    if iterate:
+        basis, t, c = _projected(warm, gram_z, inverse)
+    else:
         root, failed = torch.linalg.cholesky_ex(gram_z)
-        c = _solve(root, eye.expand_as(root), transposed=True)
+        c = _solve(root, _eye_like(root).expand_as(root), transposed=True)
         powers = torch.stack([gram_z, c @ c.mT])  # G and its inverse
         powers = torch.linalg.matrix_norm(powers @ powers)  # λ_max² and 1/λ_min² at most
-        full = (failed == 0) & (powers[0] * powers[1] < LIVE**-2)
-        if full.all().tolist():  # (on a CPU, where asking costs nothing)
-            return Basis(warm @ c, root.mT @ inverse, warm), c, inverse
+        null = ~((failed == 0) & (powers[0] * powers[1] < LIVE**-2))
+        basis, t = warm @ c, root.mT @ inverse
+        if null.any().tolist():  # (on a CPU, where asking costs nothing)
+            basis[null], t[null], c[null] = _projected(warm[null], gram_z[null], inverse[null])
+    return Basis(basis, t, warm), c, inverse
+
+
+def _projected(warm: Tensor, gram_z: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """K, T and c of :func:`orthonormalise`, of factors of any rank."""
+    eye, r = _eye_like(warm), warm.shape[-1]
     # I on the eigenvectors with a share of λ_max above LIVE, 0 on the others, from the sign of G/λ_max − LIVE
     largest = _largest(gram_z)
     shifted = gram_z / torch.where(largest > 0, largest, 1) - LIVE * eye
@@ -256,8 +264,7 @@ def orthonormalise(warm: Tensor, gram_z: Tensor, iterate: bool = False) -> tuple
     null = _solve(root, null, transposed=True)
     # (K_w·c is a right inverse of T too, but with parts of the size 1/eps in the null space of T, into which the other
     # factor would move)
-    basis = torch.where(trace(live) > r - 0.5, warm @ c, _pseudo_inverse(t, null.mT @ null))
-    return Basis(basis, t, warm), c, inverse
+    return torch.where(trace(live) > r - 0.5, warm @ c, _pseudo_inverse(t, null.mT @ null)), t, c
 
 
 def _pseudo_inverse(t: Tensor, null: Tensor) -> Tensor:
