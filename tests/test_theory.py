@@ -196,6 +196,7 @@ def test_regret_of_lora_rite_does_not_see_the_imbalance(results):
 def test_costs_are_linear_in_the_width(results):
     cost = results["cost"]
     assert cost["operations"]["largest_error"] < 0.1
+    assert cost["operations"]["(m+n)r²"] == pytest.approx(16, rel=0.1)  # eight tall products
     assert cost["bytes"]["largest_error"] < 0.01
     assert cost["bytes"]["(m+n)r"] == pytest.approx(4, rel=0.01)
 

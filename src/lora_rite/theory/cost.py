@@ -1,5 +1,6 @@
 """What a step costs: operations, time and memory over width and rank."""
 
+import math
 import statistics
 import time
 from typing import Any
@@ -9,6 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..optimizer import LoRARite, state_bytes
 from .problems import slope
+
+#: What the counter leaves out; of shapes.
+IN_PLACE = {torch.ops.aten.baddbmm_: lambda _, x, y, **options: 2 * math.prod(x) * y[-1]}
 
 EXPECTED = """Per pair of A (r, n) and B (m, r): O(m·r² + n·r² + r³) operations and O(m·r + n·r) memory. Ours: some
 eight products of a tall factor with an r×r matrix (16 operations for each element and each unit of rank, and as many
@@ -21,9 +25,10 @@ def run(
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64),
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """One pair with n = m = width. ``operations``: of matrix products, counted (not those of eigenvalues, SVD and
-    Cholesky, which are O(r³)); ``seconds``: the median; ``state_bytes``. Fits: operations and bytes by least squares
-    on (m+n)·r², r³ and on (m+n)·r, (m+n), r²; exponents of time at the largest width and at rank 16."""
+    """One pair with n = m = width. ``operations``: of matrix products, counted (not those of eigenvalues,
+    Cholesky decompositions and triangular solves, which are O(r³)); ``seconds``: the median; ``state_bytes``. Fits:
+    operations and bytes by least squares on (m+n)·r², r³ and on (m+n)·r, (m+n), r²; exponents of time at the
+    largest width and at rank 16."""
     import numpy as np
 
     rows = []
@@ -37,7 +42,7 @@ def run(
                 p.grad = draw(*p.shape)
             for _ in range(2):
                 optimizer.step()
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
                 optimizer.step()
             seconds = []
             for _ in range(rounds):
