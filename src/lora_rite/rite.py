@@ -170,7 +170,8 @@ def _inverse_root(moment: Tensor, eps: float, relative_eps: float) -> Tensor:
     half = polar(root.mT, 1e-9).mT @ root.mT
     half = (half + half.mT) / 2 * size.sqrt()
     added = eps + relative_eps * _largest(moment).sqrt()
-    inverse = torch.linalg.inv_ex(half + added * eye).inverse
+    root = torch.linalg.cholesky_ex(half + added * eye)[0]
+    inverse = _solve(root, _solve(root, eye.expand_as(root), transposed=True))
     return torch.where(good, inverse, torch.nan)
 
 
