@@ -96,7 +96,7 @@ def finite(m: Tensor) -> Tensor:
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending) and eigenvectors of symmetric matrices that are positive semidefinite up to rounding; all
     NaN for one that is not finite. By LAPACK's singular values where its eigenvalues fail to converge."""
-    matrix = (matrix + matrix.mT) / 2
+    matrix = _symmetric(matrix)
     good = finite(matrix)
     matrix = torch.where(good, matrix, _eye_like(matrix))
     try:
@@ -107,7 +107,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(good[..., 0], values, torch.nan), torch.where(good, vectors, torch.nan)
 
 
-def polar(x: Tensor, least: float) -> Tensor:
+def _polar(x: Tensor, least: float) -> Tensor:
     """U of X = U·H, U orthogonal and H symmetric positive semidefinite, for (p, r, r) with no singular value above 1.
 
     Those below ``least`` may come out as less than 1 in U (no matter, where it is H that is wanted). Dynamically
@@ -159,20 +159,24 @@ def _inverse_root(moment: Tensor, eps: float, relative_eps: float) -> Tensor:
     V^½ is the positive semidefinite polar factor of Lᵀ, V = L·Lᵀ. That needs λ > 0: the least of some multiples of the
     trace is added that makes it so, and it is not larger than what rounding has made negative.
     """
-    moment = (moment + moment.mT) / 2
+    moment = _symmetric(moment)
     good = finite(moment)
     moment = torch.where(good, moment, 0)
     eye, size = _eye_like(moment), trace(moment).clamp_min(1e-300)
-    root = torch.linalg.cholesky_ex(moment / size + JITTER[-1] * eye)[0]
+    scaled = moment / size
+    root = torch.linalg.cholesky_ex(scaled + JITTER[-1] * eye)[0]
     for share in JITTER[-2::-1]:
-        found, failed = torch.linalg.cholesky_ex(moment / size + share * eye)
+        found, failed = torch.linalg.cholesky_ex(scaled + share * eye)
         root = torch.where((failed == 0)[:, None, None], found, root)
-    half = polar(root.mT, 1e-9).mT @ root.mT
-    half = (half + half.mT) / 2 * size.sqrt()
+    half = _symmetric(_polar(root.mT, 1e-9).mT @ root.mT) * size.sqrt()
     added = eps + relative_eps * _largest(moment).sqrt()
     root = torch.linalg.cholesky_ex(half + added * eye)[0]
     inverse = _solve(root, _solve(root, eye.expand_as(root), transposed=True))
     return torch.where(good, inverse, torch.nan)
+
+
+def _symmetric(m: Tensor) -> Tensor:
+    return (m + m.mT) / 2
 
 
 def _eye_like(m: Tensor) -> Tensor:
@@ -228,7 +232,7 @@ def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: Tensor) -> Tens
     scaled = torch.where(diagonal.amax(-1)[..., None, None] > 0, f * scale[..., None, :] * scale[..., None], eye)
     jitter = f.shape[-1] * 10 * torch.finfo(f.dtype).eps  # makes f, positive semidefinite, numerically definite
     root = torch.linalg.cholesky_ex(scaled + jitter * eye)[0]
-    return torch.linalg.solve_triangular(root.mT, old.warm * scale[..., None, :], upper=True, left=False)
+    return _solve(root, old.warm * scale[..., None, :], transposed=True)
 
 
 def orthonormalise(warm: Tensor, gram_z: Tensor, iterate: bool = False) -> tuple[Basis, Tensor, Tensor]:
@@ -258,7 +262,7 @@ def _projected(warm: Tensor, gram_z: Tensor, inverse: Tensor) -> tuple[Tensor, T
     # I on the eigenvectors with a share of λ_max above LIVE, 0 on the others, from the sign of G/λ_max − LIVE
     largest = _largest(gram_z)
     shifted = gram_z / torch.where(largest > 0, largest, 1) - LIVE * eye
-    live = torch.where(largest > 0, (eye + polar((shifted + shifted.mT) / 2, 1e-8)) / 2, 0)
+    live = torch.where(largest > 0, (eye + _polar(_symmetric(shifted), 1e-8)) / 2, 0)
     null = eye - live
     root = torch.linalg.cholesky_ex(live @ gram_z @ live + null)[0]
     c, t = _solve(root, live, transposed=True), root.mT @ live @ inverse
@@ -270,10 +274,10 @@ def _projected(warm: Tensor, gram_z: Tensor, inverse: Tensor) -> tuple[Tensor, T
 
 def _pseudo_inverse(t: Tensor, null: Tensor) -> Tensor:
     """T⁺, where ``null`` projects on the orthogonal complement of the range of T."""
-    return stacked_inverse(t, null * torch.linalg.matrix_norm(t, keepdim=True).clamp_min(1e-30), passes=3)
+    return _stacked_inverse(t, null * torch.linalg.matrix_norm(t, keepdim=True).clamp_min(1e-30), passes=3)
 
 
-def stacked_inverse(s: Tensor, e: Tensor, passes: int) -> Tensor:
+def _stacked_inverse(s: Tensor, e: Tensor, passes: int) -> Tensor:
     """Sᵀ(SSᵀ + EEᵀ)⁻¹ without the square, which would square the condition number: from Q·R = [Sᵀ; Eᵀ]."""
     q, roots = _orthonormal(torch.cat([s, e], -1).mT, passes, shift=16 * s.shape[-1] * torch.finfo(s.dtype).eps)
     inverse = q[..., : s.shape[-1], :]
@@ -308,7 +312,7 @@ def damped_inverse(s: Tensor, delta: Tensor) -> Tensor:
     good = finite(s)
     s = torch.where(good, s, 0)
     least = torch.finfo(s.dtype).eps ** 0.375 * torch.linalg.matrix_norm(s, keepdim=True)
-    inverse = stacked_inverse(s, delta.maximum(least).clamp_min(1e-30) * _eye_like(s), passes=2)
+    inverse = _stacked_inverse(s, delta.maximum(least).clamp_min(1e-30) * _eye_like(s), passes=2)
     return torch.where(good, inverse, torch.nan)
 
 
