@@ -121,6 +121,12 @@ def check_fsdp2_equals_one_process(size, folder):
         assert report["update_norm"] == pytest.approx(single[1].report()["update_norm"], rel=1e-3)
 
 
+def check_fsdp2_equals_one_process_where_factors_are_not_stacked(size, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_rite.batch.DIRECT_ELEMENTS", 0)
+        check_fsdp2_equals_one_process(size, folder)
+
+
 def check_fsdp2_from_zero_with_low_rank_gradients_and_adamw(size, folder):
     single, sharded = (start(torch.float64, s, adamw=True) for s in (None, size))
     runs = [advance(*run, 20, rank_of_gradient=2) for run in (single, sharded)]

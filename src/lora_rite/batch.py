@@ -22,6 +22,9 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 #: a temporary), and on a CPU (4 MiB, so that temporaries stay in the cache); where that is more than 2^18, up to an
 #: eighth of all elements too.
 BATCH_ELEMENTS = (2**24, 2**20)
+#: On a CPU, factors of so many elements are multiplied one by one, as they lie, instead of stacked and then together:
+#: the copy takes as long as the product.
+DIRECT_ELEMENTS = 2**13
 
 
 class FactorPair(NamedTuple):
@@ -166,7 +169,15 @@ class Chunk:
     Of factors that are cut over processes, this one's rows.
     """
 
-    def __init__(self, params: list[Tensor], states: list[State], positions: list[int], layout: Layout, shards: Shards):
+    def __init__(
+        self,
+        params: list[Tensor],
+        states: list[State],
+        positions: list[int],
+        layout: Layout,
+        shards: Shards,
+        direct: bool,
+    ):
         self.whole, self.states, self.positions, self.layout, self.shards = params, states, positions, layout, shards
         self.moves = "first_moment" in states[0]  # else the factors are frozen
         self.params = shards.rows(params, layout.long_dim)
@@ -176,21 +187,87 @@ class Chunk:
         self.rows = layout.rows(params[0])
         self.start, self.local_rows = shards.start(self.rows), layout.rows(self.params[0])
         self.count = len(params) * layout.blocks
+        self.direct = (
+            direct
+            and layout.blocks == 1
+            and self.params[0].numel() >= DIRECT_ELEMENTS
+            and all(p.is_contiguous() for p in self.params)
+            and all(t.dtype == self.dtype for t in (*self.params, *self.gradients))
+        )
 
-    def scratch(self, workspace: Tensor) -> list[Tensor]:
-        """(p, rows, r) tensors to write into, laid out as the factors are."""
+    def scratch(self, workspace: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(p, rows, r) tensors to write into, laid out as the factors are: two, and one to stack factors in."""
         size = sum(p.numel() for p in self.params)
         rank = self.states[0]["matrices"].shape[-1]
         shape = (self.count, *((rank, self.local_rows) if self.layout.rank_first else (self.local_rows, rank)))
         buffers = [buffer[:size].view(shape) for buffer in workspace]
-        return [buffer.mT for buffer in buffers] if self.layout.rank_first else buffers
+        first, second, *spare = [buffer.mT for buffer in buffers] if self.layout.rank_first else buffers
+        return first, second, spare[0] if spare else None
 
     def tall(self, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """(p, rows, r) from what has the shape of the factors, see :meth:`Layout.tall`."""
         return self.layout.tall(tensors, self.dtype, out)
 
-    def gradient(self, out: Tensor) -> Tensor:
-        return self.tall(self.gradients, out)
+    def times(
+        self, tensors: list[Tensor], k: Tensor, out: Tensor, spare: Tensor | None, ok: Tensor | None = None
+    ) -> Tensor:
+        """x·k, in ``out``, of gradients, first moments or parameters x; 0 without ``ok``, a scalar."""
+        if self.direct:
+            for y, x, by in zip(self._matrices(out), self._matrices(tensors), k.unbind(), strict=True):
+                self._add_times_(y, x, by, beta=0)
+            return out
+        x = self.tall(tensors, spare)
+        if ok is not None:
+            x = torch.where(ok, x, x.new_zeros(()))  # NaN is not undone by a factor of 0
+        return rite.times(x, k, out)
+
+    def accumulate(self, s: Tensor, carry: Tensor, spare: Tensor | None) -> Tensor:
+        """M ← M·carry + s, in the state and in s."""
+        moments = self.state("first_moment")
+        if not self.direct:
+            m = rite.add_times_(s, self.tall(moments, spare), carry)
+            self.put(moments, m)
+            return m
+        for m, old, by in zip(self._matrices(s), self._matrices(moments), carry.unbind(), strict=True):
+            self._add_times_(m, old, by)
+            old.copy_(m)  # (while it is in the cache)
+        return s
+
+    def advance(
+        self, m: Tensor, step: Tensor, shrink: Tensor | None, warm: Tensor, out: Tensor, spare: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """X ← X·shrink − M·step. Returns z = X·K_w, in ``out``, zᵀ·(X_old·shrink − X), and the checksums of X."""
+        if self.direct:
+            if shrink is not None:
+                torch._foreach_mul_(self.params, list(shrink.unbind()))
+            moved = zip(self._matrices(self.params), self._matrices(m), self._matrices(out), strict=True)
+            for (x, by, z), k, k_w in zip(moved, step.unbind(), warm.unbind(), strict=True):
+                self._add_times_(x, by, k, alpha=-1)
+                self._add_times_(z, x, k_w, beta=0)
+            self.commit(None)
+            return out, rite.gram(out, m) @ step, self.checksum()
+        x = self.tall(self.params, spare)
+        x = x if shrink is None else x.mul_(shrink)
+        if self.params[0].dtype == self.dtype:
+            x = rite.add_times_(x, m, step, alpha=-1)
+            self.commit(x)
+            z = rite.times(x, warm, out)
+            return z, rite.gram(z, m) @ step, rite.checksum(x, self.start)
+        new = self.rounded(rite.add_times_(x.clone(), m, step, alpha=-1))
+        self.commit(new)
+        new = new.to(self.dtype)
+        z = rite.times(new, warm, out)
+        return z, rite.gram(z, x.sub_(new)), rite.checksum(new, self.start)
+
+    def _matrices(self, x: Tensor | list[Tensor]) -> Sequence[Tensor]:
+        """One a factor, laid out as the parameters are."""
+        if isinstance(x, Tensor):
+            return (x.mT if self.layout.rank_first else x).unbind()
+        return [t.flatten(1) for t in x]
+
+    def _add_times_(self, y: Tensor, x: Tensor, k: Tensor, alpha: float = 1, beta: float = 1) -> None:
+        """:func:`lora_rite.rite.add_times_` of one factor, laid out as its parameter is."""
+        y.addmm_(*((k.mT, x) if self.layout.rank_first else (x, k)), alpha=alpha, beta=beta)
 
     def checksum(self) -> Tensor:
         """(p, r), of the factors as they are."""
@@ -215,9 +292,10 @@ class Chunk:
         zeros = torch.zeros(self.count, r, r, **like)
         return zeros + torch.eye(r, **like), zeros, zeros[:, 0], zeros[:, 0, 0]
 
-    def commit(self, x: Tensor) -> None:
-        """Sets the factors to x (p, rows, r)."""
-        self.put(self.params, x)
+    def commit(self, x: Tensor | None) -> None:
+        """Sets the factors to x (p, rows, r); None where this process's share of them was written already."""
+        if x is not None:
+            self.put(self.params, x)
         if self.shards.mesh is not None:
             self.shards.put_back(self.whole, self.params, self.layout.long_dim)
 
@@ -276,9 +354,10 @@ class Batch:
         self.iterate = group["capturable"] or self.device.type != "cpu"
         self.chunks = list(self._chunks(factors))
         self.count = sum(c.count for c in self.chunks) // 2
-        # three tall temporaries, for all chunks in turn: fresh memory is slower than the arithmetic
+        # tall temporaries, for all chunks in turn: fresh memory is slower than the arithmetic
         size = max(sum(p.numel() for p in c.params) for c in self.chunks)
-        self.workspace = torch.empty(3, size, dtype=self.dtype, device=self.device)
+        count = 2 if all(c.direct for c in self.chunks) else 3
+        self.workspace = torch.empty(count, size, dtype=self.dtype, device=self.device)
         step = self.gather("step", 1).to(ALGEBRA) + 1
         self.decays = [rite.bias_corrected_decay(step, float(b)) for b in (*group["betas"], group["row_beta"])]
         self.rows = constant(tuple(c.rows for c in self.chunks for _ in range(c.count)), ALGEBRA, self.device)
@@ -301,7 +380,7 @@ class Batch:
             if not alike or (end + 1 - begin) * first.numel() > limit:
                 run = slice(begin, end)
                 layout = layouts(self.group)[begin >= n]
-                yield Chunk(factors[run], self.states[run], positions[run], layout, self.shards)
+                yield Chunk(factors[run], self.states[run], positions[run], layout, self.shards, not self.iterate)
                 begin = end
 
     def gather(self, key: str, *shape: int) -> Tensor:
@@ -325,9 +404,12 @@ class Batch:
         self._invert()
         squares = []
         for c, inverse in zip(self.chunks, self._by_chunk(self.inverse), strict=True):
-            first, second, _ = c.scratch(self.workspace)
-            square = rite.unmagnified_gram(c.gradient(first), inverse, second) if c.moves else torch.zeros_like(inverse)
-            squares.append(square)
+            out, _, spare = c.scratch(self.workspace)
+            if c.moves:
+                unmagnified = c.times(c.gradients, inverse, out, spare)  # (Dᵀ(gᵀg)D would lose twice the digits)
+                squares.append(rite.gram(unmagnified, unmagnified))
+            else:
+                squares.append(torch.zeros_like(inverse))
         checksums = torch.cat([c.checksum() for c in self.chunks])
         squares, self.checksum = self.shards.total(torch.cat(squares), checksums)
         self.squares = squares.to(ALGEBRA)
@@ -468,40 +550,23 @@ class Batch:
 
         Yields what is a sum over rows and is wanted whole."""
         # (chunks that wait for each other cannot share memory)
-        first, second, third = c.scratch(self.workspace if c.shards.mesh is None else torch.empty_like(self.workspace))
-        gradient = c.gradient(first)
-        if ok is not None:
-            gradient = torch.where(ok, gradient, gradient.new_zeros(()))  # NaN is not undone by a factor of 0
-        s = rite.times(gradient, whiten, second)
+        own = self.workspace if c.shards.mesh is None else torch.empty_like(self.workspace)
+        first, second, spare = c.scratch(own)
+        s = c.times(c.gradients, whiten, first, spare, ok)
         if self.group["row_equilibration"]:
-            squares = torch.mul(s, s, out=first).sum(-1, keepdim=True)
+            squares = torch.mul(s, s, out=second).sum(-1, keepdim=True)
             moments = c.state("row_moment")
             moment = torch.stack(moments).reshape(c.count, c.local_rows, 1).mul_(row_decay).addcmul_(squares, row_rest)
             torch._foreach_copy_(moments, list(moment.reshape(len(moments), *moments[0].shape).unbind()))
             factors, sums = rite.row_factors(squares, moment)
             before, after = (yield sums).split(1, -1)
             rest = factors.mul_(rest * (before / after.clamp_min(1e-30)).sqrt())
-        m = rite.add_times_(s.mul_(rest), c.tall(c.state("first_moment"), first), carry)
-        c.put(c.state("first_moment"), m)
+        m = c.accumulate(s.mul_(rest), carry, spare)
         square = torch.linalg.vector_norm(m, dim=(-2, -1)).square()
         if self.group["update_capping"]:
             step = self._capped(step, (yield square[:, None, None]).sqrt(), c.rows)
-        x = c.tall(c.params, first)
-        if self.group["weight_decay"]:
-            x = x.mul_(shrink)
-        if c.params[0].dtype == c.dtype:
-            x = rite.add_times_(x, m, step, alpha=-1)
-            c.commit(x)
-            z = rite.times(x, warm, third)
-            shift = rite.gram(z, m) @ step
-        else:
-            x_new = c.rounded(rite.add_times_(x.clone(), m, step, alpha=-1))
-            c.commit(x_new)
-            x_new = x_new.to(c.dtype)
-            z = rite.times(x_new, warm, third)
-            shift = rite.gram(z, x.sub_(x_new))
-            x = x_new
-        return rite.gram(z, z), shift, rite.checksum(x, c.start), square
+        z, shift, checksum = c.advance(m, step, shrink if self.group["weight_decay"] else None, warm, second, spare)
+        return rite.gram(z, z), shift, checksum, square
 
     def _capped(self, step: Tensor, norm: Tensor, rows: Tensor | int) -> Tensor:
         """``step`` (p, r, r), smaller where M (of that many rows, with Frobenius norm ``norm`` (p, 1, 1)) has a root
@@ -541,9 +606,8 @@ class Batch:
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         for c, part in zip(self.chunks, self._by_chunk(seen), strict=True):
             if c.moves:
-                first, second, _ = c.scratch(self.workspace)
-                moved = rite.times(c.tall(c.state("first_moment"), first), part, second)
-                total += moved.square_().sum()
+                out, _, spare = c.scratch(self.workspace)
+                total += c.times(c.state("first_moment"), part, out, spare).square_().sum()
         return self.shards.total(total)[0]
 
 

@@ -33,7 +33,7 @@ NOISE = 0.75
 
 #: So many rows of a factor are compared with what the last step left. (A change of other rows alone passes: the next
 #: basis is measured from the factor as it is.)
-CHECKED_ROWS = 1024
+CHECKED_ROWS = 256
 
 #: Of the trace of V, what is added to its diagonal: the least of these that makes it numerically definite.
 JITTER = (1e-18, 1e-14, 1e-8, 1e-7, 1e-5, 1e-2)
@@ -68,11 +68,11 @@ def times(x: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(k.mT, x.mT, out=None if out is None else out.mT).mT  # type: ignore[arg-type]
 
 
-def add_times_(x: Tensor, y: Tensor, k: Tensor, alpha: float = 1) -> Tensor:
-    """x ← x + alpha·y·k, in place, tall times (p, r, r), in the memory layout of x."""
-    if x.is_contiguous():
-        return x.baddbmm_(y, k, alpha=alpha)
-    return x.mT.baddbmm_(k.mT, y.mT, alpha=alpha).mT
+def add_times_(y: Tensor, x: Tensor, k: Tensor, alpha: float = 1, beta: float = 1) -> Tensor:
+    """y ← beta·y + alpha·x·k, in place, tall times (p, r, r), in the memory layout of y."""
+    if y.is_contiguous():
+        return y.baddbmm_(x, k, alpha=alpha, beta=beta)
+    return y.mT.baddbmm_(k.mT, x.mT, alpha=alpha, beta=beta).mT
 
 
 def gram(x: Tensor, y: Tensor) -> Tensor:
@@ -314,15 +314,6 @@ def damped_inverse(s: Tensor, delta: Tensor) -> Tensor:
     least = torch.finfo(s.dtype).eps ** 0.375 * torch.linalg.matrix_norm(s, keepdim=True)
     inverse = _stacked_inverse(s, delta.maximum(least).clamp_min(1e-30) * _eye_like(s), passes=2)
     return torch.where(good, inverse, torch.nan)
-
-
-def unmagnified_gram(gradient: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
-    """ḡᵀ·ḡ (p, r, r) of the unmagnified gradient ḡ = g·D (Eq. 7); not finite where g is not, or beyond about 1e18.
-
-    ḡ is formed (in ``out``) before its Gram matrix is: Dᵀ(gᵀg)D loses twice the digits.
-    """
-    unmagnified = times(gradient, inverse, out)
-    return gram(unmagnified, unmagnified)
 
 
 def second_moment(
