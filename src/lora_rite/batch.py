@@ -359,7 +359,8 @@ class Batch:
         count = 2 if all(c.direct for c in self.chunks) else 3
         self.workspace = torch.empty(count, size, dtype=self.dtype, device=self.device)
         step = self.gather("step", 1).to(ALGEBRA) + 1
-        self.decays = [rite.bias_corrected_decay(step, float(b)) for b in (*group["betas"], group["row_beta"])]
+        betas = torch.stack([scalar(float(b), ALGEBRA, self.device) for b in (*group["betas"], group["row_beta"])])
+        self.decays = rite.bias_corrected_decay(step, betas[:, None, None, None]).unbind()
         self.rows = constant(tuple(c.rows for c in self.chunks for _ in range(c.count)), ALGEBRA, self.device)
         self.moves = constant(tuple(c.moves for c in self.chunks for _ in range(c.count)), torch.bool, self.device)
         self.lr = scalar(group["lr"], ALGEBRA, self.device)

@@ -54,11 +54,9 @@ class Basis(NamedTuple):
     warm: Tensor
 
 
-def bias_corrected_decay(step: Tensor, beta: float) -> Tensor:
+def bias_corrected_decay(step: Tensor, beta: Tensor) -> Tensor:
     """β(1 − βᵗ⁻¹)/(1 − βᵗ): the decay that makes an exponential average unbiased at the 1-based step t; 1 for β = 1."""
-    if beta in (0, 1):
-        return torch.full_like(step, beta)
-    return beta * (1 - beta ** (step - 1)) / (1 - beta**step)
+    return torch.where(beta == 1, beta, beta * (1 - beta ** (step - 1)) / (1 - beta**step))
 
 
 def times(x: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
@@ -141,16 +139,16 @@ def _solve(root: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
     return torch.linalg.solve_triangular(root.mT if transposed else root, x, upper=transposed, left=False)
 
 
-def _largest(m: Tensor) -> Tensor:
-    """(p, 1, 1) the largest eigenvalue of positive semidefinite matrices, to 6e-6 of it, and to rounding where no other
-    one is that near: the average of all with the weights λ^65536."""
+def _largest(m: Tensor, squarings: tuple[int, ...] = (6, 5, 5)) -> Tensor:
+    """(p, 1, 1) the largest eigenvalue λ_max of positive semidefinite matrices: the average of all with the weights λᴺ,
+    N = 2^Σ squarings. Too small by (r − 1)/(e·N) of it at most, and by rounding where no other one is that near.
+    (So many squarings at a time do not underflow.)"""
     power = m
-    for _ in range(4):
-        size = trace(power)
-        power = power / torch.where(size == 0, 1, size)
-        for _ in range(4):
+    for count in squarings:
+        power = power / torch.linalg.matrix_norm(power, keepdim=True).clamp_min(1e-300)
+        for _ in range(count):
             power = power @ power
-    return (power * m).sum((-2, -1), keepdim=True) / torch.where(trace(power) == 0, 1, trace(power))
+    return (power * m).sum((-2, -1), keepdim=True) / trace(power).clamp_min(1e-300)
 
 
 def _inverse_root(moment: Tensor, eps: float, relative_eps: float) -> Tensor:
@@ -164,9 +162,9 @@ def _inverse_root(moment: Tensor, eps: float, relative_eps: float) -> Tensor:
     moment = torch.where(good, moment, 0)
     eye, size = _eye_like(moment), trace(moment).clamp_min(1e-300)
     scaled = moment / size
-    root = torch.linalg.cholesky_ex(scaled + JITTER[-1] * eye)[0]
+    root = torch.linalg.cholesky_ex(scaled.add(eye, alpha=JITTER[-1]))[0]
     for share in JITTER[-2::-1]:
-        found, failed = torch.linalg.cholesky_ex(scaled + share * eye)
+        found, failed = torch.linalg.cholesky_ex(scaled.add(eye, alpha=share))
         root = torch.where((failed == 0)[:, None, None], found, root)
     half = _symmetric(_polar(root.mT, 1e-9).mT @ root.mT) * size.sqrt()
     added = eps + relative_eps * _largest(moment).sqrt()
@@ -259,9 +257,9 @@ def orthonormalise(warm: Tensor, gram_z: Tensor, iterate: bool = False) -> tuple
 def _projected(warm: Tensor, gram_z: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """K, T and c of :func:`orthonormalise`, of factors of any rank."""
     eye, r = _eye_like(warm), warm.shape[-1]
-    # I on the eigenvectors with a share of λ_max above LIVE, 0 on the others, from the sign of G/λ_max − LIVE
-    largest = _largest(gram_z)
-    shifted = gram_z / torch.where(largest > 0, largest, 1) - LIVE * eye
+    # I on the eigenvectors with a share of λ_max above LIVE, 0 on the others, from the sign of G − LIVE·λ_max
+    largest = _largest(gram_z, (5, 5))
+    shifted = (gram_z - LIVE * largest * eye) / torch.linalg.matrix_norm(gram_z, keepdim=True).clamp_min(1e-300)
     live = torch.where(largest > 0, (eye + _polar(_symmetric(shifted), 1e-8)) / 2, 0)
     null = eye - live
     root = torch.linalg.cholesky_ex(live @ gram_z @ live + null)[0]
