@@ -12,7 +12,9 @@ from ..optimizer import LoRARite, state_bytes
 from .problems import slope
 
 #: What the counter leaves out; of shapes.
-IN_PLACE = {torch.ops.aten.baddbmm_: lambda _, x, y, **options: 2 * math.prod(x) * y[-1]}
+IN_PLACE = dict.fromkeys(
+    (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), lambda _, x, y, **options: 2 * math.prod(x) * y[-1]
+)
 
 EXPECTED = """Per pair of A (r, n) and B (m, r): O(m·r² + n·r² + r³) operations and O(m·r + n·r) memory. Ours: some
 eight products of a tall factor with an r×r matrix (16 operations for each element and each unit of rank, and as many
