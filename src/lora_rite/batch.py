@@ -195,12 +195,13 @@ class Chunk:
             and all(t.dtype == self.dtype for t in (*self.params, *self.gradients))
         )
 
-    def scratch(self, workspace: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(p, rows, r) tensors to write into, laid out as the factors are: two, and one to stack factors in."""
+    def scratch(self, workspace: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(p, rows, r) tensors to write into, laid out as the factors are: two, and one to stack factors in, unless
+        they are multiplied as they lie."""
         size = sum(p.numel() for p in self.params)
         rank = self.states[0]["matrices"].shape[-1]
         shape = (self.count, *((rank, self.local_rows) if self.layout.rank_first else (self.local_rows, rank)))
-        buffers = [buffer[:size].view(shape) for buffer in workspace]
+        buffers = [buffer[:size].view(shape) for buffer in workspace[: 2 if self.direct else 3]]
         first, second, *spare = [buffer.mT for buffer in buffers] if self.layout.rank_first else buffers
         return first, second, spare[0] if spare else None
 
@@ -355,9 +356,9 @@ class Batch:
         self.chunks = list(self._chunks(factors))
         self.count = sum(c.count for c in self.chunks) // 2
         # tall temporaries, for all chunks in turn: fresh memory is slower than the arithmetic
-        size = max(sum(p.numel() for p in c.params) for c in self.chunks)
-        count = 2 if all(c.direct for c in self.chunks) else 3
-        self.workspace = torch.empty(count, size, dtype=self.dtype, device=self.device)
+        sizes = [(sum(p.numel() for p in c.params), c.direct) for c in self.chunks]
+        size, stacked = max(sizes)[0], max((size for size, direct in sizes if not direct), default=0)
+        self.workspace = [torch.empty(n, dtype=self.dtype, device=self.device) for n in (size, size, stacked)]
         step = self.gather("step", 1).to(ALGEBRA) + 1
         betas = torch.stack([scalar(float(b), ALGEBRA, self.device) for b in (*group["betas"], group["row_beta"])])
         self.decays = rite.bias_corrected_decay(step, betas[:, None, None, None]).unbind()
@@ -551,7 +552,7 @@ class Batch:
 
         Yields what is a sum over rows and is wanted whole."""
         # (chunks that wait for each other cannot share memory)
-        own = self.workspace if c.shards.mesh is None else torch.empty_like(self.workspace)
+        own = self.workspace if c.shards.mesh is None else [torch.empty_like(x) for x in self.workspace]
         first, second, spare = c.scratch(own)
         s = c.times(c.gradients, whiten, first, spare, ok)
         if self.group["row_equilibration"]:
