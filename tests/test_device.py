@@ -1,10 +1,15 @@
 """What the device decides by itself (capturable, no eigenvalues), full precision, several pairs in a parameter."""
 
 import copy
+import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.backend_registration
 from problems import factors, gradients_of_w, random_matrix, regauged, relative, set_gradients, train, w
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -92,6 +97,22 @@ def test_the_host_never_waits_with_capturable_and_once_without():
         with Watch() as watch:
             optimizer.step()
         assert watch.synchronisations == (0 if capturable else 1)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"), reason="torch is too old"
+)
+def test_steps_on_an_accelerator_stay_there(tmp_path):
+    """On a device without values no operation mixes it with the CPU; nothing is read with capturable, nor after the one
+    decision without; after the first step nothing is copied there. In a process of its own, which gets a backend."""
+    script = Path(__file__).with_name("fake_accelerator.py")
+    run = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(results) == 8
+    for result in results:
+        reader = None if result["case"].startswith("capturable") else "_measure"
+        assert (result["step"], result["apply"], result["copies"]) == (reader, None, 0), result
 
 
 class Operations(TorchDispatchMode):

@@ -638,10 +638,10 @@ def _side_by_side(moves: list[Generator[Tensor, Tensor, Any]], shards: Shards) -
         values = shards.total(*values)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """(p, 1, 1), made once."""
-    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
+    return torch.tensor(values, dtype=dtype).to(device)[:, None, None]
 
 
 def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
