@@ -8,10 +8,11 @@ second half, and the number of copies from the host.
 import json
 import sys
 import traceback
+from itertools import product
 
 import torch
 import torch._subclasses.fake_tensor as fake_tensor
-from test_device import advance, start
+from problems import factors
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,12 +23,37 @@ from lora_rite.batch import Batch
 
 DEVICE = "fake"
 SETTINGS = {"balance_param": True, "weight_decay": 0.1, "update_capping": 0.5, "update_skipping": 1.0, "maximize": True}
-CASES = {
+OPTIONS = {
     "eager": {},
     "eager_all": SETTINGS,
     "capturable": {"capturable": True},
     "capturable_all": {"capturable": True, **SETTINGS},
 }
+
+
+def pairs(dtype):
+    """Of several shapes and ranks, one of them with a frozen A, and a bias."""
+    params = {"bias": torch.nn.Parameter(torch.ones(5, dtype=dtype))}
+    for i, shape in enumerate([(4, 9, 7), (4, 9, 7), (4, 18, 13), (3, 5, 6), (4, 9, 7)]):
+        a, b = factors(*shape, zero_b=i == 0, seed=i, dtype=dtype)
+        params[f"l{i}.lora_A.weight"] = torch.nn.Parameter(a, requires_grad=i != 4)
+        params[f"l{i}.lora_B.weight"] = torch.nn.Parameter(b)
+    return params
+
+
+def experts(dtype):
+    """Three pairs in one parameter."""
+    a, b = factors(4, 9, 21, seed=1, dtype=dtype)
+    return {"a": torch.nn.Parameter(a.repeat(3, 1)), "b": torch.nn.Parameter(b.reshape(7, 12).contiguous())}
+
+
+def optimizer_of(params, options):
+    """LoRARite, with a gradient for each parameter that is trained."""
+    for p in params.values():
+        p.grad = torch.full_like(p, 0.1) if p.requires_grad else None
+    if "bias" in params:
+        return LoRARite(params.items(), lr=0.02, adamw_lr=0.1, **options)
+    return LoRARite([{"params": list(params.values()), "blocks": 3, "columns": "interleaved"}], lr=0.02, **options)
 
 
 class Copies(TorchDispatchMode):
@@ -48,19 +74,17 @@ def on_device(t):
     return torch.empty(t.shape, dtype=t.dtype, device=DEVICE)
 
 
-def moved(params, optimizer, **options):
+def moved(params, state, options):
     """The same parameters, gradients and state on the device."""
-    copies = {name: torch.nn.Parameter(on_device(p)) for name, p in params.items()}
-    other = LoRARite(copies.items(), lr=0.02, adamw_lr=0.1, **options)
+    copies = {name: torch.nn.Parameter(on_device(p), requires_grad=p.requires_grad) for name, p in params.items()}
+    optimizer = optimizer_of(copies, options)
     for name, p in params.items():
-        copies[name].grad = on_device(p)
         # (torch's own AdamW keeps its counter on the CPU where it may read it)
-        stays = "exp_avg" in optimizer.state[p] and not options.get("capturable")
-        other.state[copies[name]] = {
-            key: torch.empty(()) if key == "step" and stays else on_device(value)
-            for key, value in optimizer.state[p].items()
-        }
-    return other
+        stays = "exp_avg" in state[p] and not options.get("capturable")
+        own = {k: torch.empty(()) if k == "step" and stays else on_device(v) for k, v in state[p].items()}
+        if own:
+            optimizer.state[copies[name]] = own
+    return optimizer
 
 
 def first_reader(step):
@@ -86,19 +110,20 @@ def main():
     backend_registration._setup_privateuseone_for_python_backend(DEVICE)
     fake_tensor.CONSTANT_NUMEL_LIMIT = 0  # (constants of one element would be computed with, on the device)
     mode = FakeTensorMode()
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, options in CASES.items():
-            params, optimizer = start(dtype=dtype, adamw=True, **options)
-            advance(params, optimizer, 2)
-            with mode:
-                fake = moved(params, optimizer, **options)
-                first_reader(fake.step)  # (constants are made once)
-                with Copies() as copies:
-                    result = {"step": first_reader(fake.step)}
-                result["copies"] = copies.count
-                apply = [batch.apply for batch in batches_of(moved(params, optimizer, **options))]
-                result["apply"] = first_reader(torch.no_grad()(lambda apply=apply: [move() for move in apply]))
-            print(json.dumps({"case": name, "dtype": str(dtype), **result}))
+    for problem, dtype, (name, options) in product((pairs, experts), (torch.float32, torch.bfloat16), OPTIONS.items()):
+        params = problem(dtype)
+        optimizer = optimizer_of(params, options)
+        for _ in range(2):
+            optimizer.step()
+        with mode:
+            fake = moved(params, optimizer.state, options)
+            first_reader(fake.step)  # (constants are made once)
+            with Copies() as copies:
+                reader = first_reader(fake.step)
+            halves = [batch.apply for batch in batches_of(moved(params, optimizer.state, options))]
+            half_reader = first_reader(torch.no_grad()(lambda halves=halves: [half() for half in halves]))
+        result = {"step": reader, "apply": half_reader, "copies": copies.count}
+        print(json.dumps({"problem": problem.__name__, "dtype": str(dtype), "options": name, **result}))
     return 0
 
 

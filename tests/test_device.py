@@ -109,9 +109,9 @@ def test_steps_on_an_accelerator_stay_there(tmp_path):
     run = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     results = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(results) == 8
+    assert len(results) == 16
     for result in results:
-        reader = None if result["case"].startswith("capturable") else "_measure"
+        reader = None if result["options"].startswith("capturable") else "_measure"
         assert (result["step"], result["apply"], result["copies"]) == (reader, None, 0), result
 
 
