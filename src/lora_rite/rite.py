@@ -239,10 +239,11 @@ def orthonormalise(warm: Tensor, gram_z: Tensor, iterate: bool = False) -> tuple
     By a Cholesky decomposition, and where X has no full rank, after a projection on its live directions (with
     ``iterate`` everywhere: the host does not ask).
     """
-    inverse = torch.linalg.inv_ex(warm).inverse
     if iterate:
+        inverse = _inverse(warm)
         basis, t, c = _projected(warm, gram_z, inverse)
     else:
+        inverse = torch.linalg.inv_ex(warm).inverse
         root, failed = torch.linalg.cholesky_ex(gram_z)
         c = _solve(root, _eye_like(root).expand_as(root), transposed=True)
         powers = torch.stack([gram_z, c @ c.mT])  # G and its inverse
@@ -272,20 +273,30 @@ def _projected(warm: Tensor, gram_z: Tensor, inverse: Tensor) -> tuple[Tensor, T
 
 def _pseudo_inverse(t: Tensor, null: Tensor) -> Tensor:
     """T⁺, where ``null`` projects on the orthogonal complement of the range of T."""
-    return _stacked_inverse(t, null * torch.linalg.matrix_norm(t, keepdim=True).clamp_min(1e-30), passes=3)
+    null = null * torch.linalg.matrix_norm(t, keepdim=True).clamp_min(1e-30)
+    return _stacked_inverse(torch.cat([t, null], -1), passes=3)
 
 
-def _stacked_inverse(s: Tensor, e: Tensor, passes: int) -> Tensor:
-    """Sᵀ(SSᵀ + EEᵀ)⁻¹ without the square, which would square the condition number: from Q·R = [Sᵀ; Eᵀ]."""
-    q, roots = _orthonormal(torch.cat([s, e], -1).mT, passes, shift=16 * s.shape[-1] * torch.finfo(s.dtype).eps)
-    inverse = q[..., : s.shape[-1], :]
+def _inverse(k: Tensor) -> Tensor:
+    """K⁻¹, without the LU decomposition, for which some versions of torch on CUDA let the host wait. Columns of K may
+    differ in length as they like."""
+    lengths = torch.linalg.vector_norm(k, dim=-2, keepdim=True)
+    return _stacked_inverse((k / lengths).mT, passes=3).mT / lengths.mT
+
+
+def _stacked_inverse(stacked: Tensor, passes: int) -> Tensor:
+    """Sᵀ(SSᵀ + EEᵀ)⁻¹, of [S, E] (p, r, r + …), without the square, which would square the condition number: from
+    Q·R = [Sᵀ; Eᵀ]."""
+    r, eps = stacked.shape[-2], torch.finfo(stacked.dtype).eps
+    q, roots = _orthonormal(stacked.mT, passes, shift=16 * r * eps)
+    inverse = q[..., :r, :]
     for root in reversed(roots):
         inverse = _solve(root, inverse)
     return inverse
 
 
 def _orthonormal(q: Tensor, passes: int, shift: float = 0.0) -> tuple[Tensor, list[Tensor]]:
-    """Orthonormal columns for those of (p, 2r, r), by Cholesky decompositions L·Lᵀ of their Gram matrices, and the L of
+    """Orthonormal columns for those of (p, …, r), by Cholesky decompositions L·Lᵀ of their Gram matrices, and the L of
     each pass. Two passes are exact to rounding up to a condition number of about eps^-½; three, the first with a shift
     of its diagonal (times the trace), up to 1/eps (Fukaya et al. 2020)."""
     roots = []
@@ -310,7 +321,8 @@ def damped_inverse(s: Tensor, delta: Tensor) -> Tensor:
     good = finite(s)
     s = torch.where(good, s, 0)
     least = torch.finfo(s.dtype).eps ** 0.375 * torch.linalg.matrix_norm(s, keepdim=True)
-    inverse = _stacked_inverse(s, delta.maximum(least).clamp_min(1e-30) * _eye_like(s), passes=2)
+    delta = delta.maximum(least).clamp_min(1e-30)
+    inverse = _stacked_inverse(torch.cat([s, delta * _eye_like(s)], -1), passes=2)
     return torch.where(good, inverse, torch.nan)
 
 
