@@ -6,14 +6,12 @@ second half, and the number of copies from the host.
 """
 
 import json
-import sys
 import traceback
 from itertools import product
 
 import torch
-import torch._subclasses.fake_tensor as fake_tensor
 from problems import factors
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses import fake_tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -91,7 +89,7 @@ def first_reader(step):
     """The function of LoRARite in which ``step`` reads a value from the device."""
     try:
         step()
-    except DataDependentOutputException as error:
+    except fake_tensor.DataDependentOutputException as error:
         frames = traceback.extract_tb(error.__traceback__)
         return [frame.name for frame in frames if "lora_rite" in frame.filename][-1]
     return None
@@ -109,7 +107,7 @@ def batches_of(optimizer):
 def main():
     backend_registration._setup_privateuseone_for_python_backend(DEVICE)
     fake_tensor.CONSTANT_NUMEL_LIMIT = 0  # (constants of one element would be computed with, on the device)
-    mode = FakeTensorMode()
+    mode = fake_tensor.FakeTensorMode()
     for problem, dtype, (name, options) in product((pairs, experts), (torch.float32, torch.bfloat16), OPTIONS.items()):
         params = problem(dtype)
         optimizer = optimizer_of(params, options)
@@ -124,8 +122,7 @@ def main():
             half_reader = first_reader(torch.no_grad()(lambda halves=halves: [half() for half in halves]))
         result = {"step": reader, "apply": half_reader, "copies": copies.count}
         print(json.dumps({"problem": problem.__name__, "dtype": str(dtype), "options": name, **result}))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -212,7 +212,8 @@ class Chunk:
     def times(
         self, tensors: list[Tensor], k: Tensor, out: Tensor, spare: Tensor | None, ok: Tensor | None = None
     ) -> Tensor:
-        """x·k, in ``out``, of gradients, first moments or parameters x; 0 without ``ok``, a scalar."""
+        """x·k, in ``out``, of gradients or first moments x; 0 without ``ok``, a scalar (which is None where x is
+        multiplied as it lies: the device decides nothing then)."""
         if self.direct:
             for y, x, by in zip(self._matrices(out), self._matrices(tensors), k.unbind(), strict=True):
                 self._add_times_(y, x, by, beta=0)
@@ -245,7 +246,7 @@ class Chunk:
             for (x, by, z), k, k_w in zip(moved, step.unbind(), warm.unbind(), strict=True):
                 self._add_times_(x, by, k, alpha=-1)
                 self._add_times_(z, x, k_w, beta=0)
-            self.commit(None)
+            self.share()
             return out, rite.gram(out, m) @ step, self.checksum()
         x = self.tall(self.params, spare)
         x = x if shrink is None else x.mul_(shrink)
@@ -267,7 +268,7 @@ class Chunk:
         return [t.flatten(1) for t in x]
 
     def _add_times_(self, y: Tensor, x: Tensor, k: Tensor, alpha: float = 1, beta: float = 1) -> None:
-        """:func:`lora_rite.rite.add_times_` of one factor, laid out as its parameter is."""
+        """y ← beta·y + alpha·x·k, of one factor, laid out as its parameter is."""
         y.addmm_(*((k.mT, x) if self.layout.rank_first else (x, k)), alpha=alpha, beta=beta)
 
     def checksum(self) -> Tensor:
@@ -293,10 +294,13 @@ class Chunk:
         zeros = torch.zeros(self.count, r, r, **like)
         return zeros + torch.eye(r, **like), zeros, zeros[:, 0], zeros[:, 0, 0]
 
-    def commit(self, x: Tensor | None) -> None:
-        """Sets the factors to x (p, rows, r); None where this process's share of them was written already."""
-        if x is not None:
-            self.put(self.params, x)
+    def commit(self, x: Tensor) -> None:
+        """Sets the factors to x (p, rows, r)."""
+        self.put(self.params, x)
+        self.share()
+
+    def share(self) -> None:
+        """Brings this process's rows of the factors, which it has written, to where they belong."""
         if self.shards.mesh is not None:
             self.shards.put_back(self.whole, self.params, self.layout.long_dim)
 

@@ -66,11 +66,11 @@ def times(x: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(k.mT, x.mT, out=None if out is None else out.mT).mT  # type: ignore[arg-type]
 
 
-def add_times_(y: Tensor, x: Tensor, k: Tensor, alpha: float = 1, beta: float = 1) -> Tensor:
-    """y ← beta·y + alpha·x·k, in place, tall times (p, r, r), in the memory layout of y."""
-    if y.is_contiguous():
-        return y.baddbmm_(x, k, alpha=alpha, beta=beta)
-    return y.mT.baddbmm_(k.mT, x.mT, alpha=alpha, beta=beta).mT
+def add_times_(x: Tensor, y: Tensor, k: Tensor, alpha: float = 1) -> Tensor:
+    """x ← x + alpha·y·k, in place, tall times (p, r, r), in the memory layout of x."""
+    if x.is_contiguous():
+        return x.baddbmm_(y, k, alpha=alpha)
+    return x.mT.baddbmm_(k.mT, y.mT, alpha=alpha).mT
 
 
 def gram(x: Tensor, y: Tensor) -> Tensor:
