@@ -3,7 +3,7 @@
 ``measure`` and ``precondition`` only read, ``apply`` writes and cannot fail; the optimizer decides between them.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ BATCH_ELEMENTS = (2**24, 2**20)
 #: On a CPU, factors of so many elements are multiplied one by one, as they lie, instead of stacked and then together:
 #: the copy takes as long as the product.
 DIRECT_ELEMENTS = 2**13
+#: kᵀ(xᵀx)k serves as (xk)ᵀ(xk) where ‖kᵀk‖·tr(xᵀx), to which rounding is relative, is less than this times its trace.
+LOSSY = 64
 
 
 class FactorPair(NamedTuple):
@@ -223,6 +225,18 @@ class Chunk:
             x = torch.where(ok, x, x.new_zeros(()))  # NaN is not undone by a factor of 0
         return rite.times(x, k, out)
 
+    def gram(self, tensors: list[Tensor]) -> Tensor:
+        """xᵀ·x (p, r, r), of factors that are multiplied as they lie, or of what has their shape."""
+        return torch.stack([self._gram(x, x) for x in self._matrices(tensors)])
+
+    def _gram(self, x: Tensor, y: Tensor) -> Tensor:
+        """xᵀ·y (r, r), of one factor."""
+        if self.layout.rank_first:
+            return x @ y.mT
+        if x.shape[0] % 8:
+            return x.mT @ y
+        return torch.bmm(x.view(8, -1, x.shape[1]).mT, y.view(8, -1, x.shape[1])).sum(0)  # (x.mT @ y uses one core)
+
     def accumulate(self, s: Tensor, carry: Tensor, spare: Tensor | None) -> Tensor:
         """M ← M·carry + s, in the state and in s."""
         moments = self.state("first_moment")
@@ -238,28 +252,30 @@ class Chunk:
     def advance(
         self, m: Tensor, step: Tensor, shrink: Tensor | None, warm: Tensor, out: Tensor, spare: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """X ← X·shrink − M·step. Returns z = X·K_w, in ``out``, zᵀ·(X_old·shrink − X), and the checksums of X."""
+        """X ← X·shrink − M·step. Returns zᵀz (XᵀX of what is multiplied as it lies) and zᵀ·(X_old·shrink − X), with
+        z = X·K_w, and the checksums of X."""
         if self.direct:
             if shrink is not None:
                 torch._foreach_mul_(self.params, list(shrink.unbind()))
-            moved = zip(self._matrices(self.params), self._matrices(m), self._matrices(out), strict=True)
-            for (x, by, z), k, k_w in zip(moved, step.unbind(), warm.unbind(), strict=True):
+            squares, products = [], []
+            for x, by, k in zip(self._matrices(self.params), self._matrices(m), step.unbind(), strict=True):
                 self._add_times_(x, by, k, alpha=-1)
-                self._add_times_(z, x, k_w, beta=0)
+                squares.append(self._gram(x, x))
+                products.append(self._gram(x, by))
             self.share()
-            return out, rite.gram(out, m) @ step, self.checksum()
+            return torch.stack(squares), warm.mT @ torch.stack(products) @ step, self.checksum()
         x = self.tall(self.params, spare)
         x = x if shrink is None else x.mul_(shrink)
         if self.params[0].dtype == self.dtype:
             x = rite.add_times_(x, m, step, alpha=-1)
             self.commit(x)
             z = rite.times(x, warm, out)
-            return z, rite.gram(z, m) @ step, rite.checksum(x, self.start)
+            return rite.gram(z, z), rite.gram(z, m) @ step, rite.checksum(x, self.start)
         new = self.rounded(rite.add_times_(x.clone(), m, step, alpha=-1))
         self.commit(new)
         new = new.to(self.dtype)
         z = rite.times(new, warm, out)
-        return z, rite.gram(z, x.sub_(new)), rite.checksum(new, self.start)
+        return rite.gram(z, z), rite.gram(z, x.sub_(new)), rite.checksum(new, self.start)
 
     def _matrices(self, x: Tensor | list[Tensor]) -> Sequence[Tensor]:
         """One a factor, laid out as the parameters are."""
@@ -411,20 +427,49 @@ class Batch:
         squares = []
         for c, inverse in zip(self.chunks, self._by_chunk(self.inverse), strict=True):
             out, _, spare = c.scratch(self.workspace)
-            if c.moves:
-                unmagnified = c.times(c.gradients, inverse, out, spare)  # (Dᵀ(gᵀg)D would lose twice the digits)
-                squares.append(rite.gram(unmagnified, unmagnified))
-            else:
+            if not c.moves:
                 squares.append(torch.zeros_like(inverse))
+            elif c.direct:
+                squares.append(c.gram(c.gradients))
+            else:
+                unmagnified = c.times(c.gradients, inverse, out, spare)
+                squares.append(rite.gram(unmagnified, unmagnified))
         checksums = torch.cat([c.checksum() for c in self.chunks])
         squares, self.checksum = self.shards.total(torch.cat(squares), checksums)
-        self.squares = squares.to(ALGEBRA)
+        self.squares = self._gram_of_products(squares, self.inverse, lambda c: c.gradients)
         self.kept = torch.ones_like(self.rows, dtype=torch.bool)
         if self.group["update_skipping"]:
             mean_square = rite.trace(self.squares) / (self.rows * self.squares.shape[-1])
             self.kept = ~(mean_square > self.group["update_skipping"] ** 2)
             self.squares = self.squares * self.kept
         return rite.trace(self.squares).sum()
+
+    def _gram_of_products(self, grams: Tensor, k: Tensor, tall: Callable[[Chunk], list[Tensor]]) -> Tensor:
+        """(xk)ᵀ(xk) for the tall x of each factor, from xᵀx where factors are multiplied as they lie; of all others
+        ``grams`` holds it already.
+
+        kᵀ(xᵀx)k takes no tall product, and loses digits as κ(k)² does: where these are too many, x·k is made. (In
+        training κ is 2 to 5.)
+        """
+        grams = grams.to(ALGEBRA)
+        if not any(c.direct for c in self.chunks):
+            return grams
+        turned, size = k.mT @ grams @ k, rite.trace(grams)
+        exact = torch.linalg.matrix_norm(k.mT @ k, keepdim=True) * size < LOSSY * rite.trace(turned)
+        info = torch.finfo(self.dtype)
+        exact = exact & (size > info.tiny / info.eps)  # (nothing has underflowed; after an overflow turned is NaN)
+        counts = [c.count for c in self.chunks]
+        parts = []
+        for c, *of_chunk in zip(self.chunks, *(x.split(counts) for x in (grams, turned, exact, k)), strict=True):
+            gram, product, good, by = of_chunk
+            if c.direct and c.moves and good.all().tolist():
+                gram = product
+            elif c.direct and c.moves:
+                out, _, spare = c.scratch(self.workspace)
+                y = c.times(tall(c), by.to(c.dtype), out, spare)
+                gram = self.shards.total(rite.gram(y, y))[0].to(ALGEBRA)
+            parts.append(gram)
+        return torch.cat(parts)
 
     def _invert(self) -> None:
         """T⁺ of the other factor for each; damped for one side of each pair, unless the other one is frozen: then there
@@ -463,12 +508,12 @@ class Batch:
 
     def finite(self) -> Tensor:
         """(p,) whether everything that ``apply`` will use is finite in the dtype of the state."""
-        matrices = torch.stack([self.second_moment, self.whiten, self.inverse]).to(self.dtype)
-        return matrices.isfinite().flatten(2).all(-1).all(0).reshape(2, -1).all(0)
+        matrices = torch.cat([self.second_moment, self.whiten, self.inverse], -1).to(self.dtype)
+        return rite.finite(matrices).reshape(2, -1).all(0)
 
     def unchanged(self) -> Tensor:
         """(p,) whether both factors are what the last step left: their checksums are, to rounding. False for NaN."""
-        lengths = torch.linalg.vector_norm(self.coordinates, dim=-2)
+        lengths = self.coordinates.square().sum(-2).sqrt()
         tolerance = 128 * torch.finfo(self.dtype).eps * self.rows[..., 0].sqrt()
         same = ((self.checksum - self.numbers[:, 0, :-2]).abs() <= tolerance * lengths).all(-1)
         return same.reshape(2, -1).all(0)
@@ -514,9 +559,10 @@ class Batch:
         sums = self.shards.total(*(torch.cat(parts) for parts in zip(*results, strict=True)))
         gram_z, shift, checksum, norm_square = sums
         norm = norm_square.sqrt()
-        basis, c, inverse_warm = rite.orthonormalise(warm.to(ALGEBRA), gram_z.to(ALGEBRA), self.iterate)
+        gram_z = self._gram_of_products(gram_z, warm.to(ALGEBRA), lambda c: c.params)
+        basis, c, inverse_warm = rite.orthonormalise(warm.to(ALGEBRA), gram_z, self.iterate)
         # zᵀ·X_old, z = X_new·K_w, from X_old = (X_new + what it moved by)/shrink
-        cross = (gram_z.to(ALGEBRA) @ inverse_warm + shift.to(ALGEBRA)) / shrink
+        cross = (gram_z @ inverse_warm + shift.to(ALGEBRA)) / shrink
         transport = self.partners(c.mT @ cross @ old.basis)
         if self.one_sided:
             transport = torch.where(self.partners(self.moves), transport, eye)
@@ -560,7 +606,7 @@ class Batch:
         first, second, spare = c.scratch(own)
         s = c.times(c.gradients, whiten, first, spare, ok)
         if self.group["row_equilibration"]:
-            squares = torch.mul(s, s, out=second).sum(-1, keepdim=True)
+            squares = rite.row_sums(torch.mul(s, s, out=second))
             moments = c.state("row_moment")
             moment = torch.stack(moments).reshape(c.count, c.local_rows, 1).mul_(row_decay).addcmul_(squares, row_rest)
             torch._foreach_copy_(moments, list(moment.reshape(len(moments), *moments[0].shape).unbind()))
@@ -571,8 +617,7 @@ class Batch:
         square = torch.linalg.vector_norm(m, dim=(-2, -1)).square()
         if self.group["update_capping"]:
             step = self._capped(step, (yield square[:, None, None]).sqrt(), c.rows)
-        z, shift, checksum = c.advance(m, step, shrink if self.group["weight_decay"] else None, warm, second, spare)
-        return rite.gram(z, z), shift, checksum, square
+        return *c.advance(m, step, shrink if self.group["weight_decay"] else None, warm, second, spare), square
 
     def _capped(self, step: Tensor, norm: Tensor, rows: Tensor | int) -> Tensor:
         """``step`` (p, r, r), smaller where M (of that many rows, with Frobenius norm ``norm`` (p, 1, 1)) has a root
