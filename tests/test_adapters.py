@@ -252,6 +252,14 @@ def test_a_core_between_the_factors_is_no_pair(config, options, core):
     assert any(core in left_out.reason for left_out in pairing.left_out)
 
 
+def test_plain_products_on_a_grouped_convolution_are_single_pairs():
+    """LoHa's factors there are of the whole weight; LoRA's hold a pair for each group."""
+    base = lambda: torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, groups=2))
+    pairs = find_pairs(adapted(base, peft.LoHaConfig, target_modules=["0"])()).pairs
+    assert [pair.blocks for pair in pairs] == [1, 1]
+    assert [pair.blocks for pair in find_pairs(adapted(base, target_modules=["0"])()).pairs] == [2]
+
+
 def test_lr_times_alpha_over_rank_is_what_counts():
     """Twice alpha at half the lr is the same fine-tune (clipping apart, and eps, which is small): docs/tuning.md."""
     products = []

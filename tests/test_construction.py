@@ -240,6 +240,66 @@ def test_groups_of_another_optimizer_and_numbers_of_numpy():
         LoRARite([{"params": named(r=2, n=5, m=5)[::-1], "kind": "lora"}])
 
 
+def test_groups_after_a_schedule_and_a_copy():
+    import copy
+
+    optimizer = LoRARite(flat())
+    torch.optim.swa_utils.SWALR(optimizer, 1e-3)
+    copied = copy.deepcopy(optimizer)
+    copied.add_param_group({"params": flat()})
+    assert [group["swa_lr"] for group in LoRARite(copied.param_groups[:1]).param_groups] == [1e-3]
+    assert len(LoRARite(copied.param_groups).param_groups) == 2
+
+
+def test_settings_that_cannot_be_are_refused_at_the_step():
+    """What a schedule or a caller makes of the groups; nothing is written."""
+    for options, change, message in (
+        ({}, {"lr": float("nan")}, "lr=nan is not finite"),
+        ({"weight_decay": 10.0}, {"lr": 0.1}, "lr=0.1 with weight_decay=10.0 wipes out"),
+        ({}, {"capturable": True}, "capturable is not the same in all"),
+    ):
+        params = flat()
+        optimizer = LoRARite([{"params": params, "kind": "lora"}, {"params": flat(), "kind": "lora"}], **options)
+        optimizer.param_groups[0].update(change)
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+
+def test_what_adamw_cannot_take_is_refused_before_anything_is_written():
+    pair, table = named(), parameter(10, 4)
+    optimizer = LoRARite([*pair, ("table", table)], adamw_lr=1e-3)
+
+    def step(gradient):
+        for _, p in pair:
+            p.grad = torch.ones_like(p)
+        table.grad = gradient
+        optimizer.step()
+
+    step(torch.ones(10, 4))
+    before = [p.detach().clone() for _, p in pair]
+    with pytest.raises(ValueError, match="gradient of table is sparse"):
+        step(torch.ones(10, 4).to_sparse())
+    table.grad, table.data = None, torch.zeros(12, 4)
+    with pytest.raises(ValueError, match=r"table changed its shape from \(10, 4\) to \(12, 4\)"):
+        step(torch.ones(12, 4))
+    assert all(torch.equal(p, old) for (_, p), old in zip(pair, before, strict=True))
+
+
+def test_layers_of_any_kinds_are_batched():
+    """A (1, 8) of a linear layer and A (1, 8, 1, 1) of a convolution: shapes of which one begins like the other."""
+    shapes = ((1, 8), (1, 1)), ((1, 8, 1, 1), (5, 1, 1, 1))
+    named = [(f"l{i}.lora_{'AB'[k]}.w", parameter(*pair[k])) for i, pair in enumerate(shapes) for k in (0, 1)]
+    optimizer = LoRARite(named)
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.report()["pairs_preconditioned"] == 2
+
+
 def test_unusable_tensors():
     """A12."""
     a, b = flat()

@@ -13,8 +13,9 @@ import torch.utils.backend_registration
 from problems import factors, gradients_of_w, random_matrix, regauged, relative, set_gradients, train, w
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_rite import LoRARite, NonFiniteError, rite
+from lora_rite import LoRARite, NonFiniteError, layer_report, rite
 from lora_rite.bench import Watch
+from lora_rite.optimizer import full_precision
 
 SHAPES = [(4, 9, 7), (4, 9, 7), (4, 18, 13), (3, 5, 6)]
 
@@ -336,6 +337,53 @@ def test_float32_products_are_not_rounded_further(monkeypatch):
     assert torch.equal(got, expected)
 
 
+def test_precision_is_one_setting_for_all_threads_and_stays_inherited(monkeypatch):
+    """Optimizers that step at the same time leave it as it was; and what follows torch.backends still follows it."""
+    matmul = torch.backends.cuda.matmul
+    matmul.fp32_precision = "none"
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    try:
+        with full_precision({"cpu"}):
+            assert matmul.fp32_precision == "ieee"
+            inner = full_precision({"cpu"})
+            inner.__enter__()  # (another thread begins)
+        assert matmul.fp32_precision == "ieee"
+        inner.__exit__(None, None, None)
+        assert matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("adamw", [False, True])
+def test_steps_and_reports_are_the_same_under_autocast(adamw):
+    runs = []
+    for enabled in (False, True):
+        params, optimizer = start(dtype=torch.float32, adamw=adamw, zero_b=False)
+        for seed in range(5):
+            give_gradients(params, seed)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            runs.append((values(params, optimizer), optimizer.report(), layer_report(optimizer)))
+    assert equal(runs[0][0], runs[1][0])
+    assert runs[0][1:] == runs[1][1:]
+
+
+def test_counts_do_not_follow_the_default_dtype():
+    """(bfloat16 counts to 256.)"""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        params, optimizer = start(dtype=torch.bfloat16, adamw=True)
+        advance(params, optimizer, 1)
+    finally:
+        torch.set_default_dtype(before)
+    assert {state["step"].dtype for state in optimizer.state.values()} == {torch.float32}
+    assert optimizer._statistics.counts.dtype == torch.float32
+
+
 # ------------------------------------------------------------------------------------- several pairs in one parameter
 
 
@@ -420,6 +468,45 @@ def test_pairs_in_one_parameter_are_invariant_and_resume():
     plain = run(pairs)
     assert relative(run(other), plain) < 1e-8
     assert torch.equal(run(pairs, resume_at=4), plain)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("columns", ["interleaved", ""])
+def test_what_is_wrong_with_one_of_several_pairs_is_said_of_its_parameter(columns, capturable):
+    """A pair that was changed from outside starts anew, NaN is an error, each with the right name."""
+    count, r, n, m = 4, 2, 9, 7
+
+    def begin():
+        params = [
+            torch.nn.Parameter(x)
+            for i in range(2)
+            for x in stacked([factors(r, n, m, seed=10 * i + e) for e in range(count)], columns)
+        ]
+        names = ["x0.lora_A.w", "x0.lora_B.w", "x1.lora_A.w", "x1.lora_B.w"]
+        group = {"params": list(zip(names, params, strict=True)), "kind": "lora", "blocks": count, "columns": columns}
+        return params, LoRARite([group], lr=0.01, capturable=capturable)
+
+    def step(params, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        optimizer.step()
+        optimizer.report()
+
+    for changed, name in ((slice(0, 1), "x0"), (slice(2, 3), "x1")):
+        params, optimizer = begin()
+        step(params, optimizer, 0)
+        before = [p.detach().clone() for p in params]
+        with torch.no_grad():
+            params[changed][0][2 * r : 3 * r] *= 1.5  # of the third of four pairs
+        with pytest.warns(UserWarning, match=rf"1 pairs were changed from outside since the last step \({name}.lora_A"):
+            step(params, optimizer, 1)
+        step(params, optimizer, 2)
+        assert not any(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+        with torch.no_grad():
+            params[changed][0][0, 0] = torch.nan
+        with pytest.raises(NonFiniteError, match=rf"parameter {name}.lora_A.w contains NaN"):
+            step(params, optimizer, 3)
 
 
 def test_a_wrong_number_of_pairs_is_an_error():

@@ -119,6 +119,9 @@ def test_callback_warns_and_logs(tmp_path):
 
 def test_callback_is_silent_where_all_is_well(tmp_path):
     run = trainer(tmp_path, steps=2, save_strategy="no", callbacks=[LoRARiteCallback()])
+    run.create_optimizer()
+    for group in run.optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"])  # (in float32 another number)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run.train()

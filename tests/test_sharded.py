@@ -203,6 +203,43 @@ def check_bfloat16_rounds_alike(size, folder):
         assert (full(p) == q).double().mean() > 0.9
 
 
+def check_bfloat16_parameters_of_adamw(size, folder):
+    """Bitwise equal to one process: matrices, of which each process has rows or nothing, and vectors."""
+    from torch.distributed.fsdp import fully_shard
+
+    def run(size):
+        model = Pairs([factors(*SHAPES[0], zero_b=False, dtype=torch.bfloat16)])
+        model.head = nn.Parameter(torch.linspace(0.5, 2, 15, dtype=torch.bfloat16).view(3, 5))
+        model.bias = nn.Parameter(torch.ones(6, dtype=torch.bfloat16))
+        if size is not None:
+            fully_shard(model, mesh=mesh_of(size))
+        optimizer = LoRARite(model.named_parameters(), lr=0.02, adamw_lr=1e-3)
+        for t in range(6):
+            model.head.grad = laid_out_as(model.head, torch.linspace(-1, 1, 15, dtype=torch.bfloat16).view(3, 5))
+            advance(model, optimizer, 1, first=t)
+        return full(model.head), full(model.bias)
+
+    for got, expected in zip(run(size), run(None), strict=True):
+        assert torch.equal(got, expected)
+    assert not torch.equal(got, torch.ones_like(got))
+
+
+def check_factors_above_each_other_are_refused(size, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    model = Pairs([(torch.ones(4, 9), torch.ones(8, 2))])
+    group = lambda: {"params": list(model.named_parameters()), "kind": "lora", "blocks": 2}
+    optimizer = LoRARite([group()])
+    fully_shard(model, mesh=mesh_of(size))
+    with pytest.raises(ValueError, match=r"lora_B holds 2 factors one above the other"):
+        LoRARite([group()])
+    optimizer.param_groups[0]["params"] = list(model.parameters())  # (as accelerate does it)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"lora_B holds 2 factors one above the other"):
+        optimizer.step()
+
+
 def check_state_is_shared_out(size, folder):
     model, optimizer = start(torch.float32, size)
     advance(model, optimizer, 1)

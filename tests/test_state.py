@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -73,6 +74,41 @@ def test_resume_is_bitwise(dtype, shuffled, order, tmp_path):
     else:  # the rounding noise belongs to positions: other noise
         dtypes = {t.dtype for s in other_optimizer.state.values() for t in s.values() if t.is_floating_point()}
         assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [(torch.float64, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float64),
+     (torch.float64, torch.bfloat16)],
+)  # fmt: skip
+def test_a_state_goes_on_in_another_dtype(saved, loaded):
+    """The moments too, where the state is as exact as the new dtype and the weights are the same."""
+    kept = loaded == torch.float32
+    params, optimizer = start(saved)
+    advance(params, optimizer, 3, seed=1)
+    others, other = start(loaded)
+    with torch.no_grad():
+        for name, p in others.items():
+            p.copy_(params[name])
+    other.load_state_dict(optimizer.state_dict())
+    with nullcontext() if kept else pytest.warns(UserWarning, match="3 pairs were changed from outside"):
+        advance(others, other, 3, seed=2)
+    advance(params, optimizer, 3, seed=2)
+    work = torch.float64 if loaded == torch.float64 else torch.float32
+    states = [state for state in other.state.values() if "matrices" in state]
+    assert {state[key].dtype for state in states for key in ("first_moment", "matrices", "numbers")} == {work}
+    assert all(int(state["step"]) == (6 if kept else 3) for state in states)
+    if kept and saved == torch.float64:
+        assert all(torch.allclose(p.double(), params[name], rtol=1e-4) for name, p in others.items())
+
+
+def test_a_model_that_changes_its_dtype_between_steps_is_an_error():
+    params, optimizer = start(torch.float32)
+    advance(params, optimizer, 1, seed=1)
+    for p in params.values():
+        p.grad, p.data = None, p.data.double()
+    with pytest.raises(ValueError, match=r"l0\.lora_A\.weight changed its dtype to torch.float64"):
+        advance(params, optimizer, 1, seed=2)
 
 
 def test_state_is_tensors_and_groups_are_plain():

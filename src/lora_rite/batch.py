@@ -141,7 +141,7 @@ def new_state(group: dict[str, Any], pair: FactorPair) -> dict[Tensor, State]:
         zeros = torch.zeros(blocks, r, r, **like)
         checksum = shards.total(rite.checksum(x, shards.start(rows)))[0]
         state = {
-            "step": torch.zeros(blocks, device=p.device),
+            "step": torch.zeros(blocks, dtype=torch.float32, device=p.device),
             "row_moment": torch.zeros(blocks, local_rows, **like),
             "matrices": torch.stack([zeros, zeros + torch.eye(r, **like), *basis], 1).to(dtype),
             "numbers": torch.cat([checksum, torch.zeros(blocks, 2, **like)], 1),
@@ -361,9 +361,8 @@ class Batch:
                 fresh.update(new_state(group, pair))
         self.group = group
         # same shapes side by side, so that chunks are runs
-        self.pairs = sorted(
-            pairs, key=lambda pair: (*pair.a.shape, *pair.b.shape, str(pair.a.dtype), str(pair.b.dtype))
-        )
+        kind = lambda p: (tuple(p.shape), str(p.dtype))
+        self.pairs = sorted(pairs, key=lambda pair: (kind(pair.a), kind(pair.b)))
         self.shards = Shards(pairs[0].a)
         factors = [pair.a for pair in self.pairs] + [pair.b for pair in self.pairs]
         own = [fresh.get(p) or states.get(p) for p in factors]
@@ -506,17 +505,22 @@ class Batch:
         last = self.numbers[..., -2:-1].to(ALGEBRA)
         self.moment_norm = self.decays[0] * last + (1 - self.decays[0]) * square.clamp_min(0).sqrt()
 
+    def _of_parameters(self, flags: Tensor) -> Tensor:
+        """(number of pairs of parameters,): whether that is so for both factors of all pairs that two parameters hold,
+        from (2p, …)."""
+        return flags.reshape(2, len(self.pairs), -1).all(-1).all(0)
+
     def finite(self) -> Tensor:
-        """(p,) whether everything that ``apply`` will use is finite in the dtype of the state."""
+        """For each pair of parameters, whether everything that ``apply`` will use is finite in the state's dtype."""
         matrices = torch.cat([self.second_moment, self.whiten, self.inverse], -1).to(self.dtype)
-        return rite.finite(matrices).reshape(2, -1).all(0)
+        return self._of_parameters(rite.finite(matrices))
 
     def unchanged(self) -> Tensor:
-        """(p,) whether both factors are what the last step left: their checksums are, to rounding. False for NaN."""
+        """For each pair of parameters, whether both are what the last step left: their checksums are, to rounding.
+        False for NaN."""
         lengths = self.coordinates.square().sum(-2).sqrt()
         tolerance = 128 * torch.finfo(self.dtype).eps * self.rows[..., 0].sqrt()
-        same = ((self.checksum - self.numbers[:, 0, :-2]).abs() <= tolerance * lengths).all(-1)
-        return same.reshape(2, -1).all(0)
+        return self._of_parameters((self.checksum - self.numbers[:, 0, :-2]).abs() <= tolerance * lengths)
 
     def _gate(self, ok: Tensor | None) -> Tensor | None:
         """(2p, 1, 1), the factors to move; None is all of them. Of several pairs in one parameter (experts), those

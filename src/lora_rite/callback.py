@@ -1,6 +1,7 @@
 """A callback for transformers' Trainer."""
 
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -52,7 +53,7 @@ class LoRARiteCallback(TrainerCallback):
             self._warn(f"max_grad_norm={args.max_grad_norm} {RAW_CLIPPING}: set max_grad_norm=0")
         group = next(group for group in optimizer.param_groups if group["kind"] == "lora")
         lr = float(group.get("initial_lr", group["lr"]))
-        if lr != args.learning_rate:
+        if not math.isclose(lr, args.learning_rate, rel_tol=1e-6):  # (a tensor's is rounded to float32)
             self._warn(
                 f"learning_rate={args.learning_rate} of the training arguments is not used: the optimizer has lr={lr}. "
                 "Give both the same value"

@@ -27,21 +27,22 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
     every step.
     """
     names, rows = optimizer._names_by_position(), []
-    for group, pairs in optimizer._alike(optimizer._with_state):
-        for pair in pairs:
-            batch = Batch(group, [pair], optimizer.state, {})
-            update_norm = float(batch.update_square()) ** 0.5
-            t = batch.coordinates.cpu()
-            sigma = torch.linalg.svdvals(t[batch.count :] @ t[: batch.count].mT)
-            delta = batch.product[1][..., 0].cpu() if batch.product is not None else torch.zeros(())
-            rows.append(
-                {
-                    "name": names[pair.position],
-                    "rank": rank_of(group, pair.a),
-                    "damped_share": float((sigma < delta).double().mean()),
-                    "sigma_over_delta": float((sigma / delta).median()) if delta.any() else None,
-                    "update_norm": update_norm,
-                    "product_norm": float(sigma.square().sum().sqrt()),
-                }
-            )
+    with optimizer._full_precision():
+        for group, pairs in optimizer._alike(optimizer._with_state):
+            for pair in pairs:
+                batch = Batch(group, [pair], optimizer.state, {})
+                update_norm = float(batch.update_square()) ** 0.5
+                t = batch.coordinates.cpu()
+                sigma = torch.linalg.svdvals(t[batch.count :] @ t[: batch.count].mT)
+                delta = batch.product[1][..., 0].cpu() if batch.product is not None else torch.zeros(())
+                rows.append(
+                    {
+                        "name": names[pair.position],
+                        "rank": rank_of(group, pair.a),
+                        "damped_share": float((sigma < delta).double().mean()),
+                        "sigma_over_delta": float((sigma / delta).median()) if delta.any() else None,
+                        "update_norm": update_norm,
+                        "product_norm": float(sigma.square().sum().sqrt()),
+                    }
+                )
     return rows

@@ -1,15 +1,17 @@
 """``LoRARite``: validates, keeps state, batches same-shape pairs, calls :mod:`lora_rite.rite`, commits."""
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import accumulate, chain
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
 from torch.optim.adamw import adamw
 from torch.utils._pytree import tree_leaves
 
@@ -41,7 +43,7 @@ MAX_DROPPED_IN_A_ROW = 10
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
-_SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+_SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "differentiable")
 _LAYOUT_KEYS = ("blocks", "columns")
 ADAMW_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 _ATTACH = "attach an adapter first (peft.get_peft_model), and pass model.named_parameters()"
@@ -270,7 +272,8 @@ class LoRARite(torch.optim.Optimizer):
                 loss = closure()
         others = [group for group in self.param_groups if group["kind"] == "adamw"]
         fresh: dict[Tensor, State] = {}
-        with _full_precision():
+        with self._full_precision():
+            self._check_settings()
             measured = self._measure(fresh, others)
             if measured is None:
                 return loss
@@ -278,18 +281,36 @@ class LoRARite(torch.optim.Optimizer):
             self.state.update(fresh)
             for batch in batches:
                 batch.apply(ok)
-        offset = 0
-        for group in self.param_groups:
-            if group["kind"] == "adamw":
-                _adamw_step(group, self.state, offset, ok)
-            offset += len(group["params"])
+            offset = 0
+            for group in self.param_groups:
+                if group["kind"] == "adamw":
+                    _adamw_step(group, self.state, offset, ok)
+                offset += len(group["params"])
         return loss
+
+    def _full_precision(self) -> AbstractContextManager[None]:
+        return full_precision({p.device.type for group in self.param_groups for p in group["params"]})
+
+    def _check_settings(self) -> None:
+        """What schedulers and callers may have made of the groups since they were checked, as far as the host knows."""
+        first = self.param_groups[0]
+        for group in self.param_groups:
+            lr, decay = group["lr"], group["weight_decay"]
+            if group["capturable"] != first["capturable"]:
+                raise LoRARiteValueError("capturable is not the same in all parameter groups: set one value")
+            if isinstance(lr, Tensor):
+                continue
+            if not math.isfinite(lr):
+                raise LoRARiteValueError(f"lr={lr} is not finite: look at the learning-rate scheduler")
+            if lr * decay >= 1:
+                raise LoRARiteValueError(f"lr={lr} with weight_decay={decay} wipes out the weights in one step")
 
     def _measure(
         self, fresh: dict[Tensor, State], others: list[dict[str, Any]]
     ) -> tuple[list[Batch], Tensor | None] | None:
         """All batches, measured, and, where the device is to decide, whether the step is taken; None where it is to be
         skipped. Reads parameters, gradients and state only."""
+        self._check_adamw()
         batches = [Batch(group, pairs, self.state, fresh) for group, pairs in self._alike(_have_gradients)]
         squares = [batch.measure() for batch in batches]
         norm = sum((s.to(squares[0].device) for s in squares[1:]), squares[0]).sqrt() if batches else torch.zeros(())
@@ -341,7 +362,8 @@ class LoRARite(torch.optim.Optimizer):
                     if a.requires_grad and b.requires_grad and (a.grad is None) != (b.grad is None):
                         one_sided.append(position + k)
                     continue
-                if self._altered(a) or self._altered(b) or self._newly_frozen(a, b):
+                split = group.get("blocks", 1) > 1 and is_sharded(b)
+                if self._altered(a) or self._altered(b) or self._newly_frozen(a, b) or self._retyped(a, b) or split:
                     self._explain(group, a, b, _names(self.param_groups)[number][k : k + 2])
                 pair = FactorPair(a, b, position + k)
                 moving = self._with_state(a, b) or (a.requires_grad, b.requires_grad)
@@ -365,6 +387,23 @@ class LoRARite(torch.optim.Optimizer):
         swapped = is_sharded(p) != is_sharded(state["first_moment"]) if state else False
         return p.ndim < 2 or sparse or swapped or (bool(state) and state["first_moment"].shape != p.shape)
 
+    def _retyped(self, a: Tensor, b: Tensor) -> bool:
+        """Whether the state of a pair is of another dtype than its arithmetic is to be in."""
+        state = self.state.get(a) or self.state.get(b)
+        return bool(state) and state["matrices"].dtype != work_dtype(a, b)
+
+    def _check_adamw(self) -> None:
+        """Raises LoRARiteValueError where AdamW would fail, half a step done."""
+        for group, names in zip(self.param_groups, _names(self.param_groups), strict=True):
+            for p, name in zip(group["params"], names, strict=True):
+                if group["kind"] != "adamw" or p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided:
+                    raise LoRARiteValueError(_sparse(name))
+                moment = self.state.get(p, {}).get("exp_avg")
+                if moment is not None and moment.shape != p.shape:
+                    raise LoRARiteValueError(_changed_shape(name, moment, p))
+
     def _with_state(self, a: Tensor, b: Tensor) -> tuple[bool, bool] | None:
         """Which of two factors have a state: both, or the one that is not frozen; None where the pair has none yet."""
         have = bool(self.state.get(a)), bool(self.state.get(b))
@@ -380,16 +419,18 @@ class LoRARite(torch.optim.Optimizer):
         check_pair(a, b, names[0], names[1], **_layout_options(group))
         for p, name in zip((a, b), names, strict=True):
             if p.grad is not None and p.grad.layout != torch.strided:
-                raise LoRARiteValueError(f"the gradient of {name} is sparse: use dense gradients (sparse=False)")
+                raise LoRARiteValueError(_sparse(name))
             if self.state.get(p) and is_sharded(p) != is_sharded(self.state[p]["first_moment"]):
                 raise LoRARiteValueError(
                     f"{name} is sharded and its state is not, or the reverse: shard the model (fully_shard) before the "
                     "optimizer's first step, and load states by torch.distributed.checkpoint"
                 )
             if self.state.get(p) and p.shape != self.state[p]["first_moment"].shape:
+                raise LoRARiteValueError(_changed_shape(name, self.state[p]["first_moment"], p))
+            if self._retyped(a, b):
                 raise LoRARiteValueError(
-                    f"{name} changed its shape from {tuple(self.state[p]['first_moment'].shape)} to {tuple(p.shape)}: "
-                    "make a new optimizer, or remove the state of both factors (optimizer.state.pop) to start anew"
+                    f"{name} changed its dtype to {p.dtype} since its state was made: save the optimizer's state_dict, "
+                    "make a new optimizer, and load it there"
                 )
             if self._newly_frozen(a, b) and p.requires_grad != bool(self.state.get(p)):
                 raise LoRARiteValueError(
@@ -477,7 +518,9 @@ class LoRARite(torch.optim.Optimizer):
             for _ in range(group.get("blocks", 1))
         ]
         states = [state for state in self.state.values() if "matrices" in state]
-        batches = [Batch(group, pairs, self.state, {}) for group, pairs in self._alike(self._with_state)]
+        with self._full_precision():
+            batches = [Batch(group, pairs, self.state, {}) for group, pairs in self._alike(self._with_state)]
+            update_norm = sum(float(batch.update_square()) for batch in batches) ** 0.5
         return {
             "pairs": len(ranks),
             "ranks": {rank: ranks.count(rank) for rank in sorted(set(ranks))},
@@ -486,7 +529,7 @@ class LoRARite(torch.optim.Optimizer):
             "steps": max((int(state["step"].max()) for state in states), default=0),
             "skipped": self.param_groups[0]["skipped"],
             "dead_pairs": sum(int(dead) for batch in batches for dead in batch.dead()),
-            "update_norm": sum(float(batch.update_square()) for batch in batches) ** 0.5,
+            "update_norm": update_norm,
             **self._statistics.summary(),
         }
 
@@ -518,8 +561,9 @@ class LoRARite(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of LoRARite. State keeps its dtype (torch would cast it to the parameters'), and where
-        both sides have names, it goes to the parameters of those names, whatever their order.
+        """Loads a state dict of LoRARite. State comes in the dtype of the arithmetic, float32 or for float64 factors
+        float64 (torch would cast it to the parameters'), and where both sides have names, it goes to the parameters of
+        those names, whatever their order.
 
         Raises:
             LoRARiteValueError: a state of another optimizer, of other parameters or shapes. Nothing is loaded.
@@ -535,13 +579,15 @@ class LoRARite(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        saved_ids = chain.from_iterable(group["params"] for group in matched["param_groups"])
-        params = ((group, p) for group in self.param_groups for p in group["params"])
-        for saved_id, (group, p) in zip(saved_ids, params, strict=True):
-            for key, value in matched["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor):
-                    on_host = key == "step" and group["kind"] == "adamw" and not group["capturable"]  # torch's rule
-                    self.state[p][key] = value.detach().to("cpu" if on_host else p.device, copy=True)
+        for group, saved in zip(self.param_groups, matched["param_groups"], strict=True):
+            lora = group["kind"] == "lora"
+            for i, (p, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                dtype = work_dtype(p, *([group["params"][i ^ 1]] if lora else []))
+                for key, value in matched["state"].get(saved_id, {}).items():
+                    if isinstance(value, Tensor):
+                        device = "cpu" if key == "step" and not (lora or group["capturable"]) else p.device  # torch's
+                        kept = key == "step" or not value.is_floating_point()
+                        self.state[p][key] = value.detach().to(device, value.dtype if kept else dtype, copy=True)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -560,18 +606,43 @@ def _layout_options(group: dict[str, Any]) -> dict[str, Any]:
     return {key: group[key] for key in _LAYOUT_KEYS if key in group}
 
 
+class _Precision:
+    """The precision of float32 products, which is one for the process: other threads may step at the same time."""
+
+    lock, users = threading.Lock(), 0
+    before: ClassVar[list[tuple[Any, str]]] = []
+
+    @classmethod
+    def enter(cls) -> None:
+        with cls.lock:
+            if not cls.users:
+                backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+                cls.before = [(b, b.fp32_precision) for b in backends if b.fp32_precision not in ("none", "ieee")]
+                for backend, _ in cls.before:
+                    backend.fp32_precision = "ieee"
+            cls.users += 1
+
+    @classmethod
+    def leave(cls) -> None:
+        with cls.lock:
+            cls.users -= 1
+            if not cls.users:
+                for backend, precision in cls.before:
+                    inherited = precision == torch.backends.fp32_precision  # type: ignore[attr-defined]
+                    backend.fp32_precision = "none" if inherited else precision
+
+
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 products in float32: with TF32 or bfloat16 inside them, Gram matrices would keep three digits."""
-    backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+def full_precision(devices: set[str]) -> Iterator[None]:
+    """float32 products in float32: with TF32 or bfloat16 inside them, Gram matrices would keep three digits. Not under
+    autocast either, on devices of these types."""
+    with ExitStack() as stack:
+        for device in devices:
+            if is_autocast_available(device) and torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        _Precision.enter()
+        stack.callback(_Precision.leave)
         yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def _joined(flags: list[Tensor]) -> Tensor:
@@ -607,10 +678,11 @@ class _Statistics:
     """Figures of the last step and counts since the start, on the device until somebody asks."""
 
     def __init__(self) -> None:
-        self.pairs, self.norm = 0, torch.zeros(())
-        self.counts = torch.zeros(4)  # steps, those that were clipped; with capturable: skipped in a row, not yet told
+        zero = torch.zeros((), dtype=torch.float32)  # (whatever the default dtype)
+        self.pairs, self.norm = 0, zero
+        self.counts = zero.repeat(4)  # steps, those that were clipped; with capturable: skipped in a row, not yet told
         self.products: list[tuple[Tensor, Tensor]] = []
-        self.dropped, self.asked = torch.zeros(()), 0
+        self.dropped, self.asked = zero.clone(), 0
         self.flags: tuple[list[FactorPair], Tensor] | None = None
 
     def add(self, batches: list[Batch], norm: Tensor, ok: Tensor) -> None:
@@ -666,7 +738,8 @@ def _adamw_step(group: dict[str, Any], states: dict[Tensor, State], offset: int,
         if not states[p]:
             dtype = torch.float32 if p.dtype in LOW_PRECISION else p.dtype
             moments = {key: torch.zeros_like(p, dtype=dtype) for key in ADAMW_STATE_KEYS[1:]}
-            states[p].update(step=torch.zeros((), device=p.device if group["capturable"] else "cpu"), **moments)
+            on = p.device if group["capturable"] else "cpu"
+            states[p].update(step=torch.zeros((), dtype=torch.float32, device=on), **moments)
     work = [p.float() if p.dtype in LOW_PRECISION else p for _, p in params]
     adamw(
         work,
@@ -688,7 +761,19 @@ def _adamw_step(group: dict[str, Any], states: dict[Tensor, State], offset: int,
     for (position, p), w in zip(params, work, strict=True):
         if w is not p:  # (values that the dtype has stay as they are, so an untouched w leaves p as it was)
             key = rounding_key(states[p]["step"][None], [position])
-            p.copy_(rite.stochastic_round(w[None], p.dtype, key.to(p.device))[0])
+            _round_into(p, w, key.to(p.device))
+
+
+def _round_into(p: Tensor, value: Tensor, key: Tensor) -> None:
+    """Stochastically; the noise belongs to elements of the whole, where p is a DTensor."""
+    shards, mine = Shards(p), local(value)
+    if not mine.numel():
+        return
+    outer, inner = p.shape[: shards.dim].numel(), p.shape[shards.dim + 1 :].numel()
+    length = p.numel() // (outer * inner)  # of the dimension that is cut
+    mine = mine.reshape(1, outer, -1)
+    rounded = rite.stochastic_round(mine, p.dtype, key, shards.start(length) * inner, length * inner)
+    local(p).copy_(rounded.view(local(p).shape))
 
 
 def _match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -769,6 +854,17 @@ def _fault(state: State) -> str | None:
         if (moment - moment.mT).abs().max() > 1e-3 * moment.abs().max():
             return "its second moment is not symmetric"
     return None
+
+
+def _sparse(name: str) -> str:
+    return f"the gradient of {name} is sparse: use dense gradients (sparse=False)"
+
+
+def _changed_shape(name: str, moment: Tensor, p: Tensor) -> str:
+    return (
+        f"{name} changed its shape from {tuple(moment.shape)} to {tuple(p.shape)}: make a new optimizer, or remove its "
+        "state, of a pair that of both factors (optimizer.state.pop), to start anew"
+    )
 
 
 def _unwrapped(name: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoRARiteTypeError, LoRARiteValueError
-from .sharding import local
+from .sharding import is_sharded, local
 
 #: Name of A → name of B, as a whole segment of a dotted parameter name.
 FACTOR_NAMES = {
@@ -203,6 +203,11 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, 
         )
     if _partner(a_name) == b_name and not _is_a(a_name):
         raise LoRARiteValueError(f"{a_name} comes before {b_name}: a group of kind lora is A, B, A, B, …")
+    if blocks > 1 and not columns and is_sharded(b):
+        raise LoRARiteValueError(
+            f"{b_name} holds {blocks} factors one above the other (a grouped convolution, a block-diagonal B) and is "
+            "sharded, which cuts through them: keep its layer out of fully_shard (ignored_params)"
+        )
     if getattr(a, "device_mesh", None) != getattr(b, "device_mesh", None):
         raise LoRARiteValueError(f"{a_name} and {b_name} are not sharded over the same mesh: shard the pair together")
     if reason := REFUSED_DEVICES.get(a.device.type):
@@ -274,7 +279,7 @@ def _stacked_layers(model: nn.Module) -> dict[str, tuple[int, str]]:
         }
         if type(module).__name__ == "ParamWrapper" and getattr(module, "num_experts", 1) > 1:
             stacked[name] = module.num_experts, "interleaved"
-        elif (groups := getattr(getattr(module, "base_layer", None), "groups", 1)) > 1:
+        elif hasattr(module, "lora_A") and (groups := getattr(getattr(module, "base_layer", None), "groups", 1)) > 1:
             stacked[name] = groups, ""
         elif diagonal.get("lora_B"):
             stacked[name] = diagonal["lora_B"][0].nblocks, ""

@@ -30,6 +30,8 @@ def check_sharding(name: str, p: Tensor) -> None:
         return
     from torch.distributed.tensor import Replicate, Shard
 
+    if not local(p).is_contiguous():
+        raise LoRARiteValueError(f"{name} is a DTensor whose part in this process is not contiguous: make it so")
     placements: Any = p.placements  # type: ignore[attr-defined]
     cut = [q for q in placements if type(q) is Shard]
     if len(cut) != 1 or cut[0].dim > 1 or not all(type(q) in (Shard, Replicate) for q in placements):
@@ -40,15 +42,16 @@ def check_sharding(name: str, p: Tensor) -> None:
 
 
 class Shards:
-    """How the factors of a batch are cut: over the one dimension of their mesh that cuts them. ``mesh`` is None where
-    they are whole; everything is the identity then."""
+    """How the factors of a batch are cut: along ``dim``, over the one dimension of their mesh that cuts them. ``mesh``
+    is None where they are whole; everything is the identity then."""
 
     def __init__(self, like: Tensor):
         self.mesh: Any = getattr(like, "device_mesh", None)
         self.placements: Any = getattr(like, "placements", ())
-        self.size, self.index = 1, 0
+        self.size, self.index, self.dim = 1, 0, 0
         if self.mesh is not None:
             dimension = next(i for i, q in enumerate(self.placements) if q.is_shard())
+            self.dim = self.placements[dimension].dim
             self.group = self.mesh.get_group(dimension)
             self.size, self.index = self.mesh.size(dimension), self.mesh.get_local_rank(dimension)
 
