@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_rite import LoRARite
-from lora_rite.batch import Batch
+from lora_rite.batch import make_batches
 
 DEVICE = "fake"
 SETTINGS = {"balance_param": True, "weight_decay": 0.1, "update_capping": 0.5, "update_skipping": 1.0, "maximize": True}
@@ -98,7 +98,7 @@ def first_reader(step):
 @torch.no_grad()
 def batches_of(optimizer):
     """All batches, measured."""
-    batches = [Batch(group, pairs, optimizer.state, {}) for group, pairs in optimizer._alike(lambda a, b: True)]
+    batches = make_batches(optimizer._alike(lambda a, b: True), optimizer.state, {})
     for batch in batches:
         batch.precondition(batch.measure().sqrt())
     return batches

@@ -46,6 +46,24 @@ def test_shapes_of_a_configuration_file(tmp_path):
     assert bench.linear_maps(str(tmp_path), layers=1) == layer
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_share_the_memory_of_their_temporaries(dtype):
+    """A group for each of eight pairs, as with a learning rate for each layer, takes no more than one for all."""
+    shapes, peaks = [(4, 999), (999, 4)] * 8, []
+    for pairs_of_a_group in (8, 1):
+        params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        size = 2 * pairs_of_a_group
+        optimizer = LoRARite([{"params": params[i : i + size], "kind": "lora"} for i in range(0, 16, size)])
+        optimizer.step()
+        with Watch() as watch:
+            optimizer.step()
+        peaks.append(watch.peak)
+    assert peaks[1] < peaks[0]
+    assert peaks[1] < 0.75 * 4 * sum(p.numel() for p in params)
+
+
 def test_extra_memory_is_the_peak_of_what_lives_at_once():
     x = torch.zeros(1000)  # 4,000 bytes
     with Watch() as watch:

@@ -3,7 +3,7 @@
 ``measure`` and ``precondition`` only read, ``apply`` writes and cannot fail; the optimizer decides between them.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -348,6 +348,7 @@ class Batch:
     escaped_mass: Tensor
     whiten: Tensor  # g to S
     moment_norm: Tensor  # a bound of ‖M‖ after the step
+    workspace: list[Tensor]  # tall temporaries, for all chunks in turn: fresh memory is slower than the arithmetic
 
     def __init__(
         self,
@@ -374,10 +375,9 @@ class Batch:
         self.iterate = group["capturable"] or self.device.type != "cpu"
         self.chunks = list(self._chunks(factors))
         self.count = sum(c.count for c in self.chunks) // 2
-        # tall temporaries, for all chunks in turn: fresh memory is slower than the arithmetic
         sizes = [(sum(p.numel() for p in c.params), c.direct) for c in self.chunks]
         size, stacked = max(sizes)[0], max((size for size, direct in sizes if not direct), default=0)
-        self.workspace = [torch.empty(n, dtype=self.dtype, device=self.device) for n in (size, size, stacked)]
+        self.workspace_sizes = size, size, stacked
         step = self.gather("step", 1).to(ALGEBRA) + 1
         betas = torch.stack([scalar(float(b), ALGEBRA, self.device) for b in (*group["betas"], group["row_beta"])])
         self.decays = rite.bias_corrected_decay(step, betas[:, None, None, None]).unbind()
@@ -664,6 +664,20 @@ class Batch:
                 out, _, spare = c.scratch(self.workspace)
                 total += c.times(c.state("first_moment"), part, out, spare).square_().sum()
         return self.shards.total(total)[0]
+
+
+def make_batches(
+    alike: Iterable[tuple[dict[str, Any], list[FactorPair]]], states: dict[Tensor, State], fresh: dict[Tensor, State]
+) -> list[Batch]:
+    """A batch for each (group, pairs). They take their temporaries from the same memory, one after the other."""
+    batches = [Batch(group, pairs, states, fresh) for group, pairs in alike]
+    for kind in {(batch.device, batch.dtype) for batch in batches}:
+        of_kind = [batch for batch in batches if (batch.device, batch.dtype) == kind]
+        sizes = map(max, zip(*(batch.workspace_sizes for batch in of_kind), strict=True))
+        workspace = [torch.empty(n, device=kind[0], dtype=kind[1]) for n in sizes]
+        for batch in of_kind:
+            batch.workspace = workspace
+    return batches
 
 
 def _together(moves: list[Generator[Tensor, Tensor, Any]], shards: Shards) -> list[Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .batch import Batch, rank_of
+from .batch import make_batches, rank_of
 from .optimizer import LoRARite
 
 
@@ -30,7 +30,7 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
     with optimizer._full_precision():
         for group, pairs in optimizer._alike(optimizer._with_state):
             for pair in pairs:
-                batch = Batch(group, [pair], optimizer.state, {})
+                (batch,) = make_batches([(group, [pair])], optimizer.state, {})
                 update_norm = float(batch.update_square()) ** 0.5
                 t = batch.coordinates.cpu()
                 sigma = torch.linalg.svdvals(t[batch.count :] @ t[: batch.count].mT)

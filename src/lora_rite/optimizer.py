@@ -24,6 +24,7 @@ from .batch import (
     Batch,
     FactorPair,
     State,
+    make_batches,
     new_state,
     rank_of,
     rounding_key,
@@ -311,7 +312,7 @@ class LoRARite(torch.optim.Optimizer):
         """All batches, measured, and, where the device is to decide, whether the step is taken; None where it is to be
         skipped. Reads parameters, gradients and state only."""
         self._check_adamw()
-        batches = [Batch(group, pairs, self.state, fresh) for group, pairs in self._alike(_have_gradients)]
+        batches = make_batches(self._alike(_have_gradients), self.state, fresh)
         squares = [batch.measure() for batch in batches]
         norm = sum((s.to(squares[0].device) for s in squares[1:]), squares[0]).sqrt() if batches else torch.zeros(())
         for batch in batches:
@@ -394,15 +395,14 @@ class LoRARite(torch.optim.Optimizer):
 
     def _check_adamw(self) -> None:
         """Raises LoRARiteValueError where AdamW would fail, half a step done."""
-        for group, names in zip(self.param_groups, _names(self.param_groups), strict=True):
-            for p, name in zip(group["params"], names, strict=True):
-                if group["kind"] != "adamw" or p.grad is None:
+        for number, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"] if group["kind"] == "adamw" else ()):
+                moment = self.state.get(p, {}).get("exp_avg", p)
+                if p.grad is None or (p.grad.layout == torch.strided and moment.shape == p.shape):
                     continue
-                if p.grad.layout != torch.strided:
-                    raise LoRARiteValueError(_sparse(name))
-                moment = self.state.get(p, {}).get("exp_avg")
-                if moment is not None and moment.shape != p.shape:
-                    raise LoRARiteValueError(_changed_shape(name, moment, p))
+                name = _names(self.param_groups)[number][i]
+                sparse = p.grad.layout != torch.strided
+                raise LoRARiteValueError(_sparse(name) if sparse else _changed_shape(name, moment, p))
 
     def _with_state(self, a: Tensor, b: Tensor) -> tuple[bool, bool] | None:
         """Which of two factors have a state: both, or the one that is not frozen; None where the pair has none yet."""
@@ -519,7 +519,7 @@ class LoRARite(torch.optim.Optimizer):
         ]
         states = [state for state in self.state.values() if "matrices" in state]
         with self._full_precision():
-            batches = [Batch(group, pairs, self.state, {}) for group, pairs in self._alike(self._with_state)]
+            batches = make_batches(self._alike(self._with_state), self.state, {})
             update_norm = sum(float(batch.update_square()) for batch in batches) ** 0.5
         return {
             "pairs": len(ranks),
