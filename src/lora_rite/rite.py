@@ -409,17 +409,16 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, key: Tensor, first: int = 0,
     """x (p, …) float32, rounded to bfloat16 or float16, up or down with the probabilities that make it unbiased.
 
     The noise is a hash of ``key`` (p,) int64 and the element's index: no generator, no state, the same on every rank
-    and machine. Values that ``dtype`` has stay as they are. x may be part of matrices that are ``width`` wide, from
-    their element ``first`` on.
+    and machine. Values that ``dtype`` has stay as they are. With ``width``, x (p, rows, columns) is part of matrices
+    that are so wide, from their element ``first`` on.
     """
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     dropped = 2 ** (23 + int(math.log2(eps)))
     if width is None:
-        index = torch.arange(x[0].numel(), device=x.device).reshape(x[0].shape)
-    else:
-        index = first + torch.arange(x.shape[1], device=x.device)[:, None] * width
-        index = index + torch.arange(x.shape[2], device=x.device)
-    noise = _hash(index.to(torch.int32) + _hash(key.to(torch.int32)).reshape(-1, *[1] * (x.ndim - 1)))
+        return stochastic_round(x.reshape(len(x), 1, -1), dtype, key, 0, x[0].numel()).view(x.shape)
+    rows = (first + torch.arange(x.shape[1], device=x.device) * width).to(torch.int32)
+    index = rows[:, None] + torch.arange(x.shape[2], device=x.device, dtype=torch.int32)
+    noise = _hash(index + _hash(key.to(torch.int32))[:, None, None])
     noise = noise.bitwise_and_(dropped - 1)
     if dtype == torch.bfloat16:  # the upper half of a float32
         return noise.add_(x.float().view(torch.int32)).bitwise_and_(-dropped).view(torch.float32).to(dtype)
