@@ -154,6 +154,25 @@ def test_what_rounding_explains_is_not_called_a_failure():
     assert not strict["passed"]
 
 
+def test_a_problem_that_rounding_alone_explains_shows_nothing():
+    """Where a step is chance, the control is as large as every error: nothing fails there, and nothing is shown."""
+
+    class Chaotic(ScaledGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            params = self.param_groups[0]["params"]
+            if params[1].any():
+                super().step()
+                return
+            for a, b in zip(params[::2], params[1::2], strict=True):
+                b += torch.sin(1e20 * a.sum()) * torch.linalg.pinv(a).sum(0)
+
+    result = audit(Chaotic, options={"lr": 1e-3}, dtypes=["float64"], problems=["linear"], steps=1, conditions=[10])
+    verdicts = lambda start: {row["verdict"] for row in rows_of(result, start=f"linear, {start}")} - {"control"}
+    assert (verdicts("zero"), verdicts("dense")) == ({"rounding"}, {"passed"})
+    assert not result["passed"]
+
+
 def test_what_cannot_be_trained_is_named_and_does_not_count():
     result = audit(torch.optim.Muon, options={"lr": 1e-2}, steps=1, problems=["linear", "convolution"], conditions=[10])
     assert {failure["start"] for failure in result["failures"]} == {"convolution, zero", "convolution, dense"}

@@ -178,7 +178,7 @@ def audit_verb(
     """Measures whether an optimizer's step depends on how W = BA is factorised: any optimizer, on your own model.
 
     Trains from (B, A) and from (BK, K⁻¹A), for scalings, a rotation and random K, and compares what training has
-    written into W. The exit code is 0 where that agrees and 3 where it does not.
+    written into W. The exit code is 0 where that agrees and 3 where it does not, or where rounding hides it.
 
     Args:
         optimizer: import path of a class or function, like torch.optim:AdamW or my_package.optimizers:make.
@@ -272,8 +272,8 @@ def report(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point of ``lora-rite``. Returns the exit code: 0, 2 for wrong usage, 3 where an audit fails, 128 + n
-    for signal n, and 1 or the code of the error's class (:mod:`lora_rite.errors`) otherwise."""
+    """The entry point of ``lora-rite``. Returns the exit code: 0, 2 for wrong usage, 3 where an audit does not pass,
+    128 + n for signal n, and 1 or the code of the error's class (:mod:`lora_rite.errors`) otherwise."""
     try:
         from argparse import ArgumentError
 

@@ -49,7 +49,7 @@ def audit_command(
     trust_remote_code: bool,
 ) -> int:
     """Audits, prints the tables, writes ``audit.json`` and ``audit.png`` into ``out``. Returns 0, or 3 where the
-    optimizer fails. For the arguments see ``lora-rite audit --help``."""
+    optimizer does not pass. For the arguments see ``lora-rite audit --help``."""
     import torch
 
     from ..invariance import audit
