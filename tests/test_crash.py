@@ -217,6 +217,24 @@ def test_resume_from_the_one_before_cleans_up(data, golden, killed, capsys):
     assert not list(killed.glob(".*.tmp"))
 
 
+def test_times_are_those_of_all_steps(data, golden, killed):
+    """Of the sessions before a kill too, also where that came after the last checkpoint and no step is left."""
+    folder = killed / "checkpoints"
+    times = lambda step: json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    before = times(4)["stateful_callbacks"][train_module.CLOCK]
+    seconds = lambda out: json.loads((out / "result.json").read_text())["seconds"]
+    assert run(data, killed, "--resume") == 0
+    assert seconds(killed) == seconds(golden)
+    assert 0 < before["training"] < seconds(killed)["training"]
+    (killed / "result.json").unlink()
+    shutil.rmtree(folder / "checkpoint-6")
+    assert run(data, killed, "--resume") == 0
+    after = times(6)["stateful_callbacks"][train_module.CLOCK]
+    assert after["steps"][:4] == before["steps"]
+    assert len(after["steps"]) == len(after["optimizer"]) == 6
+    assert before["training"] < after["training"] == seconds(killed)["training"]
+
+
 def test_no_checkpoint_that_can_be_trusted(data, killed, capsys):
     """F3: exit code 6, the list, and nothing is touched; never from the beginning again in silence."""
     for name in ("checkpoint-6", "checkpoint-4"):

@@ -115,13 +115,14 @@ class Row:
         return [result for result in self.results.values() if "diverged" not in result]
 
     def median(self, *keys: str) -> float:
-        """The median over seeds of a figure of the results."""
+        """The median over seeds of a figure of the results; NaN where none has it."""
         values = []
         for value in self.finished:
             for key in keys:
                 value = value[key]
             values.append(value)
-        return statistics.median(values) if values else math.nan
+        known = [value for value in values if value is not None]
+        return statistics.median(known) if known else math.nan
 
     @property
     def good(self) -> list[float]:
@@ -197,6 +198,11 @@ class Case:
         known = [step for step in steps if step is not None]
         return statistics.fmean(known) if known and len(known) == len(row.losses) else None
 
+    def time_ratio(self, row: Row) -> float:
+        """The row's time of a step over the baseline's."""
+        own, baseline = (r.median("seconds", "step") for r in (row, self.baseline))
+        return own / baseline if baseline else math.nan
+
     def score(self, row: Row) -> dict[str, int]:
         """Against how many of the others the row is better, worse, or neither significantly."""
         verdicts = [difference(row.losses, other.losses).verdict for other in self.rows if other is not row]
@@ -239,7 +245,8 @@ def report(folder: Path) -> Path:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(g=lambda x: f"{x:g}", link=lambda p: p.replace(" ", "%20"), plus_minus=_plus_minus)
+    environment.filters.update(g=lambda x: f"{x:g}", link=lambda p: p.replace(" ", "%20"))
+    environment.filters.update(plus_minus=_plus_minus, known=_known)
     text = environment.get_template("report.md.j2").render(
         study=study, cases=cases, good=GOOD, least=LEAST_SEEDS, isfinite=math.isfinite
     )
@@ -256,6 +263,10 @@ def report(folder: Path) -> Path:
     (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
+
+
+def _known(value: float, form: str) -> str:
+    return form % value if math.isfinite(value) else "–"
 
 
 def _plus_minus(value: float, half_width: float = math.nan, digits: int = 3) -> str:
