@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from ..inputs import resolve_values
 from ..optimizer import PUBLISHED
 
 #: Optimizers to show beside the audited one: label, import path, keyword arguments (values that are import paths are
@@ -73,9 +74,8 @@ def audit_command(
     result["label"] = optimizer.rpartition(":")[2]
     others = []
     for label, path, options in PEERS if peers else ():
-        options = {k: _resolved(v) for k, v in options.items()}
         try:
-            other = audit(path, network, loss, options={"lr": lr, **options}, **shared)
+            other = audit(path, network, loss, options={"lr": lr, **resolve_values(options)}, **shared)
         except LoRARiteValueError as error:
             print(f"{label}: {error}")
             continue
@@ -92,12 +92,6 @@ def audit_command(
         _plot(result, others, out / "audit.png")
         print(f"Figures: {out / 'audit.json'}, picture: {out / 'audit.png'}")
     return 0 if result["passed"] else 3
-
-
-def _resolved(value: Any) -> Any:
-    from ..invariance import resolve
-
-    return resolve(value) if isinstance(value, str) and ":" in value else value
 
 
 def _version(package: str) -> str | None:

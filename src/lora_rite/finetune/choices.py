@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRARiteValueError
+from ..inputs import blame
 from .data import Example, read_examples
 from .optimizers import OptimizerFactory
 from .train import (
     add_callbacks,
     attach_adapter,
-    blame,
     create_optimizer,
     describe_optimizer,
     log_entries,

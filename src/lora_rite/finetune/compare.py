@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError
+from ..inputs import resolve
 from .checkpoint import write_json
 from .data import Example, read_examples, read_text, split
-from .optimizers import find_optimizer, load
+from .optimizers import find_optimizer
 from .tasks import examples, find_task, read_rows, read_task
 from .train import train, versions
 from .untrusted import read_config
@@ -210,7 +211,7 @@ def _function(name: str | None) -> Callable[..., dict[str, Any]]:
     """What trains a run."""
     if name is None:
         return train
-    function = load(name)
+    function = resolve(name)
     if missing := GIVEN - set(inspect.signature(function).parameters):
         raise LoRARiteValueError(f"function {name} must take {', '.join(sorted(missing))}")
     return function

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
+from ..inputs import blame
 from .checkpoint import write_json
 from .data import IGNORED, RECORDS, Example, label_count, read_examples, windows
 from .tasks import TASKS, Row, Rows, Task, examples, find_task, require_rows
-from .train import attach_adapter, blame, held_out_loss, load_model, versions
+from .train import attach_adapter, held_out_loss, load_model, versions
 
 #: Categories of Super-Natural Instructions' test split that Tk-Instruct judges by exact match; the others by ROUGE-L.
 EXACT_MATCH = {

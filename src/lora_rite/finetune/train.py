@@ -7,20 +7,20 @@ import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from ..inputs import blame
+from ..models import TINY
 from . import checkpoint
 from .data import IGNORED, Split, label_count, read_examples, split, windows
 from .optimizers import OptimizerFactory, find_optimizer
 from .tasks import examples, read_rows, read_task
 from .untrusted import check_adapter
 
-TINY = Path(__file__).parent / "tiny"
 #: Learning rates to start from where none is given, at the widths of real models (see the README).
 DEFAULT_LR = {"lora-rite": 5e-4, "adamw": 2e-4}
 #: The times of the steps in the Trainer's ``state.stateful_callbacks``.
@@ -437,18 +437,6 @@ def versions(*more: str) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-@contextmanager
-def blame(option: str) -> Iterator[None]:
-    """Turns an error of a library inside into one that names the option it comes from, with its first line."""
-    try:
-        yield
-    except LoRARiteValueError as error:
-        raise LoRARiteValueError(f"{option}: {error}") from error
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError, UserWarning) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise LoRARiteValueError(f"{option}: {lines[0]}") from error
 
 
 def _check(settings: dict[str, Any]) -> None:
