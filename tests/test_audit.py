@@ -298,11 +298,13 @@ def test_command_line_on_a_model_and_its_text(tmp_path, capsys):
 
 def test_command_line_errors(tmp_path, capsys):
     pytest.importorskip("peft")
+    (tmp_path / "file").touch()
     for words, text in [
         (["--data", tmp_path / "x.txt"], "--data is for a --model"),
         (["--optimizer", "nowhere:X"], "cannot import nowhere:X: No module named 'nowhere'"),
         (["--optimizer_args", '{"lr": 1}'], "give the learning rate by --lr"),
         (["--model", tmp_path / "none"], "cannot load --model"),
+        (["--out", tmp_path / "file"], "--out: "),
     ]:
         assert run(*words) == 2
         assert text in capsys.readouterr().err

@@ -151,6 +151,15 @@ def test_a_finished_run_is_left_alone(data, golden):
     assert {p: p.stat().st_mtime_ns for p in golden.rglob("*")} == before
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"settings": {'])
+def test_a_damaged_result_is_named(text, data, golden, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(golden, out)
+    (out / "result.json").write_text(text)
+    assert run(data, out, "--resume") == 2
+    assert f"{out / 'result.json'} is damaged" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------- damaged checkpoints
 
 

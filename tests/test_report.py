@@ -243,6 +243,16 @@ def test_a_missing_study_or_run_is_named(study, tmp_path, capsys):
     assert path in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '"recipe data runs sweeps complete versions"', '{"recipe": '])
+def test_a_damaged_study_or_result_is_named(study, text, capsys):
+    path = next(study.glob("runs/sums/r4/AdamW/*test/result.json"))
+    for file in (path, study / "study.json"):
+        file.write_text(text)
+        assert main(["report", str(study)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{file} is damaged (" in line
+
+
 def test_cases_are_ordered_by_loss(study):
     case = Case("sums", 4, json.loads((study / "study.json").read_text()), study)
     assert [row.name for row in case.rows] == ["LoRA-RITE", "AdamW"]

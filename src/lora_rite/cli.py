@@ -141,13 +141,14 @@ def bench_scaling(
 
 def _bench(name: str, arguments: dict[str, Any]) -> None:
     from . import bench, bench_view
-    from .finetune.checkpoint import write_json
+    from .finetune.checkpoint import prepare_file, write_json
     from .finetune.train import versions
 
     out, plot = arguments.pop("out"), arguments.pop("plot", None)
-    for path in (out, plot):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        prepare_file("--out", out)
+    if plot is not None:
+        prepare_file("--plot", plot, (".png", ".svg", ".pdf"))
     result = getattr(bench, name)(**arguments)
     print(bench_view.table(result), end="")
     if out is not None:

@@ -54,15 +54,15 @@ def audit_command(
     import torch
 
     from ..invariance import audit
-    from .checkpoint import write_json
+    from .checkpoint import prepare_folder, write_json
     from .train import attach_adapter, load_model, versions
 
     if model is None and (adapter or data):
         raise LoRARiteValueError(f"--{'adapter' if adapter else 'data'} is for a --model; give one")
     if "lr" in (optimizer_args or {}):
         raise LoRARiteValueError("--optimizer_args.lr: give the learning rate by --lr")
-    if out is not None and out.exists() and not out.is_dir():
-        raise LoRARiteValueError(f"--out {out} is not a folder")
+    if out is not None:
+        prepare_folder("--out", out)
     network = loss = None
     if model is not None:
         network, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
@@ -85,7 +85,6 @@ def audit_command(
     print(_tables(result, others))
     if out is not None:
         packages = {name: _version(name) for name in ("pytorch_optimizer",)}
-        out.mkdir(parents=True, exist_ok=True)
         for row in result["rows"]:
             row["errors"] = [float(f"{error:.3g}") for error in row["errors"]]
         write_json(out / "audit.json", {**result, "peers": others, "versions": {**versions(), **packages}})

@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
+from .checkpoint import read_json
 
 CONFIDENCE = 0.95
 #: Fewer seeds decide nothing, whatever the test says of them.
@@ -95,13 +95,13 @@ class Row:
         self.tried_paths = tried_paths
         self.paths = {run["seed"]: run["path"] for run in runs}
         self.losses = {run["seed"]: run["loss"] for run in runs}
-        self.results = {seed: json.loads((folder / p).read_text(encoding="utf-8")) for seed, p in self.paths.items()}
+        self.results = {seed: read_json(folder / p, "settings", "held_out") for seed, p in self.paths.items()}
         self.accuracies: dict[str, dict[int, float]] = {}
         for seed, path in self.paths.items():
             if "accuracy" in self.results[seed]:
                 self.accuracies.setdefault("accuracy", {})[seed] = 100 * self.results[seed]["accuracy"]["after"]
             for file in sorted((folder / path).parent.glob("evaluation/*.json")):
-                record = json.loads(file.read_text(encoding="utf-8"))
+                record = read_json(file, "task", "results")
                 figures = record["results"]
                 if "metric" not in figures:
                     continue  # of a text: its loss alone
@@ -224,7 +224,7 @@ def report(folder: Path) -> Path:
         folder: of the study, as ``lora-rite compare --out`` names it.
 
     Raises:
-        LoRARiteValueError: no study.json there, or a result that it names is missing.
+        LoRARiteValueError: no study.json there, or it or a result that it names is missing or damaged.
     """
     path = folder / "study.json"
     if not path.is_file():
@@ -233,11 +233,8 @@ def report(folder: Path) -> Path:
     import jinja2
     from markdown_it import MarkdownIt
 
-    study = json.loads(path.read_text(encoding="utf-8"))
-    try:
-        cases = [Case(t, r, study, folder) for t in study["recipe"]["tasks"] for r in study["recipe"]["ranks"]]
-    except FileNotFoundError as error:
-        raise LoRARiteValueError(f"{path} names {error.filename}, which is missing") from None
+    study = read_json(path, "recipe", "data", "runs", "sweeps", "complete", "versions")
+    cases = [Case(t, r, study, folder) for t in study["recipe"]["tasks"] for r in study["recipe"]["ranks"]]
     figures = {f"figures/{case.slug}.svg": figure(case, cases).encode() for case in cases if case.rows}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lora_rite.finetune", "."),

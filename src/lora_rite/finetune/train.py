@@ -1,6 +1,5 @@
 """``lora-rite train``: LoRA fine-tuning of a causal language model on transformers' Trainer."""
 
-import json
 import math
 import os
 import platform
@@ -498,7 +497,7 @@ def _check_folder(
     changed.pop("out", None)
     checkpoint.refuse_changes(out, changed, allow_changed)
     finished = out / checkpoint.RESULT
-    return json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else None
+    return checkpoint.read_json(finished, "settings", "held_out") if finished.is_file() else None
 
 
 def add_callbacks(trainer: Any, reporter: Any, progress: bool, measure: Callable[[], float], eval_every: int) -> None:
