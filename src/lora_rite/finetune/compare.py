@@ -348,6 +348,7 @@ def compare(
     from .report import report, require_packages
 
     require_packages()
+    _check_devices(devices or [])
     from filelock import FileLock, Timeout
 
     for task in study.recipe.tasks.values():
@@ -621,6 +622,16 @@ def _executor(jobs: int, devices: list[int] | None) -> Iterator[Executor]:
     finally:
         signal.signal(signal.SIGTERM, terminate)
         pool.shutdown(cancel_futures=True)
+
+
+def _check_devices(devices: list[int]) -> None:
+    """Refuses GPUs that are not there: a process whose GPU is hidden trains on the CPU."""
+    import torch
+
+    count = torch.cuda.device_count()
+    hidden = "CUDA_VISIBLE_DEVICES" in os.environ  # torch counts without these, and numbers are among all
+    if missing := [device for device in devices if count == 0 or not (hidden or 0 <= device < count)]:
+        raise LoRARiteValueError(f"--devices: no GPU {missing[0]}, torch sees {count} CUDA devices")
 
 
 def _interrupt(*_: Any) -> None:
