@@ -270,7 +270,7 @@ def run(*words):
 
 def test_command_line(tmp_path, capsys):
     pytest.importorskip("jsonargparse")
-    small = ["--steps", 2, "--dtypes", '["float64"]', "--conditions", 100]
+    small = ["--steps", 2, "--dtypes", "float64", "--conditions", 100]
     assert run(*small, "--peers", "--out", tmp_path / "audit") == 0
     printed = capsys.readouterr().out
     assert "LoRARite is invariant: 40 passed" in printed

@@ -350,10 +350,10 @@ def test_a_changed_run_is_refused_with_a_diff(data, killed, tmp_path, capsys, mo
     code, error = refused()
     assert code == 2
     assert "torch: '2.10.0' → " in error
-    code, error = refused("--allow_changed", "[torhc]")
+    code, error = refused("--allow_changed", "torhc")
     assert code == 2
     assert "--allow_changed torhc: no such" in error
-    code, error = refused("--allow_changed", "[torch, lr]", "--lr", 0.02)
+    code, error = refused("--allow_changed", "torch", "lr", "--lr", 0.02)
     assert code == 0
     assert "changed since the run was interrupted: lr, torch; it is no longer bitwise" in error
     (change,) = json.loads((killed / "result.json").read_text())["changes"]
