@@ -279,7 +279,8 @@ def test_command_line(tmp_path, capsys):
     assert result["passed"]
     assert result["versions"]["torch"] == torch.__version__
     peers = {peer["label"]: peer["passed"] for peer in result["peers"]}
-    assert peers["LoRARite"]
+    assert "LoRARite" not in peers  # it is the audited one
+    assert printed.count("LoRARite, float64") == 1
     assert not any(peers[name] for name in ("AdamW", "LoRA+ (AdamW)", "Riemannian (AdamW)", "Muon, a factor each"))
     assert (tmp_path / "audit" / "audit.png").stat().st_size > 10_000
     assert run(*small, "--optimizer", "torch.optim:AdamW") == 3

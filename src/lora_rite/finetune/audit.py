@@ -73,7 +73,8 @@ def audit_command(
     result = audit(optimizer, network, loss, options={"lr": lr, **(optimizer_args or {})}, takes=takes, **shared)
     result["label"] = optimizer.rpartition(":")[2]
     others = []
-    for label, path, options in PEERS if peers else ():
+    own = (optimizer, optimizer_args or {})
+    for label, path, options in [peer for peer in PEERS if peers and peer[1:] != own]:
         try:
             other = audit(path, network, loss, options={"lr": lr, **resolve_values(options)}, **shared)
         except LoRARiteValueError as error:
@@ -157,10 +158,10 @@ def _tables(result: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
     if others:
         lines = {
             f"{r['label']}, {dtype}": rows
-            for r in others
+            for r in (result, *others)
             for dtype, rows in grouped(r["rows"], lambda row: row["dtype"]).items()
         }
-        console.print(table("beside it: the largest error over all problems", "optimizer", lines))
+        console.print(table("all: the largest error over all problems", "optimizer", lines))
     say = lambda line: console.print(line, soft_wrap=True, markup=False, highlight=False)
     say('✗ depends on the factorisation; ~ within what rounding explains; "rounding" is no K but each element rounded')
     say("once (the control), and ! there: this training amplifies rounding itself")
@@ -204,7 +205,7 @@ def _plot(result: dict[str, Any], others: Sequence[dict[str, Any]], path: Path) 
     axes[0][0].set_ylabel("‖ΔW − ΔW'‖ / ‖ΔW‖")
     axes[0][0].legend(fontsize="small")
     for axis, dtype in zip(axes[0][len(dtypes) :], dtypes, strict=False):
-        for i, other in enumerate(others):
+        for i, other in enumerate((result, *others)):
             of = lambda label, other=other, dtype=dtype: [
                 row["worst"] for row in other["rows"] if row["dtype"] == dtype and row["transform"] == label
             ]
