@@ -154,6 +154,25 @@ def test_what_rounding_explains_is_not_called_a_failure():
     assert not strict["passed"]
 
 
+def test_a_problem_that_rounding_alone_explains_shows_nothing():
+    """Where a step is chance, the control is as large as every error: nothing fails there, and nothing is shown."""
+
+    class Chaotic(ScaledGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            params = self.param_groups[0]["params"]
+            if params[1].any():
+                super().step()
+                return
+            for a, b in zip(params[::2], params[1::2], strict=True):
+                b += torch.sin(1e20 * a.sum()) * torch.linalg.pinv(a).sum(0)
+
+    result = audit(Chaotic, options={"lr": 1e-3}, dtypes=["float64"], problems=["linear"], steps=1, conditions=[10])
+    verdicts = lambda start: {row["verdict"] for row in rows_of(result, start=f"linear, {start}")} - {"control"}
+    assert (verdicts("zero"), verdicts("dense")) == ({"rounding"}, {"passed"})
+    assert not result["passed"]
+
+
 def test_what_cannot_be_trained_is_named_and_does_not_count():
     result = audit(torch.optim.Muon, options={"lr": 1e-2}, steps=1, problems=["linear", "convolution"], conditions=[10])
     assert {failure["start"] for failure in result["failures"]} == {"convolution, zero", "convolution, dense"}
@@ -251,7 +270,7 @@ def run(*words):
 
 def test_command_line(tmp_path, capsys):
     pytest.importorskip("jsonargparse")
-    small = ["--steps", 2, "--dtypes", '["float64"]', "--conditions", 100]
+    small = ["--steps", 2, "--dtypes", "float64", "--conditions", 100]
     assert run(*small, "--peers", "--out", tmp_path / "audit") == 0
     printed = capsys.readouterr().out
     assert "LoRARite is invariant: 40 passed" in printed
@@ -260,7 +279,8 @@ def test_command_line(tmp_path, capsys):
     assert result["passed"]
     assert result["versions"]["torch"] == torch.__version__
     peers = {peer["label"]: peer["passed"] for peer in result["peers"]}
-    assert peers["LoRARite"]
+    assert "LoRARite" not in peers  # it is the audited one
+    assert printed.count("LoRARite, float64") == 1
     assert not any(peers[name] for name in ("AdamW", "LoRA+ (AdamW)", "Riemannian (AdamW)", "Muon, a factor each"))
     assert (tmp_path / "audit" / "audit.png").stat().st_size > 10_000
     assert run(*small, "--optimizer", "torch.optim:AdamW") == 3
@@ -279,11 +299,13 @@ def test_command_line_on_a_model_and_its_text(tmp_path, capsys):
 
 def test_command_line_errors(tmp_path, capsys):
     pytest.importorskip("peft")
+    (tmp_path / "file").touch()
     for words, text in [
         (["--data", tmp_path / "x.txt"], "--data is for a --model"),
         (["--optimizer", "nowhere:X"], "cannot import nowhere:X: No module named 'nowhere'"),
         (["--optimizer_args", '{"lr": 1}'], "give the learning rate by --lr"),
         (["--model", tmp_path / "none"], "cannot load --model"),
+        (["--out", tmp_path / "file"], "--out: "),
     ]:
         assert run(*words) == 2
         assert text in capsys.readouterr().err

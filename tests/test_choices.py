@@ -173,7 +173,8 @@ def test_a_loss_that_is_nan_counts_as_diverged(recipe, tmp_path):
     ("changes", "message"),
     [
         ({"function": "json:loads"}, "function json:loads must take data, "),
-        ({"function": "json:nothing"}, "json has no nothing"),
+        ({"function": "json:nothing"}, "cannot import json:nothing: module 'json' has no attribute 'nothing'"),
+        ({"function": "foo"}, "'foo' is not an import path like "),
         ({"steps: 4": "no_such: 4"}, "no_such"),
         ({"test: ": "evaluate: [gsm8k], test: "}, "evaluate: there is no adapter where a function trains"),
     ],

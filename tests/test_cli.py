@@ -129,6 +129,29 @@ def test_the_other_options(data, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--dtypes", "float64", "float32"], {"dtypes": ["float64", "float32"]}),
+        (["--dtypes", "float64", "--steps", 2], {"dtypes": ["float64"], "steps": 2}),
+        (["--dtypes=float64"], {"dtypes": ["float64"]}),
+        (["--dtypes", '["float64", "float32"]'], {"dtypes": ["float64", "float32"]}),
+        (["--dtypes", "null"], {"dtypes": None}),
+        (["--conditions", "10", "1e2"], {"conditions": [10.0, 100.0]}),
+        (["--target-modules", "q_proj", "v_proj"], {"target_modules": ["q_proj", "v_proj"]}),
+        (["--target_modules", "[q_proj]"], {"target_modules": ["q_proj"]}),
+        (["--target_modules", ".*q_proj"], {"target_modules": ".*q_proj"}),
+    ],
+)
+def test_lists_are_words_or_json(words, found, monkeypatch):
+    from lora_rite.finetune import audit
+
+    calls = []
+    monkeypatch.setattr(audit, "audit_command", lambda **options: calls.append(options))
+    assert run("audit", *words) == 0
+    assert {key: calls[0][key] for key in found} == found
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--data", "missing.jsonl"], "cannot read missing.jsonl"),

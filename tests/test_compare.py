@@ -466,6 +466,19 @@ def test_a_worker_takes_its_device_and_its_share_of_the_cores(monkeypatch):
     assert threads == [5, 5]
 
 
+def test_gpus_that_are_not_there_are_refused(recipe, tmp_path, fake_train, monkeypatch, capsys):
+    """Instead of training on the CPU."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for count, device in ((0, 0), (2, 2), (2, -1)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert run("compare", recipe(), "--out", tmp_path / "study", f"--devices=[1, {device}]") == 2
+        assert f", torch sees {count} CUDA devices" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+    module._check_devices([0, 1])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
+    module._check_devices([6, 7])
+
+
 def test_an_unreadable_recipe_is_an_error(tmp_path):
     with pytest.raises(LoRARiteValueError, match=r"nowhere\.yaml"):
         load_recipe(Path(tmp_path / "nowhere.yaml"))

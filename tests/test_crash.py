@@ -151,6 +151,15 @@ def test_a_finished_run_is_left_alone(data, golden):
     assert {p: p.stat().st_mtime_ns for p in golden.rglob("*")} == before
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"settings": {'])
+def test_a_damaged_result_is_named(text, data, golden, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(golden, out)
+    (out / "result.json").write_text(text)
+    assert run(data, out, "--resume") == 2
+    assert f"{out / 'result.json'} is damaged" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------- damaged checkpoints
 
 
@@ -215,6 +224,24 @@ def test_resume_from_the_one_before_cleans_up(data, golden, killed, capsys):
     names = {p.name for p in folder.iterdir()}
     assert names == {"checkpoint-4", "checkpoint-6", "damaged-checkpoint-6"}
     assert not list(killed.glob(".*.tmp"))
+
+
+def test_times_are_those_of_all_steps(data, golden, killed):
+    """Of the sessions before a kill too, also where that came after the last checkpoint and no step is left."""
+    folder = killed / "checkpoints"
+    times = lambda step: json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    before = times(4)["stateful_callbacks"][train_module.CLOCK]
+    seconds = lambda out: json.loads((out / "result.json").read_text())["seconds"]
+    assert run(data, killed, "--resume") == 0
+    assert seconds(killed) == seconds(golden)
+    assert 0 < before["training"] < seconds(killed)["training"]
+    (killed / "result.json").unlink()
+    shutil.rmtree(folder / "checkpoint-6")
+    assert run(data, killed, "--resume") == 0
+    after = times(6)["stateful_callbacks"][train_module.CLOCK]
+    assert after["steps"][:4] == before["steps"]
+    assert len(after["steps"]) == len(after["optimizer"]) == 6
+    assert before["training"] < after["training"] == seconds(killed)["training"]
 
 
 def test_no_checkpoint_that_can_be_trusted(data, killed, capsys):
@@ -323,10 +350,10 @@ def test_a_changed_run_is_refused_with_a_diff(data, killed, tmp_path, capsys, mo
     code, error = refused()
     assert code == 2
     assert "torch: '2.10.0' → " in error
-    code, error = refused("--allow_changed", "[torhc]")
+    code, error = refused("--allow_changed", "torhc")
     assert code == 2
     assert "--allow_changed torhc: no such" in error
-    code, error = refused("--allow_changed", "[torch, lr]", "--lr", 0.02)
+    code, error = refused("--allow_changed", "torch", "lr", "--lr", 0.02)
     assert code == 0
     assert "changed since the run was interrupted: lr, torch; it is no longer bitwise" in error
     (change,) = json.loads((killed / "result.json").read_text())["changes"]

@@ -424,6 +424,11 @@ def test_the_command_line(folder, tmp_path, capsys):
         (["--device", "abacus"], "--device abacus"),
         (["--data_dir", "nowhere"], "--data_dir nowhere is not a folder"),
         (["--out", __file__], "test_evaluate.py is not a folder"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda: ",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA"),
+        ),
     ],
 )
 def test_errors_are_one_line_that_names_the_option(words, message, folder, capsys):
@@ -434,6 +439,13 @@ def test_errors_are_one_line_that_names_the_option(words, message, folder, capsy
     assert message in error
     assert "Traceback" not in error
     assert error.splitlines()[-1].startswith("lora-rite eval: error: ")
+
+
+def test_an_output_that_cannot_be_written_is_an_error_before_the_evaluation(folder, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_Evaluator", lambda *args: pytest.fail("evaluated"))
+    out = Path(__file__) / "out"
+    assert main(["eval", "--tasks", "gsm8k", "--data_dir", str(folder), "--loss_only", "--out", str(out)]) == 4
+    assert f"--out: cannot write into {out}: " in capsys.readouterr().err
 
 
 def test_an_unknown_task_is_named(monkeypatch):

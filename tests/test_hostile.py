@@ -522,6 +522,9 @@ def test_a_pickle_beside_the_adapter_is_not_read(trained, tmp_path, canary):
         ({"megatron_config": {"x": 1}, "megatron_core": "evil"}, "megatron_config is not supported"),
         ({"r": 16}, "has rank 2, adapter_config.json has r=16"),
         ({"r": "2"}, "has r=2"),
+        ({"r": [2]}, "has r=[2]"),
+        ({"rank_pattern": [1]}, "rank_pattern must be a mapping of names to ranks, got [1]"),
+        ({"alpha_pattern": [1]}, "--adapter"),
         ({"target_modules": ["k_proj"]}, "--adapter"),
     ],
 )

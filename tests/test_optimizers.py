@@ -1,5 +1,7 @@
 """``lora-rite train --optimizer``: every name, and import paths."""
 
+import sys
+
 import pytest
 
 pytest.importorskip("peft")
@@ -86,14 +88,21 @@ def test_state_in_lists_counts():
     ("name", "error", "message"),
     [
         ("adam", lora_rite.LoRARiteValueError, "no optimizer adam; there are lora-rite, "),
-        ("torch.optim:Nothing", lora_rite.LoRARiteValueError, "torch.optim has no Nothing"),
-        ("no_such_package:X", ImportError, "needs the package no_such_package"),
+        ("torch.optim:Nothing", lora_rite.LoRARiteValueError, "cannot import torch.optim:Nothing: "),
+        ("no_such_package:X", lora_rite.LoRARiteValueError, "No module named 'no_such_package'"),
+        ("torch.optim:Adam W", lora_rite.LoRARiteValueError, "'torch.optim:Adam W' is not an import path like"),
         ("torch.no_such:X", lora_rite.LoRARiteValueError, "torch.no_such"),
     ],
 )
 def test_what_is_not_there_is_named(name, error, message):
     with pytest.raises(error, match=message):
         create_optimizer(Adapter([(12, 8)], 4, torch.float32, "cpu"), name, 1e-2)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(ImportError, match=r'soap needs pytorch_optimizer: pip install "lora-rite\[study\]"'):
+        create_optimizer(Adapter([(12, 8)], 4, torch.float32, "cpu"), "soap", 1e-2)
 
 
 def test_weight_decay_that_cannot_be_passed_on_is_an_error():

@@ -71,8 +71,9 @@ def test_configurations_are_those_of_the_models(name, parameters):
 
     from lora_rite import find_pairs
     from lora_rite.finetune.train import attach_adapter
+    from lora_rite.models import configuration
 
-    config = module.configuration(f"google/{name}")
+    config = configuration(f"google/{name}", "train.model")
     build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         network = build.from_config(config)
@@ -86,7 +87,7 @@ def test_configurations_are_those_of_the_models(name, parameters):
 def test_a_model_or_target_that_is_not_there_is_named(tmp_path, capsys):
     text = (ROOT / "recipes/small/gsm8k.yaml").read_text()
     for old, new, message in (
-        ("model: tiny", f"model: {tmp_path}/nothing", "train.model: no configuration of"),
+        ("model: tiny", f"model: {tmp_path}/nothing", f"train.model {tmp_path}/nothing: "),
         ("model: tiny", "model: tiny\n  target_modules: [no_such_layer]", "no_such_layer"),
         ("{optimizer: adamw,", "{optimizer: adamw, optimizer_args: {no_such: 1},", "optimizers.AdamW"),
     ):

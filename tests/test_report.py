@@ -203,6 +203,20 @@ def test_a_diverged_seed_is_shown_and_decides_nothing(study):
     assert "| LoRA-RITE | 0.02 | diverged | diverged |" in text
 
 
+@pytest.mark.parametrize("unknown", [None, 0.0])
+def test_times_that_are_not_known_are_dashes(study, unknown):
+    """Not even the baseline's, which all are divided by."""
+    for path in study.glob("runs/sums/r4/AdamW/*/result.json"):
+        content = json.loads(path.read_text())
+        content["seconds"].update(step=unknown, optimizer_share=None)
+        path.write_text(json.dumps(content))
+    text, _ = render(study)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| LoRA-RITE |", "| AdamW |"))]
+    (ours, adamw) = rows[:2]
+    assert ours[6:8] == ["–", "25.0%"]
+    assert adamw[6:8] == ["–", "–"]
+
+
 def test_accuracies_are_shown_with_what_can_be_detected(study):
     for r in json.loads((study / "study.json").read_text())["runs"]:
         if r["split"] == "test":
@@ -227,6 +241,16 @@ def test_a_missing_study_or_run_is_named(study, tmp_path, capsys):
     (study / path).unlink()
     assert main(["report", str(study)]) == 2
     assert path in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '"recipe data runs sweeps complete versions"', '{"recipe": '])
+def test_a_damaged_study_or_result_is_named(study, text, capsys):
+    path = next(study.glob("runs/sums/r4/AdamW/*test/result.json"))
+    for file in (path, study / "study.json"):
+        file.write_text(text)
+        assert main(["report", str(study)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{file} is damaged (" in line
 
 
 def test_cases_are_ordered_by_loss(study):

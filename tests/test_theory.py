@@ -230,3 +230,16 @@ def test_the_gauge_ablation_trains_in_both_dtypes():
 def test_unknown_settings(capsys):
     assert main(["theory", "--experiment", "width", "--settings", '{"with": 3}']) == 2
     assert "--settings: width has no 'with'; it has widths, rank" in capsys.readouterr().err
+    assert main(["theory", "--experiment", "noise", "--settings", '{"steps": "x"}']) == 2
+    assert "--settings of noise: Parser key \"steps\": Expected a <class 'int'>" in capsys.readouterr().err
+    assert main(["theory", "--experiment", "noise", "--settings", '{"steps": 0}']) == 2
+    assert "--settings of noise: " in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_an_error_before_the_run(tmp_path, capsys, monkeypatch):
+    from lora_rite.theory import noise
+
+    monkeypatch.setattr(noise, "run", lambda steps=1: pytest.fail("ran"))
+    (tmp_path / "file").touch()
+    assert main(["theory", "--experiment", "noise", "--out", str(tmp_path / "file")]) == 2
+    assert f"--out: {tmp_path / 'file'} is not a folder" in capsys.readouterr().err

@@ -19,26 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import LoRARiteValueError
+from .inputs import blame
+from .models import SHORT, configuration
 from .optimizer import LoRARite, state_bytes
 
-#: Model type and settings of transformers' configuration, from the models' public ones.
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma-2b": (
-        "gemma",
-        {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8,
-         "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000},
-    ),
-    "gemma-7b": (
-        "gemma",
-        {"hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16,
-         "num_key_value_heads": 16, "head_dim": 256, "vocab_size": 256000},
-    ),
-    "mt5-xxl": (
-        "mt5",
-        {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 64,
-         "feed_forward_proj": "gated-gelu", "vocab_size": 250112},
-    ),
-}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASELINE = "AdamW (fused)"
 BOTH = (BASELINE, "LoRARite")
@@ -49,19 +33,10 @@ Shapes = list[tuple[int, int]]
 # ------------------------------------------------------------------------------------------------ models and adapters
 
 
-def configuration(model: str, layers: int | None = None) -> Any:
-    """transformers' configuration of a name in :data:`CONFIGS`, of "tiny" (the embedded model), or of a config.json, a
-    folder with one or a hub id; cut to so many layers (of encoder and decoder each)."""
-    from transformers import AutoConfig
-
-    from .finetune.train import TINY, blame
-
-    with blame(f"--models {model}"):
-        if model in CONFIGS:
-            kind, options = CONFIGS[model]
-            config = AutoConfig.for_model(kind, **options)
-        else:
-            config = AutoConfig.from_pretrained(TINY if model == "tiny" else model)
+def shallow(model: str, layers: int | None = None) -> Any:
+    """transformers' configuration of a model, whose short name will do; cut to so many layers (of encoder and decoder
+    each)."""
+    config = configuration(SHORT.get(model, model), "--models")
     if layers is not None:
         text = config.get_text_config()
         text.num_hidden_layers = layers
@@ -77,9 +52,7 @@ def network(model: str, layers: int | None, rank: int, device: str, dtype: torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from .finetune.train import blame
-
-    config = configuration(model, layers)
+    config = shallow(model, layers)
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device(device), blame(f"--models {model}"):
         base = kind.from_config(config, dtype=dtype)
@@ -281,7 +254,7 @@ def bench_step(
     cases = []
     for model in models:
         shapes = linear_maps(model, layers)
-        depth = configuration(model, layers).get_text_config().num_hidden_layers
+        depth = shallow(model, layers).get_text_config().num_hidden_layers
         for rank in ranks:
             for dtype in dtypes:
                 cases.append({"model": model, "layers": depth, **measure(names, shapes, rank, dtype, device, rounds)})

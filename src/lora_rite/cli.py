@@ -5,13 +5,15 @@ Heavy imports are inside the verbs.
 
 import errno
 import inspect
+import itertools
+import json
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from . import __version__
 from .errors import InterruptedRunError, LoRARiteError, LoRARiteValueError, WriteError
@@ -141,13 +143,14 @@ def bench_scaling(
 
 def _bench(name: str, arguments: dict[str, Any]) -> None:
     from . import bench, bench_view
-    from .finetune.checkpoint import write_json
+    from .finetune.checkpoint import prepare_file, write_json
     from .finetune.train import versions
 
     out, plot = arguments.pop("out"), arguments.pop("plot", None)
-    for path in (out, plot):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        prepare_file("--out", out)
+    if plot is not None:
+        prepare_file("--plot", plot, (".png", ".svg", ".pdf"))
     result = getattr(bench, name)(**arguments)
     print(bench_view.table(result), end="")
     if out is not None:
@@ -178,7 +181,7 @@ def audit_verb(
     """Measures whether an optimizer's step depends on how W = BA is factorised: any optimizer, on your own model.
 
     Trains from (B, A) and from (BK, K⁻¹A), for scalings, a rotation and random K, and compares what training has
-    written into W. The exit code is 0 where that agrees and 3 where it does not.
+    written into W. The exit code is 0 where that agrees and 3 where it does not, or where rounding hides it.
 
     Args:
         optimizer: import path of a class or function, like torch.optim:AdamW or my_package.optimizers:make.
@@ -252,6 +255,33 @@ def _underscores(option: re.Match[str]) -> str:
     return "--" + option[0][2:].replace("-", "_")
 
 
+def _takes_list(annotation: Any) -> bool:
+    return get_origin(annotation) is list or any(map(_takes_list, get_args(annotation)))
+
+
+def _join_lists(words: list[str], lists: dict[str, Any]) -> list[str]:
+    """``--ranks 4 16`` as ``--ranks '["4", "16"]'``, which the option's type reads. One word alone stays as it is where
+    the type takes a word too.
+
+    Args:
+        words: of the command line.
+        lists: the options that take lists, with their types.
+    """
+    words = [part for word in words for part in (word.split("=", 1) if word.partition("=")[0] in lists else [word])]
+    joined = []
+    while words:
+        joined.append(words.pop(0))
+        if (kind := lists.get(joined[-1])) is None:
+            continue
+        values = list(itertools.takewhile(lambda word: not re.match("-[-a-z]", word), words))
+        takes_word = get_origin(kind) is not list and str in get_args(kind)
+        alone = len(values) == 1 and (takes_word or values[0] == "null")
+        if values and not alone and not values[0].startswith("["):
+            joined.append(json.dumps(values))
+            del words[: len(values)]
+    return joined
+
+
 def compare(**kwargs: Any) -> None:
     from .finetune.compare import compare as run
 
@@ -272,8 +302,8 @@ def report(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point of ``lora-rite``. Returns the exit code: 0, 2 for wrong usage, 3 where an audit fails, 128 + n
-    for signal n, and 1 or the code of the error's class (:mod:`lora_rite.errors`) otherwise."""
+    """The entry point of ``lora-rite``. Returns the exit code: 0, 2 for wrong usage, 3 where an audit does not pass,
+    128 + n for signal n, and 1 or the code of the error's class (:mod:`lora_rite.errors`) otherwise."""
     try:
         from argparse import ArgumentError
 
@@ -330,26 +360,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     group = ArgumentParser(description="Times LoRARite beside its peers.", exit_on_error=False)
     commands[""].add_subcommand("bench", group, help="Times LoRARite beside its peers: step, train, scaling.")
     commands["bench"] = group.add_subcommands(dest="part")
+    lists: dict[str, Any] = {}
     for name, (signature, _) in verbs.items():
         verb = ArgumentParser(description=(signature.__doc__ or "").split("\n\n    Args:")[0], exit_on_error=False)
         verb.add_argument("--config", action=ConfigFile, help="YAML file with any of these options")
         verb.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
         parameters = inspect.signature(signature).parameters.values()
         switches = [p for p in parameters if isinstance(p.default, bool)]
-        lists = [p for p in parameters if isinstance(p.default, list)]
-        skip: set[str | int] = {p.name for p in (*switches, *lists)}
+        lists.update({f"--{p.name}": p.annotation for p in parameters if _takes_list(p.annotation)})
+        skip: set[str | int] = {p.name for p in switches}
         verb.add_function_arguments(signature, as_group=False, as_positional=name in ("compare", "report"), skip=skip)
         texts = {p.arg_name: p.description for p in docstring_parser.parse(signature.__doc__ or "").params}
         for p in switches:  # --resume instead of --resume true
             verb.add_argument(f"--{p.name}", action=ActionYesNo, default=p.default, help=texts[p.name])
-        for p in lists:  # --ranks 4 16 instead of --ranks '[4, 16]'
-            (kind,) = get_args(p.annotation)
-            verb.add_argument(f"--{p.name}", nargs="+", type=kind, default=p.default, help=texts[p.name])
         parent, _, own = name.rpartition(" ")
         commands[parent].add_subcommand(own, verb, help=(signature.__doc__ or "").split("\n")[0])
     words = [re.sub(r"^--[\w-]+", _underscores, word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
-        arguments = parser.parse_args(words)
+        arguments = parser.parse_args(_join_lists(words, lists))
     except ArgumentError as error:
         message = " ".join(str(error).split())
         key = re.search(r'key "(\w+)', message)

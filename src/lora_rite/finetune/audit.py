@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from ..inputs import resolve_values
 from ..optimizer import PUBLISHED
 
 #: Optimizers to show beside the audited one: label, import path, keyword arguments (values that are import paths are
@@ -49,19 +50,19 @@ def audit_command(
     trust_remote_code: bool,
 ) -> int:
     """Audits, prints the tables, writes ``audit.json`` and ``audit.png`` into ``out``. Returns 0, or 3 where the
-    optimizer fails. For the arguments see ``lora-rite audit --help``."""
+    optimizer does not pass. For the arguments see ``lora-rite audit --help``."""
     import torch
 
     from ..invariance import audit
-    from .checkpoint import write_json
+    from .checkpoint import prepare_folder, write_json
     from .train import attach_adapter, load_model, versions
 
     if model is None and (adapter or data):
         raise LoRARiteValueError(f"--{'adapter' if adapter else 'data'} is for a --model; give one")
     if "lr" in (optimizer_args or {}):
         raise LoRARiteValueError("--optimizer_args.lr: give the learning rate by --lr")
-    if out is not None and out.exists() and not out.is_dir():
-        raise LoRARiteValueError(f"--out {out} is not a folder")
+    if out is not None:
+        prepare_folder("--out", out)
     network = loss = None
     if model is not None:
         network, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
@@ -72,10 +73,10 @@ def audit_command(
     result = audit(optimizer, network, loss, options={"lr": lr, **(optimizer_args or {})}, takes=takes, **shared)
     result["label"] = optimizer.rpartition(":")[2]
     others = []
-    for label, path, options in PEERS if peers else ():
-        options = {k: _resolved(v) for k, v in options.items()}
+    own = (optimizer, optimizer_args or {})
+    for label, path, options in [peer for peer in PEERS if peers and peer[1:] != own]:
         try:
-            other = audit(path, network, loss, options={"lr": lr, **options}, **shared)
+            other = audit(path, network, loss, options={"lr": lr, **resolve_values(options)}, **shared)
         except LoRARiteValueError as error:
             print(f"{label}: {error}")
             continue
@@ -85,19 +86,12 @@ def audit_command(
     print(_tables(result, others))
     if out is not None:
         packages = {name: _version(name) for name in ("pytorch_optimizer",)}
-        out.mkdir(parents=True, exist_ok=True)
         for row in result["rows"]:
             row["errors"] = [float(f"{error:.3g}") for error in row["errors"]]
         write_json(out / "audit.json", {**result, "peers": others, "versions": {**versions(), **packages}})
         _plot(result, others, out / "audit.png")
         print(f"Figures: {out / 'audit.json'}, picture: {out / 'audit.png'}")
     return 0 if result["passed"] else 3
-
-
-def _resolved(value: Any) -> Any:
-    from ..invariance import resolve
-
-    return resolve(value) if isinstance(value, str) and ":" in value else value
 
 
 def _version(package: str) -> str | None:
@@ -164,10 +158,10 @@ def _tables(result: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
     if others:
         lines = {
             f"{r['label']}, {dtype}": rows
-            for r in others
+            for r in (result, *others)
             for dtype, rows in grouped(r["rows"], lambda row: row["dtype"]).items()
         }
-        console.print(table("beside it: the largest error over all problems", "optimizer", lines))
+        console.print(table("all: the largest error over all problems", "optimizer", lines))
     say = lambda line: console.print(line, soft_wrap=True, markup=False, highlight=False)
     say('✗ depends on the factorisation; ~ within what rounding explains; "rounding" is no K but each element rounded')
     say("once (the control), and ! there: this training amplifies rounding itself")
@@ -211,7 +205,7 @@ def _plot(result: dict[str, Any], others: Sequence[dict[str, Any]], path: Path) 
     axes[0][0].set_ylabel("‖ΔW − ΔW'‖ / ‖ΔW‖")
     axes[0][0].legend(fontsize="small")
     for axis, dtype in zip(axes[0][len(dtypes) :], dtypes, strict=False):
-        for i, other in enumerate(others):
+        for i, other in enumerate((result, *others)):
             of = lambda label, other=other, dtype=dtype: [
                 row["worst"] for row in other["rows"] if row["dtype"] == dtype and row["transform"] == label
             ]

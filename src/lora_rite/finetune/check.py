@@ -5,57 +5,11 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
+from ..models import configuration
 from .compare import HEADERS, SPLITS, Study, read_data
 from .optimizers import create_optimizer
 from .tasks import find_task
-from .train import TINY, attach_adapter
-
-#: Model type and sizes of the paper's models, from their public configurations: Gemma's needs a licence on the hub, and
-#: no check of ours needs a network.
-CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "google/gemma-2b": (
-        "gemma",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 16384,
-            "num_hidden_layers": 18,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 1,
-            "head_dim": 256,
-            "vocab_size": 256000,
-        },
-    ),
-    "google/gemma-7b": (
-        "gemma",
-        {
-            "hidden_size": 3072,
-            "intermediate_size": 24576,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-            "head_dim": 256,
-            "vocab_size": 256000,
-        },
-    ),
-    "google/mt5-xxl": (
-        "mt5",
-        {
-            "d_model": 4096,
-            "d_ff": 10240,
-            "d_kv": 64,
-            "num_heads": 64,
-            "num_layers": 24,
-            "num_decoder_layers": 24,
-            "vocab_size": 250112,
-            "feed_forward_proj": "gated-gelu",
-        },
-    ),
-    "sentence-transformers/all-MiniLM-L6-v2": (
-        "bert",
-        {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 30522},
-    ),
-}
-CONFIGURATIONS["google/gemma-7b-it"] = CONFIGURATIONS["google/gemma-7b"]
+from .train import attach_adapter
 
 
 class Needs(NamedTuple):
@@ -73,20 +27,6 @@ class Needs(NamedTuple):
         return self.weights + self.adapter + max(self.state.values()) + self.activations
 
 
-def configuration(model: str, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model: of :data:`CONFIGURATIONS`, "tiny", a local folder, or from the hub."""
-    from transformers import AutoConfig
-
-    if model in CONFIGURATIONS:
-        kind, sizes = CONFIGURATIONS[model]
-        return AutoConfig.for_model(kind, **sizes)
-    try:
-        source = str(TINY) if model == "tiny" else model
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise LoRARiteValueError(f"train.model: no configuration of {model}: {str(error).splitlines()[0]}") from None
-
-
 def needs(study: Study, rank: int) -> Needs:
     """What one run at a rank needs. The model and its adapter are built on torch's meta device.
 
@@ -101,7 +41,7 @@ def needs(study: Study, rank: int) -> Needs:
     from .. import find_pairs
 
     options = study.recipe.train
-    config = configuration(options.get("model", "tiny"), options.get("trust_remote_code", False))
+    config = configuration(options.get("model", "tiny"), "train.model", options.get("trust_remote_code", False))
     build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if study.recipe.function is not None:  # which knows what it puts on top
         build = AutoModel

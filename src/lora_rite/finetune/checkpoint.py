@@ -12,11 +12,12 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ..errors import (
     NonFiniteError,
     WriteError,
 )
+from ..inputs import first_line
 
 MANIFEST, LOCK, SETTINGS, RESULT, FAILED = "manifest.json", ".lock", "settings.json", "result.json", "failed.json"
 SCHEMA = 1
@@ -74,6 +76,52 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
     failpoint(f"{path.name} renamed")
     _sync_folder(path.parent)
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The object that :func:`write_json` wrote, which has these keys.
+
+    Raises:
+        LoRARiteValueError: it cannot be read, or something else is there.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+        if missing := [key for key in keys if key not in found]:
+            raise ValueError(f"it has no {missing[0]}")
+    except OSError as error:
+        raise LoRARiteValueError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        advice = "restore it, or remove it and run what wrote it again"
+        raise LoRARiteValueError(f"{path} is damaged ({first_line(error)}): {advice}") from None
+    return found
+
+
+def prepare_folder(option: str, folder: Path) -> None:
+    """Makes the folder that an option names, and checks that it can be written, before the work begins.
+
+    Raises:
+        LoRARiteValueError: it is a file.
+        WriteError: it cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise LoRARiteValueError(f"{option}: {folder} is not a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WriteError(f"{option}: cannot write into {folder}: {error.strerror or error}") from None
+
+
+def prepare_file(option: str, path: Path, suffixes: Sequence[str] = ()) -> None:
+    """As :func:`prepare_folder`, for the file that an option names; any suffix will do where none are given."""
+    if path.is_dir():
+        raise LoRARiteValueError(f"{option}: {path} is a folder; name a file")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise LoRARiteValueError(f"{option}: {path} must end in {' or '.join(suffixes)}")
+    prepare_folder(option, path.parent)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

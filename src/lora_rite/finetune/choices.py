@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRARiteValueError
+from ..inputs import blame
 from .data import Example, read_examples
 from .optimizers import OptimizerFactory
 from .train import (
     add_callbacks,
     attach_adapter,
-    blame,
     create_optimizer,
     describe_optimizer,
     log_entries,
+    seconds,
     training_arguments,
 )
 
@@ -121,18 +122,16 @@ def train_choices(
         optimizer_cls_and_kwargs=(OptimizerFactory, kwargs),  # type: ignore[arg-type]
     )
     is_lora_rite = create_optimizer(trainer, f"optimizer_args {optimizer_args}")
-    clock = add_callbacks(
-        trainer, LoRARiteCallback() if is_lora_rite else None, False, lambda: measure()[0], eval_every
-    )
+    add_callbacks(trainer, LoRARiteCallback() if is_lora_rite else None, False, lambda: measure()[0], eval_every)
     before = measure()
-    result = trainer.train()
+    trainer.train()
     after = measure()
     return {
         "held_out": {"before": before[0], "after": after[0]},
         "accuracy": {"before": before[1], "after": after[1], "questions": len(held_out)},
         "losses": log_entries(trainer.state.log_history, "loss", "learning_rate"),
         "held_out_losses": log_entries(trainer.state.log_history, "held_out_loss"),
-        "seconds": {"training": result.metrics["train_runtime"], **clock.seconds()},
+        "seconds": seconds(trainer.state),
         "optimizer": describe_optimizer(trainer.optimizer),
     }
 

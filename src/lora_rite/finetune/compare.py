@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError
+from ..inputs import resolve
 from .checkpoint import write_json
 from .data import Example, read_examples, read_text, split
-from .optimizers import find_optimizer, load
+from .optimizers import find_optimizer
 from .tasks import examples, find_task, read_rows, read_task
 from .train import train, versions
 from .untrusted import read_config
@@ -210,7 +211,7 @@ def _function(name: str | None) -> Callable[..., dict[str, Any]]:
     """What trains a run."""
     if name is None:
         return train
-    function = load(name)
+    function = resolve(name)
     if missing := GIVEN - set(inspect.signature(function).parameters):
         raise LoRARiteValueError(f"function {name} must take {', '.join(sorted(missing))}")
     return function
@@ -347,6 +348,7 @@ def compare(
     from .report import report, require_packages
 
     require_packages()
+    _check_devices(devices or [])
     from filelock import FileLock, Timeout
 
     for task in study.recipe.tasks.values():
@@ -620,6 +622,16 @@ def _executor(jobs: int, devices: list[int] | None) -> Iterator[Executor]:
     finally:
         signal.signal(signal.SIGTERM, terminate)
         pool.shutdown(cancel_futures=True)
+
+
+def _check_devices(devices: list[int]) -> None:
+    """Refuses GPUs that are not there: a process whose GPU is hidden trains on the CPU."""
+    import torch
+
+    count = torch.cuda.device_count()
+    hidden = "CUDA_VISIBLE_DEVICES" in os.environ  # torch counts without these, and numbers are among all
+    if missing := [device for device in devices if count == 0 or not (hidden or 0 <= device < count)]:
+        raise LoRARiteValueError(f"--devices: no GPU {missing[0]}, torch sees {count} CUDA devices")
 
 
 def _interrupt(*_: Any) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
-from .checkpoint import write_json
+from ..inputs import blame
+from .checkpoint import prepare_folder, write_json
 from .data import IGNORED, RECORDS, Example, label_count, read_examples, windows
 from .tasks import TASKS, Row, Rows, Task, examples, find_task, require_rows
-from .train import attach_adapter, blame, held_out_loss, load_model, versions
+from .train import attach_adapter, held_out_loss, load_model, versions
 
 #: Categories of Super-Natural Instructions' test split that Tk-Instruct judges by exact match; the others by ROUGE-L.
 EXACT_MATCH = {
@@ -120,8 +121,8 @@ def evaluate(
         "bf16": bf16,
     }
     _check(names, settings)
-    if out is not None and out.exists() and not out.is_dir():
-        raise LoRARiteValueError(f"--out {out} is not a folder")
+    if out is not None and not dry_run:
+        prepare_folder("--out", out)
     settings["adapter_sha256"] = None if adapter is None else _digest(adapter)
     records = {name: record for name in names if (record := _finished(out, name, settings)) is not None}
     plans = [_plan(name, data_dir, settings, progress) for name in names if name not in records]
@@ -133,7 +134,6 @@ def evaluate(
         assert evaluator is not None
         records[plan.name], samples = evaluator(plan)
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
             file = out / _file_name(plan.name)
             lines = [json.dumps(sample, default=str) for sample in samples]
             file.with_suffix(".samples.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -1,13 +1,12 @@
 """The optimizers that ``lora-rite train`` and ``compare`` know by name, and any other by its import path."""
 
-import importlib
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from ..errors import LoRARiteValueError
+from ..inputs import resolve, resolve_values
 
 
 class Preset(NamedTuple):
@@ -33,7 +32,6 @@ PRESETS = {
     "lamb": Preset("pytorch_optimizer:Lamb"),
     "soap": Preset("pytorch_optimizer:SOAP", {"max_precondition_dim": 1024}),
 }
-_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def find_optimizer(name: str) -> tuple[Callable[..., Any], Preset]:
@@ -41,12 +39,17 @@ def find_optimizer(name: str) -> tuple[Callable[..., Any], Preset]:
 
     Raises:
         LoRARiteValueError: no such name, module or attribute.
-        ImportError: a package is missing, with the extra that has it.
+        ImportError: the package of a name is missing, with the extra that has it.
     """
-    if name not in PRESETS and not _PATH.fullmatch(name):
+    if name not in PRESETS and ":" not in name:
         raise LoRARiteValueError(f"no optimizer {name}; there are {', '.join(PRESETS)}, and package.module:attribute")
     preset = PRESETS.get(name, Preset(name))
-    return load(preset.path), preset
+    try:
+        return resolve(preset.path), preset
+    except LoRARiteValueError as error:
+        if name in PRESETS and isinstance(missing := error.__cause__, ModuleNotFoundError):
+            raise ImportError(f'{name} needs {missing.name}: pip install "lora-rite[study]"') from error
+        raise
 
 
 def create_optimizer(
@@ -67,8 +70,7 @@ def create_optimizer(
 
     target: Any
     target, preset = find_optimizer(name)
-    arguments = {**preset.options, **(options or {}), "lr": lr}
-    arguments = {k: load(v) if isinstance(v, str) and _PATH.fullmatch(v) else v for k, v in arguments.items()}
+    arguments = resolve_values({**preset.options, **(options or {}), "lr": lr})
     taken = inspect.signature(target).parameters.values()
     if any(p.name == preset.weight_decay or p.kind is p.VAR_KEYWORD for p in taken):
         arguments.setdefault(preset.weight_decay, weight_decay)
@@ -92,19 +94,3 @@ class OptimizerFactory:
 
     def __call__(self, model: Any, **kwargs: Any) -> Any:
         return create_optimizer(model, **kwargs)
-
-
-def load(path: str) -> Any:
-    """The attribute that an import path ``package.module:attribute`` names."""
-    module, _, attribute = path.partition(":")
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        if error.name != package:
-            raise LoRARiteValueError(f"{path}: {error}") from error
-        extra = ' (pip install "lora-rite[study]")' if any(p.path.startswith(package) for p in PRESETS.values()) else ""
-        raise ImportError(f"{path} needs the package {package}{extra}") from error
-    if not hasattr(found, attribute):
-        raise LoRARiteValueError(f"{module} has no {attribute}")
-    return getattr(found, attribute)

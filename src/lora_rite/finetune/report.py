@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
+from .checkpoint import read_json
 
 CONFIDENCE = 0.95
 #: Fewer seeds decide nothing, whatever the test says of them.
@@ -95,13 +95,13 @@ class Row:
         self.tried_paths = tried_paths
         self.paths = {run["seed"]: run["path"] for run in runs}
         self.losses = {run["seed"]: run["loss"] for run in runs}
-        self.results = {seed: json.loads((folder / p).read_text(encoding="utf-8")) for seed, p in self.paths.items()}
+        self.results = {seed: read_json(folder / p, "settings", "held_out") for seed, p in self.paths.items()}
         self.accuracies: dict[str, dict[int, float]] = {}
         for seed, path in self.paths.items():
             if "accuracy" in self.results[seed]:
                 self.accuracies.setdefault("accuracy", {})[seed] = 100 * self.results[seed]["accuracy"]["after"]
             for file in sorted((folder / path).parent.glob("evaluation/*.json")):
-                record = json.loads(file.read_text(encoding="utf-8"))
+                record = read_json(file, "task", "results")
                 figures = record["results"]
                 if "metric" not in figures:
                     continue  # of a text: its loss alone
@@ -115,13 +115,14 @@ class Row:
         return [result for result in self.results.values() if "diverged" not in result]
 
     def median(self, *keys: str) -> float:
-        """The median over seeds of a figure of the results."""
+        """The median over seeds of a figure of the results; NaN where none has it."""
         values = []
         for value in self.finished:
             for key in keys:
                 value = value[key]
             values.append(value)
-        return statistics.median(values) if values else math.nan
+        known = [value for value in values if value is not None]
+        return statistics.median(known) if known else math.nan
 
     @property
     def good(self) -> list[float]:
@@ -197,6 +198,11 @@ class Case:
         known = [step for step in steps if step is not None]
         return statistics.fmean(known) if known and len(known) == len(row.losses) else None
 
+    def time_ratio(self, row: Row) -> float:
+        """The row's time of a step over the baseline's."""
+        own, baseline = (r.median("seconds", "step") for r in (row, self.baseline))
+        return own / baseline if baseline else math.nan
+
     def score(self, row: Row) -> dict[str, int]:
         """Against how many of the others the row is better, worse, or neither significantly."""
         verdicts = [difference(row.losses, other.losses).verdict for other in self.rows if other is not row]
@@ -218,7 +224,7 @@ def report(folder: Path) -> Path:
         folder: of the study, as ``lora-rite compare --out`` names it.
 
     Raises:
-        LoRARiteValueError: no study.json there, or a result that it names is missing.
+        LoRARiteValueError: no study.json there, or it or a result that it names is missing or damaged.
     """
     path = folder / "study.json"
     if not path.is_file():
@@ -227,11 +233,8 @@ def report(folder: Path) -> Path:
     import jinja2
     from markdown_it import MarkdownIt
 
-    study = json.loads(path.read_text(encoding="utf-8"))
-    try:
-        cases = [Case(t, r, study, folder) for t in study["recipe"]["tasks"] for r in study["recipe"]["ranks"]]
-    except FileNotFoundError as error:
-        raise LoRARiteValueError(f"{path} names {error.filename}, which is missing") from None
+    study = read_json(path, "recipe", "data", "runs", "sweeps", "complete", "versions")
+    cases = [Case(t, r, study, folder) for t in study["recipe"]["tasks"] for r in study["recipe"]["ranks"]]
     figures = {f"figures/{case.slug}.svg": figure(case, cases).encode() for case in cases if case.rows}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lora_rite.finetune", "."),
@@ -239,7 +242,8 @@ def report(folder: Path) -> Path:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(g=lambda x: f"{x:g}", link=lambda p: p.replace(" ", "%20"), plus_minus=_plus_minus)
+    environment.filters.update(g=lambda x: f"{x:g}", link=lambda p: p.replace(" ", "%20"))
+    environment.filters.update(plus_minus=_plus_minus, known=_known)
     text = environment.get_template("report.md.j2").render(
         study=study, cases=cases, good=GOOD, least=LEAST_SEEDS, isfinite=math.isfinite
     )
@@ -256,6 +260,10 @@ def report(folder: Path) -> Path:
     (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
+
+
+def _known(value: float, form: str) -> str:
+    return form % value if math.isfinite(value) else "–"
 
 
 def _plus_minus(value: float, half_width: float = math.nan, digits: int = 3) -> str:

@@ -1,28 +1,29 @@
 """``lora-rite train``: LoRA fine-tuning of a causal language model on transformers' Trainer."""
 
-import json
 import math
 import os
 import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from ..inputs import blame
+from ..models import TINY
 from . import checkpoint
 from .data import IGNORED, Split, label_count, read_examples, split, windows
 from .optimizers import OptimizerFactory, find_optimizer
 from .tasks import examples, read_rows, read_task
 from .untrusted import check_adapter
 
-TINY = Path(__file__).parent / "tiny"
 #: Learning rates to start from where none is given, at the widths of real models (see the README).
 DEFAULT_LR = {"lora-rite": 5e-4, "adamw": 2e-4}
+#: The times of the steps in the Trainer's ``state.stateful_callbacks``.
+CLOCK = "Clock"
 
 
 def train(
@@ -182,7 +183,7 @@ def train(
         _check_packing(network, train_rows)
     measure = lambda: held_out_loss(network, held_out_rows, collator, batch_size)
     reporter = LoRARiteCallback(out / "layers.jsonl" if layers_every else None, layers_every or 1)
-    clock = add_callbacks(trainer, reporter if is_lora_rite else None, progress, measure, eval_every)
+    add_callbacks(trainer, reporter if is_lora_rite else None, progress, measure, eval_every)
     with checkpoint.locked(out):
         if (finished := _check_folder(out, settings, resume, allow_changed)) is not None:
             return finished  # by the process that had the lock before
@@ -191,9 +192,7 @@ def train(
         run = checkpoint.Run(out, settings, inputs, versions(), allow_changed)
         run.begin(resume)
         before = measure()
-        begin = time.perf_counter()
         run.train(trainer, steps)
-        seconds = time.perf_counter() - begin
         after = measure()
         if not math.isfinite(after):
             run.fail(f"the held-out loss is {after} after training: lower --lr", steps)
@@ -212,7 +211,7 @@ def train(
             "losses": log_entries(trainer.state.log_history, "loss", "learning_rate"),
             "held_out_losses": log_entries(trainer.state.log_history, "held_out_loss"),
             "log": trainer.state.log_history,
-            "seconds": {"training": seconds, **clock.seconds()},
+            "seconds": seconds(trainer.state),
             "optimizer": describe_optimizer(trainer.optimizer),
             "windows": {"train": len(train_rows), "held_out": len(held_out_rows)},
             "examples": {
@@ -352,12 +351,13 @@ def attach_adapter(
 
 def summary(result: dict[str, Any]) -> str:
     """What a run of :func:`train` came to, in a few lines."""
-    loss, perplexity, seconds = result["held_out"], result["perplexity"], result["seconds"]
+    loss, perplexity, took = result["held_out"], result["perplexity"], result["seconds"]
     cut = sum(result["examples"]["cut"].values())
+    spent = "{training:.0f} s of training, {optimizer_share:.1%} of a step in the optimizer\n" if took["step"] else ""
     return (
         f"held-out loss {loss['before']:.4f} → {loss['after']:.4f} nat a token, "
         f"perplexity {perplexity['before']:.2f} → {perplexity['after']:.2f} ({loss['tokens']} tokens)\n"
-        f"{seconds['training']:.0f} s of training, {seconds['optimizer_share']:.1%} of a step in the optimizer\n"
+        + spent.format(**took)
         + (f"{cut} examples are longer than --max_length and were cut\n" if cut else "")
         + f"adapter and result.json in {result['settings']['out']}"
     )
@@ -438,18 +438,6 @@ def versions(*more: str) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def blame(option: str) -> Iterator[None]:
-    """Turns an error of a library inside into one that names the option it comes from, with its first line."""
-    try:
-        yield
-    except LoRARiteValueError as error:
-        raise LoRARiteValueError(f"{option}: {error}") from error
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError, UserWarning) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise LoRARiteValueError(f"{option}: {lines[0]}") from error
-
-
 def _check(settings: dict[str, Any]) -> None:
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise LoRARiteValueError(
@@ -509,19 +497,19 @@ def _check_folder(
     changed.pop("out", None)
     checkpoint.refuse_changes(out, changed, allow_changed)
     finished = out / checkpoint.RESULT
-    return json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else None
+    return checkpoint.read_json(finished, "settings", "held_out") if finished.is_file() else None
 
 
-def add_callbacks(trainer: Any, reporter: Any, progress: bool, measure: Callable[[], float], eval_every: int) -> Any:
-    """The clock, the held-out loss, the progress bar and, in front of the reporters, LoRARite's figures. Returns the
-    clock."""
+def add_callbacks(trainer: Any, reporter: Any, progress: bool, measure: Callable[[], float], eval_every: int) -> None:
+    """The clock, the held-out loss, the progress bar and, in front of the reporters, LoRARite's figures."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
     class Clock(TrainerCallback):
-        """Times whole steps and the optimizer's part of them."""
+        """Times the training, whole steps and the optimizer's part of them. In the Trainer's state, which checkpoints
+        have too, so that a resumed run has the times of all its steps."""
 
-        def __init__(self) -> None:
-            self.steps, self.optimizer = [], []
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.last = time.perf_counter()
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             self.begin = time.perf_counter()
@@ -530,17 +518,15 @@ def add_callbacks(trainer: Any, reporter: Any, progress: bool, measure: Callable
             self.begin_optimizer = time.perf_counter()
 
         def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            self.optimizer.append(time.perf_counter() - self.begin_optimizer)
+            self.optimizer = time.perf_counter() - self.begin_optimizer
 
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.steps.append(time.perf_counter() - self.begin)
-
-        def seconds(self) -> dict[str, float]:
-            """Medians, in seconds, and the optimizer's share. On a GPU, kernels run on after the host goes on: there
-            the share is the host's."""
-            median = lambda values: sorted(values)[len(values) // 2] if values else 0.0
-            step, optimizer = median(self.steps), median(self.optimizer)
-            return {"step": step, "optimizer_step": optimizer, "optimizer_share": optimizer / step if step else 0.0}
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            now = time.perf_counter()
+            times = state.stateful_callbacks.setdefault(CLOCK, {"training": 0.0, "steps": [], "optimizer": []})
+            times["training"] += now - self.last
+            times["steps"].append(now - self.begin)
+            times["optimizer"].append(self.optimizer)
+            self.last = now
 
     class Bar(ProgressCallback):
         """One line that says how the run goes, instead of a line a step."""
@@ -561,16 +547,30 @@ def add_callbacks(trainer: Any, reporter: Any, progress: bool, measure: Callable
                 trainer.log({"held_out_loss": measure()})
                 control.should_log = due  # logging has cleared it, and the training loss is still to come
 
-    clock = Clock()
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(clock)
+    trainer.add_callback(Clock())
     if eval_every:
         trainer.add_callback(HeldOut())
     if progress:
         trainer.add_callback(Bar())
     if reporter is not None:
         trainer.callback_handler.callbacks.insert(0, reporter)
-    return clock
+
+
+def seconds(state: Any) -> dict[str, float | None]:
+    """From the Trainer's state: seconds of training up to the end of the last step, medians over the steps, and the
+    optimizer's share. None where a checkpoint came without times. On a GPU, kernels run on after the host goes on:
+    there the share is the host's."""
+    times = state.stateful_callbacks.get(CLOCK)
+    if times is None:
+        return dict.fromkeys(("training", "step", "optimizer_step", "optimizer_share"))
+    step, optimizer = (sorted(values)[len(values) // 2] for values in (times["steps"], times["optimizer"]))
+    return {
+        "training": times["training"],
+        "step": step,
+        "optimizer_step": optimizer,
+        "optimizer_share": optimizer / step,
+    }
 
 
 def log_entries(log: list[dict[str, float]], *keys: str) -> list[dict[str, float]]:

@@ -116,11 +116,14 @@ def check_adapter(folder: Path) -> None:
     try:
         config = json.loads(_read_text(config_path))
         kind, megatron = config.get("peft_type"), config.get("megatron_config")
+        rank, pattern = config.get("r"), config.get("rank_pattern") or {}
     except (ValueError, AttributeError, RecursionError) as error:
         reason = str(error) if isinstance(error, LoRARiteValueError) else "not a JSON object"
         raise LoRARiteValueError(f"{config_path} is damaged: {reason}") from None
     if kind not in PEFT_TYPES:
         raise LoRARiteValueError(f"{config_path}: peft_type {kind!r} is not supported (only {', '.join(PEFT_TYPES)})")
+    if not isinstance(pattern, dict):
+        raise LoRARiteValueError(f"{config_path}: rank_pattern must be a mapping of names to ranks, got {pattern!r}")
     if megatron:  # PEFT would import the module that megatron_core names
         raise LoRARiteValueError(f"{config_path}: megatron_config is not supported")
     if not path.is_file():
@@ -135,12 +138,11 @@ def check_adapter(folder: Path) -> None:
         raise LoRARiteValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None
     if not tensors:
         raise LoRARiteValueError(f"{path} has no tensors")
-    ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
+    ranks = [rank, *pattern.values()]
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise LoRARiteValueError(f"{path}: {name} is of {tensor.dtype}, factors are floating-point numbers")
         if not torch.isfinite(tensor).all():
             raise LoRARiteValueError(f"{path}: {name} contains NaN or Inf")
         if kind == "LORA" and name.endswith("lora_A.weight") and tensor.shape[0] not in ranks:
-            r = config.get("r")
-            raise LoRARiteValueError(f"{path}: {name} has rank {tensor.shape[0]}, adapter_config.json has r={r}")
+            raise LoRARiteValueError(f"{path}: {name} has rank {tensor.shape[0]}, adapter_config.json has r={rank}")
