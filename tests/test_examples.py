@@ -1,6 +1,7 @@
 """Every example, on the embedded model: all pairs are preconditioned, and a resumed run ends bitwise where the
 uninterrupted one does."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -72,6 +73,19 @@ def test_example_runs_and_resumes_bitwise(name, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_accelerate_loop_reads_several_epochs_and_resumes_bitwise(tmp_path, monkeypatch):
+    """Of 4 batches; the step after the checkpoint is the last one of an epoch."""
+    pytest.importorskip("accelerate")
+    module = import_module("accelerate_loop")
+    windows = module.windows
+    monkeypatch.setattr(module, "windows", lambda tokenizer: windows(tokenizer)[:16])
+    for out, resume in (("whole", None), ("parts", tmp_path / "whole" / "checkpoint-3")):
+        optimizer, _ = run("accelerate_loop", out=tmp_path / out, resume=resume)
+        assert optimizer.report()["steps"] == 6
+    adapters = [(tmp_path / out / "adapter/adapter_model.safetensors").read_bytes() for out in ("whole", "parts")]
+    assert adapters[0] == adapters[1]
+
+
 @pytest.mark.parametrize("name", [*CHECKPOINTS, "common"])
 def test_example_is_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 60
@@ -82,16 +96,28 @@ def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} - elsewhere == set(CHECKPOINTS)
 
 
+def torchrun(name, *words):
+    """What the example prints on two processes (gloo)."""
+    command = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'pairs_preconditioned': 35" in done.stdout
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_fsdp2_trains_on_two_processes_and_resumes(tmp_path):
-    """torchrun, gloo: the losses of a resumed run are those of the whole one (but for dropout's random numbers)."""
+    """The losses of a resumed run are those of the whole one (but for dropout's random numbers)."""
     losses = []
     for words in ([], ["--resume", str(tmp_path / "checkpoint-2")]):
-        command = ["torchrun", "--nproc-per-node", "2", str(EXAMPLES / "fsdp2.py"), "--out", str(tmp_path)]
-        command[0] = str(Path(sys.executable).with_name("torchrun"))
-        command += ["--steps", "4", "--save_every", "2", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "'pairs_preconditioned': 35" in done.stdout
-        losses.append([float(x) for x in re.findall(r"step [34] loss (\S+)", done.stdout)])
+        printed = torchrun("fsdp2", "--out", str(tmp_path), "--steps", "4", "--save_every", "2", *words)
+        losses.append([float(x) for x in re.findall(r"step [34] loss (\S+)", printed)])
     assert losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+@pytest.mark.slow
+def test_accelerate_loop_has_the_same_schedule_on_two_processes(tmp_path):
+    pytest.importorskip("accelerate")
+    printed = torchrun("accelerate_loop", "--out", str(tmp_path), "--steps", "4")
+    rates = [float(x) for x in re.findall(r"next lr (\S+)", printed)]
+    assert rates == pytest.approx([2e-2 * (1 + math.cos(math.pi * t / 4)) / 2 for t in (1, 2, 3, 4)], abs=1e-4)
