@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from problems import factors, gradients_of_w, random_matrix, regauged, relative, train, w
+from problems import factors, gradients_of_w, random_matrix, regauged, relative, set_gradients, train, w
 from reference import Reference
 from test_import import loaded_after
 from test_reference import CASES, FOLDER
@@ -30,6 +30,7 @@ import jax.numpy as jnp  # noqa: E402
 from lora_rite import optax as ours  # noqa: E402
 
 TX, PUBLISHED = ours.lora_rite(1e-2), ours.lora_rite(1e-2, **ours.PUBLISHED)
+PEFT_NAMES = ("lora_A", "lora_B")
 NUMBERS = (
     "eps", "weight_decay", "damping", "row_beta", "relative_eps", "clip_unmagnified_grad", "update_skipping",
     "update_capping",
@@ -295,6 +296,32 @@ def test_layouts_and_batch_axes(x64):
         assert relative(got[1], want[1]) < 1e-12
 
 
+def test_experts_without_a_gradient_stay_as_they_are(x64):
+    """Pairs stacked in one parameter, one of which has no gradient in some steps, from the first on: as the torch
+    optimizer with pairs of which one is given none, bias correction too."""
+    options = {"weight_decay": 0.1, "apply_escape": True, "balance_param": True}
+    tx, pairs = ours.lora_rite(1e-2, **options), [factors(4, 9, 7, seed=i) for i in range(2)]
+    theirs = [[torch.nn.Parameter(x.clone()) for x in pair] for pair in pairs]
+    optimizer = LoRARite([p for pair in theirs for p in pair], lr=1e-2, **options)
+    params = {key: jnp.stack([jnp.asarray(pair[i].numpy()) for pair in pairs]) for i, key in enumerate(PEFT_NAMES)}
+    state = tx.init(params)
+    for t, gs in enumerate(zip(*(gradients_of_w(6, 7, 9, seed=i) for i in range(2)), strict=True)):
+        seen = [True, t not in (0, 3)]
+        optimizer.zero_grad()
+        for (a, b), g, present in zip(theirs, gs, seen, strict=True):
+            if present:
+                set_gradients(a, b, g)
+        optimizer.step()
+        g = jnp.asarray(torch.stack(gs).numpy()) * jnp.asarray(seen)[:, None, None]
+        gradient = {"lora_A": params["lora_B"].mT @ g, "lora_B": g @ params["lora_A"].mT}
+        updates, state = compiled_update(tx)(gradient, state, params)
+        assert all(u[1].any() == seen[1] for u in jax.tree.leaves(updates))
+        params = optax.apply_updates(params, updates)
+    assert state.factors["rank_4"].count.tolist() == [6, 4, 6, 4]
+    for i, pair in enumerate(theirs):
+        assert relative(w([torch.tensor(np.asarray(params[key][i])) for key in PEFT_NAMES]), w(pair)) < 1e-9
+
+
 class Model(nnx.Module):
     def __init__(self, rngs):
         self.first = nnx.LoRALinear(6, 16, lora_rank=3, rngs=rngs)
@@ -346,6 +373,7 @@ def test_flax_nnx(others):
         ({"x": {"lora_A": (4,), "lora_B": (7, 4)}}, r"x/lora_A has shape \(4,\); a factor is a non-empty matrix"),
         ({"x": {"lora_A": (0, 9), "lora_B": (7, 0)}}, r"x/lora_A has shape \(0, 9\); a factor is a non-empty matrix"),
         ({"x": {"lora_A": (4, 9), "lora_B": (7, 4), "bias": (7,)}}, r"x/bias \(7,\) is not a LoRA factor: .*partition"),
+        ({"x/lora_B": {"weight": (7, 4), "bias": (7,)}}, r"x/lora_B/bias \(7,\) is not a LoRA factor: .*partition"),
         ({}, "no LoRA pairs"),
     ],
 )  # fmt: skip
@@ -353,6 +381,13 @@ def test_trees_that_are_not_pairs_are_errors(params, message):
     params = {k: {name: jnp.ones(shape) for name, shape in layer.items()} for k, layer in params.items()}
     with pytest.raises(ValueError, match=message):
         ours.lora_rite(1e-3).init(params)
+
+
+def test_the_bias_of_a_factor_is_another_parameter():
+    """PEFT's lora_bias=True: ``labels`` gives it to the other transformation, as torch does to AdamW."""
+    params = {"lora_A": {"weight": jnp.ones((4, 9))}, "lora_B": {"weight": jnp.ones((7, 4)), "bias": jnp.ones(7)}}
+    assert ours.labels(params) == {"lora_A": {"weight": "lora"}, "lora_B": {"weight": "lora", "bias": "other"}}
+    optax.partition({"lora": TX, "other": optax.adamw(1e-3)}, ours.labels).init(params)
 
 
 def test_other_wrong_arguments_are_errors():
@@ -460,6 +495,17 @@ def test_a_non_finite_gradient_skips_the_whole_step(bad, good):
     assert equal(*results)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_non_finite_learning_rate_skips_the_step(bad):
+    """Without damping, lr is in none of the matrices."""
+    tx = ours.lora_rite(lambda count: jnp.where(count == 1, bad, 1e-2), **ours.PUBLISHED)
+    pairs, gradients = tree([factors(4, 9, 7)]), gradients_of_w(2, 7, 9)
+    params, state = steps(tx, pairs, [gradients[:1]])
+    after, skipped = steps(tx, params, [gradients[1:]], state=state)
+    assert equal(after, params)
+    assert equal(skipped, state._replace(skipped=state.skipped + 1))
+
+
 def test_zero_gradients_and_lr_zero_move_nothing():
     params = tree([factors(4, 9, 7, zero_b=True)])
     for tx, g in (
@@ -542,7 +588,7 @@ def test_state_is_small():
     params = {str(i): {"lora_a": jnp.ones((n, 16)), "lora_b": jnp.ones((16, m))} for i, (n, m) in enumerate(shapes)}
     size = lambda tx, p: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(tx.init, p)))
     tx = ours.lora_rite(1e-3)
-    formula = lambda m, n, itemsize: (4 * (16 + 1) + itemsize * 16) * (m + n) + 40 * 16**2 + 2 * (3 * 4 + 1)
+    formula = lambda m, n, itemsize: (4 * (16 + 1) + itemsize * 16) * (m + n) + 40 * 16**2 + 2 * (4 * 4 + 1)
     assert size(tx, params) == sum(formula(m, n, 4) for n, m in shapes) + 8
     assert size(tx, params) < 1.08 * size(optax.adamw(1e-3), params)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)

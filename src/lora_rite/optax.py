@@ -107,7 +107,9 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _match(name: str, layouts: Sequence[Layout]) -> tuple[Layout, bool, str] | None:
-    """The layout of a factor, whether it is A, and the name of the other one; None where it is none."""
+    """The layout of a factor, whether it is A, and the name of the other one; None where it is none, as its bias."""
+    if name.endswith("/bias"):
+        return None
     for layout in layouts:
         for own, other in ((layout.a, layout.b), (layout.b, layout.a)):
             if found := re.fullmatch(rf"(|.*[^A-Za-z0-9]){re.escape(own)}(|/.*)", name):
@@ -304,6 +306,7 @@ class FactorState(NamedTuple):
     step: jax.Array  # the update was M·step
     moment_norm: jax.Array  # (f,) ‖M‖
     update_norm: jax.Array  # (f,) that of the update
+    count: jax.Array  # type: ignore[reportIncompatibleMethodOverride]  # (f,) int32: updates that moved it
     damped: jax.Array  # (f,) bool: T⁺ of this factor is damped: of the one that was zero at first, else of B
 
 
@@ -347,7 +350,8 @@ class _Batch:
         floor = float(jnp.finfo(self.dtype).eps) ** NOISE
         self.rounding = self._column(lambda f: max(floor, float(jnp.finfo(f.dtype).eps)))
         self.rows = self._column(lambda f: f.rows)
-        full = lambda m: m if m.dtype == bool else m.astype(self.algebra)
+        self.slices = self._column(lambda f: f.slices)
+        full = lambda m: m.astype(self.algebra) if jnp.issubdtype(m.dtype, jnp.floating) else m
         self.small = FactorState(*(full(m if m.ndim == 3 else m[:, None, None]) for m in small))
 
     def _column(self, value: Callable[[_Factor], float]) -> jax.Array:
@@ -440,40 +444,42 @@ class _Batch:
             self.squares = self.squares * self.kept  # (what is infinite becomes NaN)
         return _trace(self.squares).sum()
 
-    def precondition(self, norm: jax.Array, decays: list[jax.Array]) -> jax.Array:
-        """V and g → S. Returns whether everything is finite in the state's dtype."""
+    def precondition(self, norm: jax.Array) -> None:
+        """V and g → S. Of several pairs in one parameter (experts), those without any gradient are passed over: M and
+        V are only carried over."""
+        seen = _trace(self.squares) != 0  # NaN too
+        self.moves = seen | self._partners(seen) | (self.slices == 1)
+        step = (self.small.count + 1).astype(self.algebra)
+        betas = (*self.options["betas"], self.options["row_beta"])
+        self.decays = [jnp.where(self.moves, _decay(step, beta), 1) for beta in betas]
         options, clip = self.options, self.options["clip_unmagnified_grad"]
         scale = 1.0 if _is(clip, 0) else jnp.where((clip > 0) & (norm > clip), clip / norm, 1)
         squares = self.squares * scale**2 / self.rows
-        fresh = 1 if _is(options["betas"][1], 1) else 1 - decays[1]
-        self.second_moment = decays[1] * self.second_moment + fresh * squares
-        self.escaped = decays[1] * self.escaped
+        fresh = 1 if _is(options["betas"][1], 1) else 1 - self.decays[1]
+        self.second_moment = self.decays[1] * self.second_moment + fresh * squares
+        self.escaped = self.decays[1] * self.escaped
         w, u = _eigh(self.second_moment)
         root = jnp.sqrt(jnp.maximum(w, 0) + self.escaped[..., 0])
         inverse_root = 1 / (root + options["eps"] + options["relative_eps"] * root[..., -1:])
         sign = -1.0 if options["maximize"] else 1.0
         self.whiten = _times(self.inverse, _times(u * inverse_root[..., None, :], u.mT)) * (self.kept * scale * sign)
-        matrices = jnp.stack([self.second_moment, self.whiten, self.inverse]).astype(self.dtype)
-        return jnp.isfinite(matrices).all()
 
-    def move(
-        self, lr: Any, decays: list[jax.Array], key: jax.Array | None
-    ) -> Iterator[tuple[_Factor, list[jax.Array]]]:
+    def move(self, lr: Any, key: jax.Array | None) -> Iterator[tuple[_Factor, list[jax.Array]]]:
         """The update, M and the row moment of each factor, in its shape. ``lr`` is −1 for scale_by_lora_rite, ``key``
         that of the rounding to low precision, if there is any."""
-        carry, rest = decays[0] * self.transport.mT, jnp.full_like(self.rows, 1 - decays[0])
+        decay, _, row_decay = self.decays
+        carry, rest, lr = decay * self.transport.mT, 1 - decay, jnp.where(self.moves, lr, 0)
         self.step = lr * self.inverse.mT
         results = self._each(
-            partial(self._momentum, row_decay=decays[2].astype(self.dtype)),
-            self.gradients, self.moments, self.row_moments, self.whiten, carry, rest,
-        )  # fmt: skip
+            self._momentum, self.gradients, self.moments, self.row_moments, self.whiten, carry, rest, row_decay
+        )
         moments, row_moments = [m for m, _ in results], [row for _, row in results]
         self.moment_norm, cap = self._norms(moments), self.options["update_capping"]
         if not _is(cap, 0):
             rms = self.moment_norm / jnp.sqrt(self.rows * self.step.shape[-1])
             self.step = self.step / jnp.where(cap > 0, jnp.maximum(rms / jnp.where(cap > 0, cap, 1), 1), 1)
-        decay = jnp.asarray(lr * self.options["weight_decay"], self.dtype)
-        updates = self._each(lambda m, x, step: -_times(m, step) - decay * x, moments, self.x, self.step)
+        shrink = lr * self.options["weight_decay"]
+        updates = self._each(lambda m, x, step, s: -_times(m, step) - s * x, moments, self.x, self.step, shrink)
         ratio = self._balance(updates, lr) if self.options["balance_param"] else jnp.ones_like(self.rows)
         self.step, self.root = self.step * ratio, self.basis.root * ratio
         if self.options["balance_param"]:
@@ -488,6 +494,12 @@ class _Batch:
             ends = list(accumulate(f.slices for f in chunk))
             for f, *parts in zip(chunk, *(jnp.split(tall, ends[:-1]) for tall in moved), strict=True):
                 yield f, [f.flat(part) for part in parts]
+
+    def finite(self) -> jax.Array:
+        """Whether everything is finite in the state's dtype, after the move; what is tall, and lr, by the norms."""
+        matrices = jnp.stack([self.second_moment, self.whiten, self.inverse]).astype(self.dtype)
+        norms = jnp.stack([self.moment_norm, self.update_norm]).astype(self.dtype)
+        return jnp.isfinite(matrices).all() & jnp.isfinite(norms).all()
 
     def _momentum(
         self, g: jax.Array, m: jax.Array, rows: jax.Array, whiten: jax.Array, carry: jax.Array, rest: jax.Array,
@@ -521,6 +533,7 @@ class _Batch:
             step=matrix(self.step),
             moment_norm=scalar(self.moment_norm),
             update_norm=scalar(self.update_norm),
+            count=(self.small.count + self.moves)[:, 0, 0],
             damped=self.damped[:, 0, 0],
         )
 
@@ -529,7 +542,8 @@ def _new_factor_state(factors: list[_Factor], rank: int, dtype: jnp.dtype) -> Fa
     f = sum(factor.slices for factor in factors)
     matrices = {"second_moment", "basis", "root", "warm_basis", "step"}
     shapes = {key: (f, rank, rank) if key in matrices else (f,) for key in FactorState._fields}
-    return FactorState(**{key: jnp.zeros(shape, bool if key == "damped" else dtype) for key, shape in shapes.items()})
+    dtypes = {"count": jnp.int32, "damped": bool}
+    return FactorState(**{key: jnp.zeros(shape, dtypes.get(key, dtype)) for key, shape in shapes.items()})
 
 
 def _transformation(learning_rate: Any, layouts: Sequence[Layout], **options: Any) -> Any:
@@ -575,19 +589,18 @@ def _transformation(learning_rate: Any, layouts: Sequence[Layout], **options: An
         if learning_rate is not None:
             lr = learning_rate(state.count + state.skipped) if callable(learning_rate) else learning_rate
         key = None if learning_rate is None else jax.random.fold_in(jax.random.key(0), state.count)
-        step = (state.count + 1).astype(jnp.result_type(float))
-        decays = [_decay(step, beta) for beta in (*options["betas"], options["row_beta"])]
         for batch in batches.values():
             batch.rebase(state.count == 0)
         norm = jnp.sqrt(sum(batch.measure(lr) for batch in batches.values()))
-        finite = jnp.stack([batch.precondition(norm, decays) for batch in batches.values()]).all()
-        keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
         new = {key: list(leaves[key]) for key in ("gradients", "first_moment", "row_moment")}
         for batch in batches.values():
-            for f, moved in batch.move(lr, decays, key):
+            batch.precondition(norm)
+            for f, moved in batch.move(lr, key):
                 for tree, value in zip(new.values(), moved, strict=True):
                     tree[f.leaf] = value
         moves, first_moment, row_moment = (structure.unflatten(tree) for tree in new.values())
+        finite = jnp.stack([batch.finite() for batch in batches.values()]).all()
+        keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
         return jax.tree.map(lambda u, x: jnp.where(finite, u, 0).astype(x.dtype), moves, params), LoRARiteState(
             count=state.count + finite,
             skipped=state.skipped + ~finite,
@@ -706,12 +719,13 @@ def lora_rite(
 
     >>> optax.partition({"lora": lora_rite(5e-4), "other": optax.adamw(2e-4)}, labels)
 
-    Keywords, defaults and equations are those of :class:`lora_rite.LoRARite`. The step differs from that one's in
-    three things only: an update with NaN or Inf in any gradient (or in a parameter) is zero for all pairs and leaves
-    the state as it was, and ``state.skipped`` goes up, but nothing warns or raises; factors that were changed from
-    outside keep their moments, carried over; and the noise of the stochastic rounding is another one. What is as there:
-    with bfloat16 and float16 factors the arithmetic and the state are float32, and ``params + update`` is rounded
-    stochastically.
+    Keywords, defaults and equations are those of :class:`lora_rite.LoRARite`. The differences: an update with NaN or
+    Inf in any gradient (or in a parameter, or in lr) is zero for all pairs and leaves the state as it was, and
+    ``state.skipped`` goes up, but nothing warns or raises; factors that were changed from outside keep their moments,
+    carried over; a pair of which one factor is frozen (masked out) is an error; and the noise of the stochastic
+    rounding is another one. What is as there: with bfloat16 and float16 factors the arithmetic and the state are
+    float32, and ``params + update`` is rounded stochastically; of several pairs in one parameter (experts), those
+    without a gradient stay as they are.
 
     Args:
         learning_rate: a number or a schedule (of the number of updates, skipped ones too). 2e-4 is the default of
