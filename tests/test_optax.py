@@ -6,6 +6,7 @@ jax_enable_x64, so r×r matrices are float32 too.
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from functools import cache, partial
@@ -616,7 +617,7 @@ specs = {
              "single": {"lora_a": P(None, "x"), "lora_b": P("x")}},
 }
 gradients = [jax.tree.map(lambda x: jnp.array(0.1 * rng.normal(size=x.shape)), params) for _ in range(2)]
-tx = lora_rite(1e-2, apply_escape=True)
+tx = optax.inject_hyperparams(lora_rite)(1e-2, apply_escape=True)
 
 @jax.jit
 def step(params, state, gradient):
@@ -626,15 +627,17 @@ def step(params, state, gradient):
 def run(place):
     p = place(params)
     state = tx.init(p)
-    assert jax.tree.all(jax.tree.map(lambda m, x: m.sharding == x.sharding, state.first_moment, p))
+    assert jax.tree.all(jax.tree.map(lambda m, x: m.sharding == x.sharding, state.inner_state.first_moment, p))
     for g in gradients:
         p, state = step(p, state, place(g))
-    return p, state
+    return p, state.inner_state
 
 plain = run(lambda tree: tree)
 assert int(plain[1].count) == 2
-for n, name in zip((2, 4), sys.argv[1:]):
-    mesh = Mesh(np.array(jax.devices()[:n]), ("x",))
+make_mesh = lambda n: jax.make_mesh((n,), ("x",), devices=jax.devices()[:n])  # explicit axes
+auto_mesh = lambda n: Mesh(np.array(jax.devices()[:n]), ("x",))
+for mesh, name in zip((make_mesh(2), auto_mesh(4)), sys.argv[1:]):
+    n = mesh.size
     place = lambda tree: jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs[name])
     sharded, state = run(place)
     assert int(state.count) == 2
@@ -648,7 +651,7 @@ print("equal")
 @pytest.mark.parametrize("axes", [("rows", "layers"), pytest.param(("layers", "rank"), marks=pytest.mark.slow)])
 def test_sharded_over_2_and_4_devices_equals_one(axes):
     """Scanned layers, rows or ranks over the devices of a mesh; in a process that simulates four."""
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PATH": ""}
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", SHARDED, *axes], capture_output=True, text=True, check=False, env=env)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "equal\n"

@@ -546,21 +546,31 @@ def _new_factor_state(factors: list[_Factor], rank: int, dtype: jnp.dtype) -> Fa
     return FactorState(**{key: jnp.zeros(shape, dtypes.get(key, dtype)) for key, shape in shapes.items()})
 
 
+def _auto(function: Callable[..., Any], outputs: Any, *arguments: Any) -> Any:
+    """``function(*arguments)``, whose result is sharded as ``outputs`` are. Where their mesh has explicit axes
+    (jax.make_mesh), the compiler shards what is computed in between, as it does where they are Auto."""
+    types = jax.tree.map(jax.typeof, outputs)
+    mesh = next((x.sharding.mesh for x in jax.tree.leaves(types) if x.sharding.mesh.explicit_axes), None)
+    if mesh is None:
+        return function(*arguments)
+    placed = jax.tree.map(lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec), types)
+    return jax.sharding.auto_axes(function, out_sharding=placed)(*arguments)
+
+
 def _transformation(learning_rate: Any, layouts: Sequence[Layout], **options: Any) -> Any:
     """Both transformations. ``learning_rate`` None: the update is M·Dᵀ itself."""
     layouts = tuple(layouts)
     _check(learning_rate, layouts, options)
+    hyperparameters, form = jax.tree.flatten((learning_rate, options))
 
     def init(params: optax.Params) -> LoRARiteState:
         leaves = jax.tree.leaves(params)
         dtype = jnp.promote_types(jnp.float32, jnp.result_type(*leaves)) if leaves else jnp.float32
-        shapes = [x.shape for x in leaves]
-        small = {}
+        small, rows = {}, list(leaves)
         for key, factors in _pairs(params, layouts).items():
             small[key] = _new_factor_state(factors, leaves[factors[0].leaf].shape[factors[0].axis], dtype)
             for f in factors:
-                shapes[f.leaf] = (*leaves[f.leaf].shape[: f.axis], 1, *leaves[f.leaf].shape[f.axis + 1 :])
-        rows = jax.tree.unflatten(jax.tree.structure(params), [jnp.zeros(shape, dtype) for shape in shapes])
+                rows[f.leaf] = jnp.zeros_like(leaves[f.leaf].max(f.axis, keepdims=True), dtype)  # sharded as the rows
         moment = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params)
         # (each array is one of its own: a caller may donate the state, and a buffer can be donated once)
         return LoRARiteState(
@@ -568,16 +578,14 @@ def _transformation(learning_rate: Any, layouts: Sequence[Layout], **options: An
             skipped=jnp.zeros((), jnp.int32),
             previous=jax.tree.map(jnp.zeros_like, params),
             first_moment=moment,
-            row_moment=rows,
+            row_moment=jax.tree.unflatten(jax.tree.structure(params), rows),
             factors=small,
         )
 
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    def moved(
+        arrays: dict[int, jax.Array], updates: optax.Updates, state: Any, params: optax.Params
     ) -> tuple[optax.Updates, LoRARiteState]:
-        del extra_args
-        if params is None:
-            raise LoRARiteValueError("LoRA-RITE needs the parameters: call update(gradients, state, params)")
+        learning_rate, options = form.unflatten(arrays.get(i, x) for i, x in enumerate(hyperparameters))
         structure = jax.tree.structure(params)
         trees = {"params": params, "gradients": updates} | {
             key: getattr(state, key) for key in ("previous", "first_moment", "row_moment")
@@ -609,6 +617,15 @@ def _transformation(learning_rate: Any, layouts: Sequence[Layout], **options: An
             row_moment=keep(row_moment, state.row_moment),
             factors=keep({key: batch.state() for key, batch in batches.items()}, state.factors),
         )
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, LoRARiteState]:
+        del extra_args
+        if params is None:
+            raise LoRARiteValueError("LoRA-RITE needs the parameters: call update(gradients, state, params)")
+        arrays = {i: x for i, x in enumerate(hyperparameters) if isinstance(x, jax.Array)}
+        return _auto(moved, (params, state), arrays, updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
