@@ -96,7 +96,9 @@ def test_torchtune_passes_all_parameters_without_names():
     assert optimizer.param_groups[0]["params"][0] is model[0].lora_a.weight
 
 
-def test_lightning_callback_warns_and_logs(tmp_path):
+@pytest.fixture
+def fit(tmp_path):
+    """Fits a network in Lightning, with the callback; returns the Trainer and what was warned of."""
     pl = pytest.importorskip("lightning.pytorch")
     from lora_rite.lightning import LoRARiteCallback as Callback
 
@@ -106,20 +108,31 @@ def test_lightning_callback_warns_and_logs(tmp_path):
             self.model, self.make = network(), make
 
         def training_step(self, batch, _):
-            return self.model(input_ids=batch, labels=batch).loss
+            loss = self.model(input_ids=batch, labels=batch).loss
+            if not self.automatic_optimization:
+                self.manual_backward(loss)
+                for optimizer in self.optimizers():
+                    optimizer.step()
+            return loss
 
         def configure_optimizers(self):
-            return self.make(self.model)
+            optimizers = self.make(self.model)
+            self.automatic_optimization = not isinstance(optimizers, list)
+            return optimizers
 
     def fit(make, **options):
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-        run = pl.Trainer(
-            max_steps=4, callbacks=[Callback()], enable_checkpointing=False, log_every_n_steps=2,
-            default_root_dir=tmp_path, **quiet, **options,
-        )  # fmt: skip
+        run = pl.Trainer(**{
+            "max_steps": 4, "callbacks": [Callback()], "enable_checkpointing": False, "log_every_n_steps": 2,
+            "default_root_dir": tmp_path, **quiet, **options,
+        })  # fmt: skip
         data = torch.tensor([row["input_ids"] for row in rows(8)])
-        return run, warned(lambda: run.fit(Module(make), iter([data] * 9)))
+        return run, warned(lambda: run.fit(Module(make), iter([data] * 20)))
 
+    return fit
+
+
+def test_lightning_callback_warns_and_logs(fit):
     ours = lambda model: create_lora_rite(model, lr=1e-2)
     run, messages = fit(ours)
     assert messages == []
@@ -129,6 +142,27 @@ def test_lightning_callback_warns_and_logs(tmp_path):
     assert "gradient_clip_val=0.5 clips raw gradients" in message
     (message,) = fit(lambda model: torch.optim.AdamW(model.parameters()))[1]
     assert "the optimizer is AdamW, not LoRARite" in message
+
+
+@pytest.mark.parametrize(("every", "reports"), [(0, 0), (1, 4), (3, 1)])
+def test_lightning_callback_reports_once_a_step(fit, every, reports, monkeypatch):
+    """Of four steps of three batches each; 0 is off, as for Lightning itself."""
+    steps, report = [], LoRARite.report
+    monkeypatch.setattr(LoRARite, "report", lambda self: steps.append(1) or report(self))
+    fit(lambda model: create_lora_rite(model, lr=1e-2), log_every_n_steps=every, accumulate_grad_batches=3)
+    assert len(steps) == reports
+
+
+def test_lightning_callback_numbers_several_optimizers(fit):
+    def two(model):
+        groups = create_lora_rite(model).param_groups[0]
+        named = list(zip(groups["param_names"], groups["params"], strict=True))
+        return [LoRARite(part, lr=1e-2) for part in (named[:2], named[2:])]
+
+    run, messages = fit(two)
+    assert messages == []
+    assert {"lora_rite/0/update_norm", "lora_rite/1/update_norm"} <= set(run.callback_metrics)
+    assert "lora_rite/update_norm" not in run.callback_metrics
 
 
 def test_layer_report_adds_up_to_the_report():

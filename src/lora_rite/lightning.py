@@ -17,10 +17,14 @@ class LoRARiteCallback(Callback):
 
     Warnings: no LoRARite among the optimizers; ``gradient_clip_val`` above 0.
 
-    Logs, every ``log_every_n_steps``: the figures of :class:`lora_rite.LoRARiteCallback`, by the module's ``log``.
+    Logs, every ``log_every_n_steps`` (0: never): the figures of :class:`lora_rite.LoRARiteCallback`, by the module's
+    ``log``. Where several optimizers are LoRARite, they are numbered: ``lora_rite/0/update_norm``, ``lora_rite/1/…``.
     """
 
+    _reported = 0  # the step of the last report
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reported = trainer.global_step
         if not _optimizers(trainer):
             names = ", ".join(type(o).__name__ for o in trainer.optimizers)
             warnings.warn(f"LoRARiteCallback: the optimizer is {names}, not LoRARite", stacklevel=2)
@@ -33,11 +37,15 @@ class LoRARiteCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            for optimizer in _optimizers(trainer):
-                report = optimizer.report()
-                figures = {f"lora_rite/{key}": float(report[key]) for key in FIGURES if report[key] is not None}
-                pl_module.log_dict(figures)
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not every or step % every or step == self._reported:  # (between two steps gradients are accumulated)
+            return
+        self._reported = step
+        optimizers = _optimizers(trainer)
+        for i, optimizer in enumerate(optimizers):
+            prefix = "lora_rite" if len(optimizers) == 1 else f"lora_rite/{i}"
+            report = optimizer.report()
+            pl_module.log_dict({f"{prefix}/{key}": float(report[key]) for key in FIGURES if report[key] is not None})
 
 
 def _optimizers(trainer: Trainer) -> list[LoRARite]:
