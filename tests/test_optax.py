@@ -403,6 +403,7 @@ def test_other_wrong_arguments_are_errors():
         {"betas": (1.0, 0.9)}, {"betas": (0.9, 1.1)}, {"betas": 0.9}, {"damping": -1.0}, {"row_beta": 1.0},
         {"weight_decay": float("inf")},
         {"row_equilibration": 1}, {"clip_unmagnified_grad": None}, {"update_capping": jnp.ones(2)},
+        {"learning_rate": np.array(-1.0)}, {"damping": np.ones(1)}, {"row_beta": np.array(True)},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be "):
             ours.lora_rite(**{"learning_rate": 1e-3, **wrong})
@@ -436,6 +437,15 @@ def test_no_retrace_under_a_changing_learning_rate():
     assert len(traces) == 1
     for got, want in zip(pairs_of(params)[0], pairs_of(expected)[0], strict=True):
         assert relative(got, want) < 1e-6
+
+
+def test_numbers_may_be_arrays_of_numpy():
+    params, gradients = tree([factors(4, 9, 7)]), gradients_of_w(1, 7, 9)
+    of_numpy = ours.lora_rite(np.array(1e-2), betas=(np.float32(0.9), np.array(0.999)), damping=np.array(20))
+    (got, state), (want, _) = (steps(tx, params, [gradients]) for tx in (of_numpy, TX))
+    assert {x.dtype for x in jax.tree.leaves(state.factors["rank_4"].second_moment)} == {jnp.dtype(jnp.float32)}
+    for one, other in zip(pairs_of(got)[0], pairs_of(want)[0], strict=True):
+        assert relative(one, other) < 1e-6
 
 
 def test_chain_equals_the_whole(x64):

@@ -25,6 +25,7 @@ from .errors import LoRARiteTypeError, LoRARiteValueError
 try:
     import jax
     import jax.numpy as jnp
+    import numpy as np
     import optax
 except ImportError as error:
     raise ImportError(f'lora_rite.optax needs {error.name}: pip install "lora-rite[jax]"') from error
@@ -644,7 +645,7 @@ def _is(value: Any, number: float) -> bool:
 
 
 def _check(learning_rate: Any, layouts: tuple[Layout, ...], options: dict[str, Any]) -> None:
-    """LoRARiteValueError for hyperparameters out of range; the values of arrays are not looked at."""
+    """LoRARiteValueError for hyperparameters out of range; the values of jax's arrays are not looked at."""
     if learning_rate is not None and not callable(learning_rate):
         _check_number("learning_rate", learning_rate)
     for key in _NUMBERS:
@@ -667,10 +668,12 @@ def _check(learning_rate: Any, layouts: tuple[Layout, ...], options: dict[str, A
 
 
 def _check_number(key: str, value: Any, below: float = math.inf) -> None:
+    if getattr(value, "ndim", 0):
+        raise LoRARiteValueError(f"{key} must be a number, got an array of shape {value.shape}")
     if isinstance(value, jax.Array):
-        if value.ndim:
-            raise LoRARiteValueError(f"{key} must be a number, got an array of shape {value.shape}")
-    elif not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < below:
+        return
+    number = value.item() if isinstance(value, np.ndarray) else value
+    if not isinstance(number, Real) or isinstance(number, bool) or not 0 <= float(number) < below:
         limits = "a finite number ≥ 0" if below == math.inf else f"a number in [0, {below})"
         raise LoRARiteValueError(f"{key} must be {limits}, got {value!r}")
 
@@ -765,7 +768,7 @@ def lora_rite(
         maximize: ascend instead of descend.
         layouts: where the factors are and which axis is the rank, see :class:`Layout`.
 
-    All numbers may be arrays (under :func:`optax.inject_hyperparams`, say), and then change without recompilation.
+    All numbers may be arrays; those of jax (under :func:`optax.inject_hyperparams`, say) change without recompilation.
 
     Raises:
         LoRARiteValueError, LoRARiteTypeError: hyperparameters out of range; from ``init`` and ``update``, leaves that
