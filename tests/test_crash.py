@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ pytest.importorskip("jsonargparse")
 from transformers import Trainer
 
 from lora_rite.cli import main
-from lora_rite.errors import CheckpointError
+from lora_rite.errors import CheckpointError, InterruptedRunError
 from lora_rite.finetune import checkpoint
 from lora_rite.finetune import train as train_module
 
@@ -361,6 +362,13 @@ def test_signals_save_even_without_save_every(number, code, data, tmp_path, monk
     assert f"{number.name}: finishing the step and saving it; once more stops at once" in error
     assert f"stopped by {number.name} after step 2, which is saved; go on with --resume" in error
     assert checkpoint.damage(out / "checkpoints" / "checkpoint-2", checkpoint.read_settings(out)["id"]) is None
+
+
+def test_an_interruption_comes_through_from_a_worker():
+    """It is pickled there; what could not be would break the pool."""
+    error = InterruptedRunError("stopped", signal.SIGTERM)
+    copied = pickle.loads(pickle.dumps(error))
+    assert (type(copied), str(copied), copied.exit_code) == (InterruptedRunError, "stopped", 143)
 
 
 def test_the_second_signal_stops_at_once(data, tmp_path, monkeypatch, capsys):
