@@ -162,7 +162,7 @@ def seal(folder: Path, run: str, state: str) -> None:
     _sync_tree(folder)
     failpoint("checkpoint synced")
     files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _digest_file(path)}
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest_file(path)}
         for path in sorted(folder.rglob("*"))
         if not path.is_dir()
     }
@@ -220,14 +220,15 @@ def damage(checkpoint: Path, run: str) -> str | None:
                 return f"{name} is a link"
             if path.stat().st_size != files[name]["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {files[name]['size']}"
-            if _digest_file(path) != files[name]["sha256"]:
+            if digest_file(path) != files[name]["sha256"]:
                 return f"{name} has other bytes than were written"
     except (ValueError, OSError) as error:
         return str(error)
     return None
 
 
-def _digest_file(path: Path) -> str:
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -364,13 +365,18 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]
 
 def refuse_changes(out: Path, changed: dict[str, list[Any]], allowed: list[str] | None) -> None:
     """Raises LoRARiteValueError where something changed that ``--allow_changed`` does not name."""
-    short = lambda value: f"{value[:12]}…" if re.fullmatch("[0-9a-f]{40,}", str(value)) else repr(value)
-    listed = [f"{key}: {short(a)} → {short(b)}" for key, (a, b) in changed.items() if key not in (allowed or [])]
-    if listed:
+    refused = {key: values for key, values in changed.items() if key not in (allowed or [])}
+    if refused:
         raise LoRARiteValueError(
-            f"cannot resume {out} with other settings, data or versions ({'; '.join(listed)}); --allow_changed with "
-            "these names goes on all the same, and no longer bitwise"
+            f"cannot resume {out} with other settings, data or versions ({list_changes(refused)}); --allow_changed "
+            "with these names goes on all the same, and no longer bitwise"
         )
+
+
+def list_changes(changed: dict[str, list[Any]]) -> str:
+    """What :func:`changes` has found, on one line."""
+    short = lambda value: f"{value[:12]}…" if re.fullmatch("[0-9a-f]{40,}", str(value)) else repr(value)
+    return "; ".join(f"{key}: {short(a)} → {short(b)}" for key, (a, b) in changed.items())
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
