@@ -1,5 +1,6 @@
 """``lora-rite compare``: what it runs follows from the results that there are; runs are paired, and never run twice."""
 
+import errno
 import functools
 import itertools
 import json
@@ -203,6 +204,31 @@ def test_folders_that_are_no_study_or_in_use_are_left_alone(recipe, tmp_path, fa
     assert "another compare is at work" in capsys.readouterr().err
 
 
+def test_a_typo_in_a_path_leaves_the_folder_usable(recipe, tmp_path, fake_train, capsys):
+    """The data are read before the folder becomes the study's; --dry-run says what is missing."""
+    out, right, typo = tmp_path / "study", "  sums: {data: DATA}", "  sums: {data: DATA}\n  more: {data: no/such.jsonl}"
+    assert run("compare", recipe(**{right: typo}), "--out", out, "--dry-run") == 0
+    assert "missing: tasks.more.data is no/such.jsonl" in capsys.readouterr().out
+    assert run("compare", recipe(**{right: typo}), "--out", out) == 2
+    assert "cannot read no/such.jsonl" in capsys.readouterr().err
+    assert not fake_train.calls
+    more = typo.replace("no/such.jsonl", "DATA, limit: {train: 9}")
+    assert run("compare", recipe(**{right: more}), "--out", out) == 0
+    assert {r["task"] for r in json.loads((out / "study.json").read_text())["runs"]} == {"sums", "more"}
+
+
+def test_a_failed_copy_of_the_data_leaves_nothing_behind(recipe, tmp_path, fake_train, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_record", fail)
+        assert run("compare", recipe(), "--out", tmp_path / "study") == 4
+    assert "No space left" in capsys.readouterr().err
+    assert not list((tmp_path / "study").rglob("*.tmp"))
+    assert run("compare", recipe(), "--out", tmp_path / "study") == 0
+
+
 def test_a_diverged_run_is_a_result(recipe, tmp_path, fake_train):
     out = tmp_path / "study"
     fake_train.diverge_above = 0.03
@@ -235,6 +261,7 @@ def test_dry_run_and_check_write_nothing(recipe, tmp_path, fake_train, capsys):
         ({"steps: 2": "steps: 2, seed: 3"}, "train.seed: the study decides it"),
         ({"{data: DATA}": "{}"}, "tasks.sums: give either task or data"),
         ({"{data: DATA}": "{data: DATA, limit: {tset: 3}}"}, "tasks.sums.limit.tset"),
+        ({"{data: DATA}": "{data: DATA, limit: {test: -1}}"}, "tasks.sums.limit.test must be at least 1, got -1"),
         ({"{data: DATA}": "{data: DATA, train: {lr: 1}}"}, "tasks.sums.train.lr: the study decides it"),
         ({"sums:": "a/b:"}, "names a folder"),
         ({"lr: [0.02]": "lr: []"}, "optimizers.LoRA-RITE.lr"),
@@ -255,7 +282,7 @@ def test_a_bad_recipe_is_named_by_its_key(recipe, change, message, capsys, tmp_p
 
 def test_splits_have_no_example_in_common(recipe, tmp_path):
     study = load_recipe(recipe(**{"{data: DATA}": "{data: DATA, limit: {train: 20, test: 3}}"}))
-    sizes = module.write_data(study, tmp_path / "d", None)["sums"]
+    sizes = module.write_data(study, tmp_path / "d", module.read_new_data(study, tmp_path / "d", None))["sums"]
     assert {part: size["examples"] for part, size in sizes.items()} == {"train": 20, "validation": 4, "test": 3}
     parts = [set((tmp_path / "d" / "sums" / f"{part}.jsonl").read_text().splitlines()) for part in module.SPLITS]
     assert len(set.union(*parts)) == sum(map(len, parts))

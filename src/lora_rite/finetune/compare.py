@@ -25,11 +25,12 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError
-from .checkpoint import write_json
+from .checkpoint import LOCK, write_folder, write_json
 from .data import Example, read_examples, read_text, split
 from .optimizers import find_optimizer, load
 from .tasks import examples, find_task, read_rows, read_task
@@ -43,6 +44,7 @@ FINALISTS = 2
 #: The name of the task whose text every installation has.
 HEADERS = "torch-headers"
 SPLITS = ("train", "validation", "test")
+RECIPE = "recipe.json"
 #: Options of a run that the study gives, and those that it decides: a task is among the data that it gives.
 GIVEN = {"data", "validation", "optimizer", "optimizer_args", "lr", "rank", "seed", "out"}
 DECIDED = GIVEN | {"task", "data_dir"}
@@ -194,8 +196,11 @@ def load_recipe(path: Path) -> Recipe:
             raise LoRARiteValueError(f"{path}: tasks.{name}: give either task or data")
         if task.task not in (None, HEADERS):
             find_task(task.task)
-        if unknown := set(task.limit) - set(SPLITS):
-            raise LoRARiteValueError(f"{path}: tasks.{name}.limit.{min(unknown)}: there are {', '.join(SPLITS)}")
+        for split_name, limit in task.limit.items():
+            if split_name not in SPLITS:
+                raise LoRARiteValueError(f"{path}: tasks.{name}.limit.{split_name}: there are {', '.join(SPLITS)}")
+            if limit < 1:
+                raise LoRARiteValueError(f"{path}: tasks.{name}.limit.{split_name} must be at least 1, got {limit}")
         if task.evaluate and recipe.function:
             raise LoRARiteValueError(f"{path}: tasks.{name}.evaluate: there is no adapter where a function trains")
     for name, contender in recipe.optimizers.items():
@@ -341,6 +346,8 @@ def compare(
         print(run_check(study, data_dir))
     if dry_run:
         print_plan(study, _finished(study, out, {}) if out.is_dir() else {}, out)
+        for key, path in missing_files(study.recipe, out / "data"):
+            print(f"missing: {key} is {path}, and there is no such file")
     if check or dry_run:
         return None
 
@@ -354,10 +361,13 @@ def compare(
             from .evaluate import evaluate
 
             evaluate(task.evaluate, data_dir=data_dir, dry_run=True, progress=False)
-    _claim(out, study.recipe)
+    _check_folder(out, study.recipe)  # nothing is written into a folder that is not ours
     try:
-        with FileLock(out / ".lock", timeout=0):
-            data = write_data(study.recipe, out / "data", data_dir)
+        with FileLock(out / LOCK, timeout=0):
+            _check_folder(out, study.recipe)
+            found = read_new_data(study.recipe, out / "data", data_dir)
+            write_json(out / RECIPE, _plain(study.recipe))  # from here on, the folder is this study's
+            data = write_data(study.recipe, out / "data", found)
             result = _run_all(study, out, data, data_dir, max(jobs, len(devices or ())), devices, progress)
     except Timeout:
         raise LoRARiteValueError(f"another compare is at work in {out}") from None
@@ -365,10 +375,13 @@ def compare(
     return result
 
 
-def _claim(out: Path, recipe: Recipe) -> None:
-    """Writes recipe.json into a new folder, or checks that an existing study differs in what may be added alone."""
-    stored = out / "recipe.json"
-    now = json.loads(json.dumps(asdict(recipe), default=str))
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(recipe), default=str))
+
+
+def _check_folder(out: Path, recipe: Recipe) -> None:
+    """Checks that OUT has nothing in it, or a study that differs in what may be added alone."""
+    stored, now = out / RECIPE, _plain(recipe)
     if stored.is_file():
         before = json.loads(stored.read_text(encoding="utf-8"))
         changed = [
@@ -382,10 +395,8 @@ def _claim(out: Path, recipe: Recipe) -> None:
             raise LoRARiteValueError(
                 f"{out} holds a study with another {', '.join(sorted(changed))}; choose another --out"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise LoRARiteValueError(f"{out} is not an empty folder or a study; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(stored, now)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -414,20 +425,34 @@ def read_data(task: Data, data_dir: Path | None) -> dict[str, list[Example]]:
     return found
 
 
-def write_data(recipe: Recipe, folder: Path, data_dir: Path | None) -> dict[str, Any]:
-    """Writes each task's splits as TASK/SPLIT.jsonl, once, and returns number of examples and sha256 of each."""
+def read_new_data(recipe: Recipe, folder: Path, data_dir: Path | None) -> dict[str, dict[str, list[Example]]]:
+    """:func:`read_data` of each task that the study's folder of data does not have yet."""
+    return {name: read_data(task, data_dir) for name, task in recipe.tasks.items() if not (folder / name).is_dir()}
+
+
+def missing_files(recipe: Recipe, folder: Path) -> list[tuple[str, Path]]:
+    """Files of new tasks that are not there, with their keys in the recipe."""
+    files = [
+        (f"tasks.{name}.{key}", path)
+        for name, task in recipe.tasks.items()
+        if not (folder / name).is_dir()
+        for key, path in (("data", task.data), ("validation", task.validation), ("test", task.test))
+    ]
+    return [(key, path) for key, path in files if path is not None and not path.is_file()]
+
+
+def write_data(recipe: Recipe, folder: Path, found: dict[str, dict[str, list[Example]]]) -> dict[str, Any]:
+    """Writes the splits of new tasks as TASK/SPLIT.jsonl, and returns number of examples and sha256 of all."""
     import hashlib
 
-    for name, task in recipe.tasks.items():
-        target = folder / name
-        if not target.is_dir():
-            temporary = folder / f".{name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for part, found in read_data(task, data_dir).items():
-                lines = [json.dumps(_record(example), ensure_ascii=False) for example in found]
-                (temporary / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            temporary.rename(target)
+    def write(target: Path, parts: dict[str, list[Example]]) -> None:
+        target.mkdir(parents=True)
+        for part, content in parts.items():
+            lines = [json.dumps(_record(example), ensure_ascii=False) for example in content]
+            (target / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    for name, parts in found.items():
+        write_folder(folder / name, partial(write, parts=parts))
     files = {name: {part: (folder / name / f"{part}.jsonl").read_bytes() for part in SPLITS} for name in recipe.tasks}
     return {
         name: {
@@ -568,7 +593,7 @@ def _finished(study: Study, out: Path, losses: Losses) -> Losses:
 def _write_study(study: Study, out: Path, data: dict[str, Any], losses: Losses) -> dict[str, Any]:
     """study.json: the recipe, the data, every run with its loss, and what each sweep chose."""
     result = {
-        "recipe": json.loads(json.dumps(asdict(study.recipe), default=str)),
+        "recipe": _plain(study.recipe),
         "data": data,
         "runs": [{**run._asdict(), "loss": loss, "path": f"{run.folder}/result.json"} for run, loss in losses.items()],
         "sweeps": [
