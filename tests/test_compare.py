@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -250,6 +251,17 @@ def test_dry_run_and_check_write_nothing(recipe, tmp_path, fake_train, capsys):
     assert "32 examples to train on, 4 examples to choose lr, 4 examples to test" in printed
     assert not out.exists()
     assert not fake_train.calls
+
+
+def test_plan_and_check_know_what_each_task_trains_with(recipe, capsys):
+    """Steps and window of one task are its own: 7 runs of 2 and 7 of 6 steps, and the memory of the longer window."""
+    check = lambda text: (run("compare", recipe(text), "--dry-run", "--check"), capsys.readouterr().out)[1]
+    activations = lambda text: float(re.search(r"activations roughly ([\d.]+) MiB", check(text))[1])
+    tasks = "  sums: {data: DATA}\n  more: {data: DATA, train: {steps: 6, max_length: 64}}\n"
+    text = RECIPE.replace("  sums: {data: DATA}\n", tasks)
+    assert "2 to 6 steps a run" in check(text)
+    assert "14 runs of 2 to 6 steps, 56 steps in all" in check(text)
+    assert activations(text) == activations(RECIPE.replace("max_length: 32", "max_length: 64")) > activations(RECIPE)
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,9 @@ CONFIGURATIONS["google/gemma-7b-it"] = CONFIGURATIONS["google/gemma-7b"]
 
 
 class Needs(NamedTuple):
-    """Bytes that training one adapter takes, by what they are for, and the shapes of its pairs."""
+    """Bytes that training one adapter takes, by what they are for, with its model and its number of pairs."""
 
+    model: str
     pairs: int
     parameters: int
     weights: int
@@ -73,7 +74,7 @@ class Needs(NamedTuple):
         return self.weights + self.adapter + max(self.state.values()) + self.activations
 
 
-def configuration(model: str, trust_remote_code: bool = False) -> Any:
+def configuration(model: str) -> Any:
     """The configuration of a model: of :data:`CONFIGURATIONS`, "tiny", a local folder, or from the hub."""
     from transformers import AutoConfig
 
@@ -82,13 +83,25 @@ def configuration(model: str, trust_remote_code: bool = False) -> Any:
         return AutoConfig.for_model(kind, **sizes)
     try:
         source = str(TINY) if model == "tiny" else model
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise LoRARiteValueError(f"train.model: no configuration of {model}: {str(error).splitlines()[0]}") from None
 
 
+#: The options that memory depends on.
+SIZES = ("model", "target_modules", "bf16", "batch_size", "max_length")
+
+
 def needs(study: Study, rank: int) -> Needs:
-    """What one run at a rank needs. The model and its adapter are built on torch's meta device.
+    """What one run at a rank needs, of the task that needs most."""
+    tasks = [study.train_options(task) for task in study.recipe.tasks]
+    sizes = [{key: options[key] for key in SIZES if key in options} for options in tasks]
+    different = [options for n, options in enumerate(sizes) if options not in sizes[:n]]
+    return max((_needs(study, rank, options) for options in different), key=lambda need: need.total)
+
+
+def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
+    """What a run with these options needs. The model and its adapter are built on torch's meta device.
 
     The state is that after a step on the adapter's factors, on the meta device too, or where the optimizer needs values
     (LoRARite), on the CPU with one pair of each shape. Activations are a rough estimate: what a layer keeps for the
@@ -100,8 +113,8 @@ def needs(study: Study, rank: int) -> Needs:
 
     from .. import find_pairs
 
-    options = study.recipe.train
-    config = configuration(options.get("model", "tiny"), options.get("trust_remote_code", False))
+    model = options.get("model", "tiny")
+    config = configuration(model)
     build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if study.recipe.function is not None:  # which knows what it puts on top
         build = AutoModel
@@ -124,6 +137,7 @@ def needs(study: Study, rank: int) -> Needs:
     inner = getattr(config, "intermediate_size", None) or config.d_ff
     kept = layers * (16 * config.hidden_size + 4 * inner) * bytes_each + config.vocab_size * (bytes_each + 8)
     return Needs(
+        model=model,
         pairs=len(pairing.pairs),
         parameters=parameters,
         weights=parameters * bytes_each,
@@ -174,16 +188,16 @@ def check(study: Study, data_dir: Any = None) -> str:
     for rank in recipe.ranks:
         need = needs(study, rank)
         lines.append(
-            f"rank {rank}: {need.pairs} pairs in {recipe.train.get('model', 'tiny')} ({_billions(need.parameters)} "
-            f"parameters); about {_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
+            f"rank {rank}: {need.pairs} pairs in {need.model} ({_billions(need.parameters)} parameters); about "
+            f"{_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
             f"{_gib(need.adapter)}, activations roughly {_gib(need.activations)}, optimizer state at most "
             f"{_gib(max(need.state.values()))}"
         )
         lines += [f"  state of {name}: {_gib(size)}" for name, size in need.state.items()]
-    runs, steps = study.planned({}), recipe.train.get("steps", 200)
+    runs, steps = study.planned({}), sum(study.planned({}, task) * n for task, n in study.steps().items())
     grids = [len(c.lr) for c in recipe.optimizers.values()]
     lines.append(
-        f"{runs} runs of {steps} steps, {runs * steps:,} steps in all: {len(study.lines)} optimizers in cases, "
+        f"{runs} runs of {study.steps_text()}, {steps:,} steps in all: {len(study.lines)} optimizers in cases, "
         f"{statistics.fmean(grids):.1f} learning rates each on the average, {len(recipe.seeds)} seeds at the best"
     )
     for name, task in recipe.tasks.items():

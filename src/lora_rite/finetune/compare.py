@@ -270,17 +270,30 @@ class Study:
     def due(self, losses: Losses) -> list[Run]:
         return [run for line in self.lines for run in self.runs(line, losses) if run not in losses]
 
-    def planned(self, losses: Losses) -> int:
-        """Number of runs in all, as far as they are known: the final ones count before their lr is chosen."""
-        finals = len(self.recipe.seeds)
-        return sum(len(self.runs(n, losses)) + finals * (self.search(n, losses).best is None) for n in self.lines)
+    def planned(self, losses: Losses, task: str | None = None) -> int:
+        """Number of runs in all, or of a task, as far as they are known: the final ones count before their lr is
+        chosen."""
+        finals, lines = len(self.recipe.seeds), [line for line in self.lines if task in (None, line.task)]
+        return sum(len(self.runs(n, losses)) + finals * (self.search(n, losses).best is None) for n in lines)
+
+    def train_options(self, task: str) -> dict[str, Any]:
+        """The recipe's options of ``lora-rite train`` for a task: those that all runs share, and its own over them."""
+        return {**self.recipe.train, **self.recipe.tasks[task].train}
+
+    def steps(self) -> dict[str, int]:
+        """The steps of a run, by task."""
+        return {task: self.train_options(task).get("steps", 200) for task in self.recipe.tasks}
+
+    def steps_text(self) -> str:
+        """The steps of a run, as in "200 steps" or "210 to 2500 steps"."""
+        steps = self.steps().values()
+        return f"{min(steps)} steps" if len(set(steps)) == 1 else f"{min(steps)} to {max(steps)} steps"
 
     def options(self, run: Run, out: Path) -> dict[str, Any]:
         """The options of ``lora-rite train`` for a run."""
         contender, data = self.recipe.optimizers[run.optimizer], out / "data" / run.task
         return {
-            **self.recipe.train,
-            **self.recipe.tasks[run.task].train,
+            **self.train_options(run.task),
             "data": data / "train.jsonl",
             "validation": data / f"{run.split}.jsonl",
             "optimizer": contender.optimizer,
@@ -669,8 +682,8 @@ def print_plan(study: Study, losses: Losses, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    steps, seeds = study.recipe.train.get("steps", "the default number of"), study.recipe.seeds
-    table = Table(title=f"{study.recipe.title}: {steps} steps a run", title_justify="left")
+    seeds = study.recipe.seeds
+    table = Table(title=f"{study.recipe.title}: {study.steps_text()} a run", title_justify="left")
     for heading in ("task", "rank", "optimizer", "lr to try", "best lr", "done", "to do"):
         table.add_column(heading, justify="right" if heading in ("rank", "best lr", "done", "to do") else "left")
     for line in study.lines:
