@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,7 @@ def fake_train(monkeypatch):
             held_out_losses=[],
             seconds={"step": 1.0, "optimizer_share": 0.1},
             optimizer={"state_bytes": 100},
+            versions=train.versions,
         )
         options["out"].mkdir(parents=True)
         write_json(options["out"] / "settings.json", {"settings": result["settings"]})
@@ -90,7 +92,7 @@ def fake_train(monkeypatch):
         write_json(options["out"] / "result.json", result)
         return result
 
-    train.interrupt_at, train.diverge_above, train.calls = 0, math.inf, calls
+    train.interrupt_at, train.diverge_above, train.calls, train.versions = 0, math.inf, calls, {}
     monkeypatch.setattr(module, "train", train)
     return train
 
@@ -184,10 +186,25 @@ def test_a_study_can_grow_but_not_change(recipe, tmp_path, fake_train, capsys):
         ({"steps: 2": "steps: 3"}, "train.steps"),
         ({"{data: DATA}": "{data: DATA, limit: {test: 2}}"}, "tasks.sums"),
         ({"adamw,": "muon,"}, "optimizers.AdamW"),
+        ({"title:": "function: lora_rite.finetune.train:train\ntitle:"}, "function"),
     ):
         assert run("compare", recipe(**change), "--out", out) == 2
         assert f"holds a study with another {key}" in capsys.readouterr().err
     assert len(fake_train.calls) == before + 2
+
+
+def test_runs_of_other_versions_are_pointed_out(recipe, tmp_path, fake_train, monkeypatch, capsys):
+    """Of another torch, not of another number of threads; and in the report."""
+    now = train_module.versions()
+    for torch_version, seeds, said in (("2.12.0", "[0]", False), ("2.12.0", "[0, 1]", False), ("2.13.0", "[3]", True)):
+        now.update(torch=torch_version, threads=now["threads"] + 1)
+        monkeypatch.setattr(module, "versions", lambda: dict(now))
+        monkeypatch.setattr(fake_train, "versions", dict(now))
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            assert run("compare", recipe(**{"[0, 1]": seeds}), "--out", tmp_path / "study") == 0
+        assert ("are of different torch, which may be" in capsys.readouterr().err) == said
+    assert "| torch | 2.12.0, 2.13.0 |" in (tmp_path / "study" / "report.md").read_text()
 
 
 def test_folders_that_are_no_study_or_in_use_are_left_alone(recipe, tmp_path, fake_train, capsys):

@@ -20,6 +20,7 @@ import shutil
 import signal
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -397,7 +398,8 @@ def _check_folder(out: Path, recipe: Recipe) -> None:
     stored, now = out / RECIPE, _plain(recipe)
     if stored.is_file():
         before = json.loads(stored.read_text(encoding="utf-8"))
-        changed = [
+        changed = ["function"] * (before.get("function") != now["function"])
+        changed += [
             f"train.{k}" for k in {*before["train"], *now["train"]} if before["train"].get(k) != now["train"].get(k)
         ]
         for group, key in (("tasks", None), ("optimizers", "lr")):
@@ -497,6 +499,7 @@ def _run_all(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     losses = _finished(study, out, {})
+    _warn_of_other_versions(study, out, losses)
     seconds: list[float] = []
     working: dict[Future, Run] = {}
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -601,6 +604,18 @@ def _finished(study: Study, out: Path, losses: Losses) -> Losses:
                 losses[run] = result["held_out"]["after"]
             else:
                 unfinished.add(run)
+
+
+def _warn_of_other_versions(study: Study, out: Path, losses: Losses) -> None:
+    """Warns where the finished runs, and those to come, are not all of the same versions."""
+    found = [json.loads((out / run.folder / "result.json").read_text(encoding="utf-8")) for run in losses]
+    known = [result.get("versions", {}) for result in found] + [versions()] * bool(study.due(losses))
+    keys = set().union(*known) - {"date", "machine", "device", "threads"}
+    if mixed := sorted(key for key in keys if len({str(part[key]) for part in known if key in part}) > 1):
+        warnings.warn(
+            f"runs of {out} are of different {', '.join(mixed)}, which may be what they differ by; the report has all",
+            stacklevel=2,
+        )
 
 
 def _write_study(study: Study, out: Path, data: dict[str, Any], losses: Losses) -> dict[str, Any]:
