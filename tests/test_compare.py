@@ -411,6 +411,70 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch,
     assert not list((tmp_path / "parts").rglob("checkpoint-*"))
 
 
+@pytest.fixture
+def stopped(recipe, tmp_path, monkeypatch, capsys):
+    """A study with a run of 4 steps that a signal has stopped after the first one; what continues it, which gives the
+    numbers of the steps then made; and what was said."""
+    from transformers import Trainer
+
+    small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "steps: 2": "steps: 4", "[0, 1]": "[0]"}
+    words = ["compare", recipe(**small).rename(tmp_path / "small.yaml"), "--no-progress", "--out"]
+    original = Trainer.training_step
+
+    def stop(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    def go_on(out):
+        steps = []
+        count = lambda self, *args, **kwargs: (steps.append(self.state.global_step), original(self, *args, **kwargs))[1]
+        monkeypatch.setattr(Trainer, "training_step", count)
+        return run(*words, out), steps
+
+    monkeypatch.setattr(Trainer, "training_step", stop)
+    assert run(*words, tmp_path / "study") == 130
+    return tmp_path / "study", go_on, capsys.readouterr().err
+
+
+def test_a_signal_ends_a_study_in_its_own_words(stopped):
+    _, _, error = stopped
+    assert "lr0.01-seed0-test: stopped by SIGINT after step 1, which is saved; the same command goes on" in error
+    assert "--resume" not in error
+
+
+def test_a_moved_study_goes_on_where_it_was(stopped, tmp_path, monkeypatch):
+    folder, go_on, _ = stopped
+    folder.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert go_on("moved") == (0, [1, 2, 3, 0, 1, 2, 3])
+
+
+def test_on_another_machine_a_stopped_run_starts_from_its_beginning(stopped, monkeypatch, capsys):
+    """Bitwise it could not go on. --jobs, for one, changes the threads."""
+    folder, go_on, _ = stopped
+    now = train_module.versions()
+    for name in (module, train_module):
+        monkeypatch.setattr(name, "versions", lambda: {**now, "threads": 7})
+    assert go_on(folder) == (0, [0, 1, 2, 3] * 2)
+    assert "starts from the beginning, since it cannot go on bitwise (threads: 1 → 7)" in capsys.readouterr().out
+
+
+def test_other_weights_under_a_study_are_refused_in_its_own_words(stopped, monkeypatch, capsys):
+    folder, go_on, _ = stopped
+    load = train_module.load_model
+
+    def other_weights(*args, **kwargs):
+        network, tokenizer = load(*args, **kwargs)
+        network.get_input_embeddings().weight.data[3, 3] += 1e-3
+        return network, tokenizer
+
+    monkeypatch.setattr(train_module, "load_model", other_weights)
+    assert go_on(folder) == (2, [])
+    error = capsys.readouterr().err
+    assert "base_weights: " in error
+    assert error.rstrip().endswith("choose another --out")
+
+
 SLOW_POINTS = ("adapter written@2", "result.json written@2", "study.json written")
 
 

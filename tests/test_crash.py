@@ -335,11 +335,14 @@ def test_a_changed_run_is_refused_with_a_diff(data, killed, tmp_path, capsys, mo
 
 
 def test_a_moved_run_goes_on(data, golden, killed, tmp_path):
-    """Only its folder is another."""
+    """Only its folder is another, and where the data are; what they say is compared. A finished one is of the file that
+    it names."""
     shutil.rmtree(killed / "checkpoints" / "checkpoint-6")
     moved = killed.rename(tmp_path / "moved")
-    assert run(data, moved, "--resume") == 0
+    moved_data = shutil.copy(data, tmp_path / "moved.jsonl")
+    assert run(moved_data, moved, "--resume") == 0
     assert ends_as(moved, golden)
+    assert run(data, moved, "--resume") == 2
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"id": 3}', "\0", "[" * 100_000])
@@ -525,7 +528,7 @@ def test_a_failing_write_leaves_what_was_saved(point, what, data, golden, tmp_pa
     assert what in error
     assert os.strerror(getattr(errno, point.partition("=")[2])) in error
     step = 2 if "@2" in point else 6
-    assert f"the last good checkpoint is that of step {step}: --resume goes on from it" in error
+    assert f"the last good checkpoint is that of step {step}: go on with --resume" in error
     assert not list(out.rglob("*.tmp"))
     assert checkpoint.step_of(checkpoint.checkpoints(out / "checkpoints")[0]) == step
     assert run(data, out, "--resume") == 0

@@ -367,9 +367,11 @@ def test_a_changed_adapter_is_another_evaluation(folder, tmp_path):
     network = attach_adapter(load_model("tiny")[0], rank=2)
     network.save_pretrained(str(tmp_path / "adapter"))
     options = {"adapter": tmp_path / "adapter", "data_dir": folder, "out": tmp_path / "out", "loss_only": True}
-    evaluate("openbookqa", **options, **QUICK)
+    first = evaluate("openbookqa", **options, **QUICK)
+    options["adapter"] = options["adapter"].rename(tmp_path / "moved")
+    assert evaluate("openbookqa", **options, **QUICK) == first
     next(p for n, p in network.named_parameters() if "lora_B" in n).data.fill_(0.1)
-    network.save_pretrained(str(tmp_path / "adapter"))
+    network.save_pretrained(str(tmp_path / "moved"))
     with pytest.raises(ValueError, match="adapter_sha256"):
         evaluate("openbookqa", **options, **QUICK)
 

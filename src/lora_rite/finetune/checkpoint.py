@@ -35,6 +35,11 @@ MANIFEST, LOCK, SETTINGS, RESULT, FAILED = "manifest.json", ".lock", "settings.j
 SCHEMA = 1
 #: Verified checkpoints that rotation keeps.
 KEPT = 2
+#: Settings that say where something is; what is there is compared by its content (``inputs``).
+PLACES = ("out", "data", "validation", "data_dir")
+#: What a message advises, for ``lora-rite train``; ``compare`` has words of its own.
+RESUME = "go on with --resume"
+ALLOW_CHANGED = "--allow_changed with these names goes on all the same, and no longer bitwise"
 #: The parts of ``settings.json`` that a resumed run must share with the interrupted one.
 PARTS = ("settings", "inputs", "environment")
 _passed: Counter[str] = Counter()
@@ -368,8 +373,7 @@ def refuse_changes(out: Path, changed: dict[str, list[Any]], allowed: list[str] 
     refused = {key: values for key, values in changed.items() if key not in (allowed or [])}
     if refused:
         raise LoRARiteValueError(
-            f"cannot resume {out} with other settings, data or versions ({list_changes(refused)}); --allow_changed "
-            "with these names goes on all the same, and no longer bitwise"
+            f"cannot resume {out} with other settings, data or versions ({list_changes(refused)}); {ALLOW_CHANGED}"
         )
 
 
@@ -415,7 +419,8 @@ class Run:
         if stored is None:
             write_json(self.out / SETTINGS, self.record)
             return
-        changed = {k: v for part in PARTS for k, v in changes(stored[part], self.record[part]).items() if k != "out"}
+        differ = {part: changes(stored[part], self.record[part]) for part in PARTS}
+        changed = {k: v for found in differ.values() for k, v in found.items() if k not in PLACES}
         refuse_changes(self.out, changed, self.allow_changed)
         self.record.update(id=stored["id"], changes=stored["changes"])
         self.checkpoint, problems = newest_verified(self.folder, stored["id"])
@@ -427,7 +432,9 @@ class Run:
             self.last_saved = step_of(self.checkpoint)
         if changed:
             self.record["changes"].append({"after_step": self.last_saved or 0, "changed": changed})
+        if any(differ.values()):
             write_json(self.out / SETTINGS, self.record)
+        if changed:
             warnings.warn(
                 f"changed since the run was interrupted: {', '.join(changed)}; it is no longer bitwise the run that it "
                 "would have been",
@@ -451,7 +458,7 @@ class Run:
             if received:
                 step = trainer.state.global_step
                 raise InterruptedRunError(
-                    f"stopped by {received[0].name} after step {step}, which is saved; go on with --resume", received[0]
+                    f"stopped by {received[0].name} after step {step}, which is saved; {RESUME}", received[0]
                 )
         except NonFiniteError as error:
             self.fail(str(error), trainer.state.global_step)
@@ -471,7 +478,7 @@ class Run:
     def _where_to_go_on(self) -> str:
         if self.last_saved is None:
             return "there is no checkpoint (--save_every 0?)"
-        return f"the last good checkpoint is that of step {self.last_saved}: --resume goes on from it"
+        return f"the last good checkpoint is that of step {self.last_saved}: {RESUME}"
 
     def _load(self, trainer: Any, steps: int) -> None:
         """The state after the last step, of a run that was killed after it had saved that."""

@@ -31,7 +31,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError
-from .checkpoint import LOCK, write_folder, write_json
+from .checkpoint import (
+    ALLOW_CHANGED,
+    LOCK,
+    RESUME,
+    changes,
+    environment,
+    list_changes,
+    read_settings,
+    write_folder,
+    write_json,
+)
 from .data import Example, read_examples, read_text, split
 from .optimizers import find_optimizer, load
 from .tasks import examples, find_task, read_rows, read_task
@@ -561,25 +571,45 @@ def _call(function: Callable[..., dict[str, Any]], options: dict[str, Any]) -> f
 
 def _train(options: dict[str, Any], evaluation: dict[str, Any]) -> float:
     out = options["out"]
-    resume = (out / "result.json").is_file() or any((out / "checkpoints").glob("checkpoint-*"))
-    if out.is_dir() and not resume:
-        shutil.rmtree(out)  # a run that was stopped before its first checkpoint
     try:
-        loss = train(**options, resume=resume, progress=False)["held_out"]["after"]
+        if (out / "result.json").is_file():  # its evaluation is missing
+            loss = json.loads((out / "result.json").read_text(encoding="utf-8"))["held_out"]["after"]
+        else:
+            resume = _can_resume(out)
+            if out.is_dir() and not resume:
+                shutil.rmtree(out)
+            loss = train(**options, resume=resume, progress=False)["held_out"]["after"]
         if evaluation["tasks"]:
             from .evaluate import evaluate
 
             evaluate(**evaluation, progress=False)
-    except LoRARiteValueError as error:
-        raise LoRARiteValueError(f"{out}: {error}") from error
     except NonFiniteError as error:
         loss = math.inf
         settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))["settings"]
         result = {"settings": settings, "held_out": {"after": loss}, "diverged": str(error), "versions": versions()}
         write_json(out / "result.json", result)
-    for checkpoint in (out / "checkpoints").glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    except LoRARiteError as error:
+        raise type(error)(f"{out}: {_in_words_of_a_study(str(error))}", *error.args[1:]) from error
+    for folder in (out / "checkpoints").glob("checkpoint-*"):
+        shutil.rmtree(folder)
     return loss
+
+
+def _in_words_of_a_study(message: str) -> str:
+    """A message of ``lora-rite train``, whose options are keys of a recipe."""
+    message = message.replace(RESUME, "the same command goes on").replace(ALLOW_CHANGED, "choose another --out")
+    return re.sub(r"--(?!out\b|data_dir\b)(?=\w)", "", message)
+
+
+def _can_resume(out: Path) -> bool:
+    """Whether a run that was stopped has saved a checkpoint, here and now to be gone on from bitwise."""
+    if not any((out / "checkpoints").glob("checkpoint-*")):
+        return False
+    stored = read_settings(out)
+    changed = changes(stored["environment"], environment(versions())) if stored else {}
+    if changed:
+        print(f"{out} starts from the beginning, since it cannot go on bitwise ({list_changes(changed)})", flush=True)
+    return not changed
 
 
 def _finished(study: Study, out: Path, losses: Losses) -> Losses:
