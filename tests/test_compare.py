@@ -533,6 +533,31 @@ def test_a_recipe_of_a_stranger(recipe, change, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"{data: DATA}": "{class_path: hostile.C}"}, "tasks.sums.class_path: there are task, data, "),
+        ({"{data: DATA}": "hostile.C"}, "tasks.sums: expected a mapping"),
+        ({"{data: DATA}": "null"}, "tasks.sums: expected a mapping, with some of task, data, "),
+        ({"  sums: {data: DATA}": "  '{sums: {class_path: hostile.C}}'"}, "tasks: expected lines of “NAME: {task, "),
+        ({"lr: [0.02]": "init_args: {}"}, "optimizers.LoRA-RITE.init_args: there are optimizer, lr, optimizer_args"),
+        ({"steps: 2": "steps: {class_path: hostile.C}"}, 'Parser key "steps"'),
+        ({"steps: 2": 'steps: \'{"class_path": "hostile.C"}\''}, 'Parser key "steps"'),
+        (
+            {"{data: DATA}": "{data: DATA, limit: 3}"},
+            'recipe.yaml: Parser key "tasks": Parser key "limit"',
+        ),
+        ({"lr: [0.02]": "lr: [0.02], optimizer_args: {damping: {class_path: hostile.C}}"}, ""),
+    ],
+)
+def test_a_class_in_a_recipe_is_not_imported(recipe, change, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "hostile.py").write_text("class C: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run("compare", recipe(**change), "--out", tmp_path / "study", "--dry-run") == (2 if message else 0)
+    assert message in capsys.readouterr().err
+    assert "hostile" not in sys.modules
+
+
 def test_final_adapters_are_evaluated_and_a_missing_evaluation_is_made_up_for(recipe, tmp_path, capsys):
     """Accuracies by lm_eval, of final runs alone, in the report; a run without its evaluation is not trained again."""
     pytest.importorskip("lm_eval")

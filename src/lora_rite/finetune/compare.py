@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ from .data import Example, read_examples, read_text, split
 from .optimizers import find_optimizer, load
 from .tasks import examples, find_task, read_rows, read_task
 from .train import train, versions
-from .untrusted import read_config
+from .untrusted import forbid_imports, read_config
 
 #: Learning rates tried beyond the recipe's grid where the best lies on its edge.
 MAX_EXTENSIONS = 4
@@ -177,7 +177,10 @@ def load_recipe(path: Path) -> Recipe:
 
     from jsonargparse import ArgumentParser
 
-    read_config(path)  # which may come from a stranger
+    config = read_config(path)  # which may come from a stranger
+    forbid_imports()
+    for key, kind in (("tasks", Data), ("optimizers", Contender)):
+        _check_parts(config.get(key) or {}, kind, f"{path}: {key}")
     parser, options = ArgumentParser(exit_on_error=False), ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, as_group=False)
     try:
@@ -192,7 +195,8 @@ def load_recipe(path: Path) -> Recipe:
             if part.train.get("trust_remote_code"):
                 raise LoRARiteValueError(f"{path}: {prefix}train.trust_remote_code: not by a file, see lora-rite train")
     except ArgumentError as error:
-        raise LoRARiteValueError(f"{path}: {' '.join(str(error).split())}") from None
+        message = re.sub(r"Problem with given class_path '[\w.]+': ", "", " ".join(str(error).split()))
+        raise LoRARiteValueError(f"{path}: {message}") from None
     for key in ("tasks", "optimizers", "ranks", "seeds", "sweep_seeds"):
         if not getattr(recipe, key):
             raise LoRARiteValueError(f"{path}: {key} is empty")
@@ -220,6 +224,20 @@ def load_recipe(path: Path) -> Recipe:
             raise LoRARiteValueError(f"{path}: optimizers.{name}.lr: at least one, each once, positive")
         find_optimizer(contender.optimizer)
     return recipe
+
+
+def _check_parts(parts: Any, kind: type, where: str) -> None:
+    """Checks that tasks or optimizers are mappings by name, with the keys of ``kind`` alone: errors of jsonargparse are
+    about classes."""
+    known = [f.name for f in fields(kind)]
+    keys = ", ".join(known)
+    if not isinstance(parts, dict):
+        raise LoRARiteValueError(f"{where}: expected lines of “NAME: {{{keys}}}”")
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise LoRARiteValueError(f"{where}.{name}: expected a mapping, with some of {keys}; got {part!r}")
+        if unknown := [key for key in part if key not in known]:
+            raise LoRARiteValueError(f"{where}.{name}.{unknown[0]}: there are {keys}")
 
 
 def _function(name: str | None) -> Callable[..., dict[str, Any]]:
