@@ -122,10 +122,10 @@ def test_bad_configs_are_one_line_with_the_place(kind, data, tmp_path, canary, c
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("value", ["{class_path: hostile.C}", '\'{"class_path": "hostile.C"}\''])
+@pytest.mark.parametrize("value", ["{class_path: in_a_config.C}", '\'{"class_path": "in_a_config.C"}\''])
 def test_a_class_in_a_config_is_not_imported(value, data, tmp_path, canary, monkeypatch, capsys):
     """E4: jsonargparse would make an object of it."""
-    (tmp_path / "hostile.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass C: pass\n")
+    (tmp_path / "in_a_config.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass C: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "run.yaml").write_text(f"optimizer_args: {{damping: {value}}}\n")
     words = ["--data", str(data), "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml"), *WORDS]
