@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import sys
 import time
 
 import pytest
@@ -131,6 +132,7 @@ def test_a_class_in_a_config_is_not_imported(value, data, tmp_path, canary, monk
     words = ["--data", str(data), "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml"), *WORDS]
     assert main(["train", *words]) == 2
     assert "damping must be a finite number" in capsys.readouterr().err
+    assert "in_a_config" not in sys.modules
     assert not canary.exists()
 
 
