@@ -39,6 +39,7 @@ from .checkpoint import (
     changes,
     environment,
     list_changes,
+    read_json,
     read_settings,
     write_folder,
     write_json,
@@ -427,7 +428,7 @@ def _check_folder(out: Path, recipe: Recipe) -> None:
     """Checks that OUT has nothing in it, or a study that differs in what may be added alone."""
     stored, now = out / RECIPE, _plain(recipe)
     if stored.is_file():
-        before = json.loads(stored.read_text(encoding="utf-8"))
+        before = read_json(stored)
         changed = ["function"] * (before.get("function") != now["function"])
         changed += [
             f"train.{k}" for k in {*before["train"], *now["train"]} if before["train"].get(k) != now["train"].get(k)
@@ -593,7 +594,7 @@ def _train(options: dict[str, Any], evaluation: dict[str, Any]) -> float:
     out = options["out"]
     try:
         if (out / "result.json").is_file():  # its evaluation is missing
-            loss = json.loads((out / "result.json").read_text(encoding="utf-8"))["held_out"]["after"]
+            loss = read_json(out / "result.json")["held_out"]["after"]
         else:
             resume = _can_resume(out)
             if out.is_dir() and not resume:
@@ -605,7 +606,7 @@ def _train(options: dict[str, Any], evaluation: dict[str, Any]) -> float:
             evaluate(**evaluation, progress=False)
     except NonFiniteError as error:
         loss = math.inf
-        settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))["settings"]
+        settings = read_json(out / "settings.json")["settings"]
         result = {"settings": settings, "held_out": {"after": loss}, "diverged": str(error), "versions": versions()}
         write_json(out / "result.json", result)
     except LoRARiteError as error:
@@ -641,7 +642,7 @@ def _finished(study: Study, out: Path, losses: Losses) -> Losses:
         if not found:
             return losses
         for run, path in found.items():
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = read_json(path)
             expected = json.loads(json.dumps(study.options(run, out), default=str))
             for key in set(expected) - {"out", "data", "validation"}:
                 if result["settings"].get(key) != expected[key]:
@@ -658,7 +659,7 @@ def _finished(study: Study, out: Path, losses: Losses) -> Losses:
 
 def _warn_of_other_versions(study: Study, out: Path, losses: Losses) -> None:
     """Warns where the finished runs, and those to come, are not all of the same versions."""
-    found = [json.loads((out / run.folder / "result.json").read_text(encoding="utf-8")) for run in losses]
+    found = [read_json(out / run.folder / "result.json") for run in losses]
     known = [result.get("versions", {}) for result in found] + [versions()] * bool(study.due(losses))
     keys = set().union(*known) - {"date", "machine", "device", "threads"}
     if mixed := sorted(key for key in keys if len({str(part[key]) for part in known if key in part}) > 1):
