@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread a process: reproducible, and two processes share two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint format docs build clean
+.PHONY: demo test test-all test-gpu lint format docs build clean
 
 demo: $(VENV)/.installed ## fine-tune the embedded model with AdamW and with LoRA-RITE, and compare
 	$(BIN)/lora-rite demo
@@ -15,6 +15,9 @@ test: $(VENV)/.installed ## the fast tests
 
 test-all: $(VENV)/.installed ## all tests, the slow ones too
 	$(PYTEST) -m "slow or not slow"
+
+test-gpu: ## what wants a GPU, on a machine that has one, in whatever environment `python` is
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} PYTHONPATH=src python -m pytest -rs tests/test_cuda.py tests/test_bench.py
 
 lint: $(VENV)/.installed ## what pre-commit and CI check
 	$(BIN)/ruff check .
@@ -26,7 +29,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed ## the documentation site, in site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 build: $(VENV)/.installed ## wheel and source distribution in dist/
 	$(BIN)/python -m build --installer pip

@@ -209,7 +209,7 @@ def test_bad_arguments(words, message, capsys, monkeypatch):
     assert error.count("\n") == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: make test-gpu")
 def test_on_cuda():
     (case,) = bench.bench_step(["tiny"], 1, [4], ["float32"], "cuda", False, 2)["cases"]
     rows = {row["optimizer"]: row for row in case["rows"]}

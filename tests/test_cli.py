@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -251,6 +252,18 @@ def test_demo(tmp_path, capsys, monkeypatch):
     (mine / "thesis.txt").write_text("precious")
     assert run("demo", "--out", mine) == 2
     assert (mine / "thesis.txt").read_text() == "precious"
+
+
+def test_a_demo_clears_what_it_made_and_nothing_else(tmp_path, monkeypatch):
+    """Also where its folder is the present one, which cannot be removed."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        demo_module._clear(Path())
+        assert [p.name for p in tmp_path.iterdir() if p.name != "notes.txt"] == ["MADE-BY-LORA-RITE-DEMO.txt"]
+        (tmp_path / "runs" / "adamw-seed0").mkdir(parents=True)
+        for name in ("result.json", "curves.png", "notes.txt"):
+            (tmp_path / name).write_text("x")
+    assert (tmp_path / "notes.txt").is_file()
 
 
 def test_demo_data_is_split_by_file_without_overlap(tmp_path):

@@ -1,14 +1,17 @@
 """``lora-rite compare``: what it runs follows from the results that there are; runs are paired, and never run twice."""
 
+import errno
 import functools
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from lora_rite import LoRARiteValueError, NonFiniteError
 from lora_rite.cli import main
 from lora_rite.finetune import checkpoint
 from lora_rite.finetune import compare as module
+from lora_rite.finetune import report as report_module
 from lora_rite.finetune import train as train_module
 from lora_rite.finetune.checkpoint import write_json
 from lora_rite.finetune.compare import FINALISTS, MAX_EXTENSIONS, Line, Study, load_recipe
@@ -78,6 +82,7 @@ def fake_train(monkeypatch):
             held_out_losses=[],
             seconds={"step": 1.0, "optimizer_share": 0.1},
             optimizer={"state_bytes": 100},
+            versions=train.versions,
         )
         options["out"].mkdir(parents=True)
         write_json(options["out"] / "settings.json", {"settings": result["settings"]})
@@ -88,7 +93,7 @@ def fake_train(monkeypatch):
         write_json(options["out"] / "result.json", result)
         return result
 
-    train.interrupt_at, train.diverge_above, train.calls = 0, math.inf, calls
+    train.interrupt_at, train.diverge_above, train.calls, train.versions = 0, math.inf, calls, {}
     monkeypatch.setattr(module, "train", train)
     return train
 
@@ -182,10 +187,29 @@ def test_a_study_can_grow_but_not_change(recipe, tmp_path, fake_train, capsys):
         ({"steps: 2": "steps: 3"}, "train.steps"),
         ({"{data: DATA}": "{data: DATA, limit: {test: 2}}"}, "tasks.sums"),
         ({"adamw,": "muon,"}, "optimizers.AdamW"),
+        ({"title:": "function: lora_rite.finetune.train:train\ntitle:"}, "function"),
     ):
         assert run("compare", recipe(**change), "--out", out) == 2
         assert f"holds a study with another {key}" in capsys.readouterr().err
     assert len(fake_train.calls) == before + 2
+
+
+def test_runs_of_other_versions_are_pointed_out(recipe, tmp_path, fake_train, monkeypatch, capsys):
+    """Of another torch, not of another number of threads; and in the report."""
+    now, small = train_module.versions(), {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]"}
+    for torch_version, seeds, said in (
+        ("2.12.0", "[0]", False),
+        ("2.12.0", "[0, 1]", False),
+        ("2.13.0", "[0, 1, 3]", True),
+    ):
+        now.update(torch=torch_version, threads=now["threads"] + 1)
+        monkeypatch.setattr(module, "versions", lambda: dict(now))
+        monkeypatch.setattr(fake_train, "versions", dict(now))
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            assert run("compare", recipe(**small, **{"[0, 1]": seeds}), "--out", tmp_path / "study") == 0
+        assert ("are of different torch, which may be" in capsys.readouterr().err) == said
+    assert "| torch | 2.12.0, 2.13.0 |" in (tmp_path / "study" / "report.md").read_text()
 
 
 def test_folders_that_are_no_study_or_in_use_are_left_alone(recipe, tmp_path, fake_train, capsys):
@@ -201,6 +225,34 @@ def test_folders_that_are_no_study_or_in_use_are_left_alone(recipe, tmp_path, fa
     with FileLock(out / ".lock"):
         assert run("compare", recipe(), "--out", out) == 2
     assert "another compare is at work" in capsys.readouterr().err
+
+
+def test_a_typo_in_a_path_leaves_the_folder_usable(recipe, tmp_path, fake_train, monkeypatch, capsys):
+    """The data are read before the folder becomes the study's; --dry-run says what is missing."""
+    out, right, typo = tmp_path / "study", "  sums: {data: DATA}", "  sums: {data: DATA}\n  more: {data: no/such.jsonl}"
+    small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "[0, 1]": "[0]"}
+    monkeypatch.setattr(report_module, "report", lambda out: out)
+    assert run("compare", recipe(**small, **{right: typo}), "--out", out, "--dry-run") == 0
+    assert "missing: tasks.more.data is no/such.jsonl" in capsys.readouterr().out
+    assert run("compare", recipe(**small, **{right: typo}), "--out", out) == 2
+    assert "cannot read no/such.jsonl" in capsys.readouterr().err
+    assert not fake_train.calls
+    more = typo.replace("no/such.jsonl", "DATA, limit: {train: 9}")
+    assert run("compare", recipe(**small, **{right: more}), "--out", out) == 0
+    assert {r["task"] for r in json.loads((out / "study.json").read_text())["runs"]} == {"sums", "more"}
+
+
+def test_a_failed_copy_of_the_data_leaves_nothing_behind(recipe, tmp_path, fake_train, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_record", fail)
+        assert run("compare", recipe(), "--out", tmp_path / "study") == 4
+    assert "No space left" in capsys.readouterr().err
+    assert not list((tmp_path / "study").rglob("*.tmp"))
+    monkeypatch.setattr(report_module, "report", lambda out: out)
+    assert run("compare", recipe(), "--out", tmp_path / "study") == 0
 
 
 def test_a_diverged_run_is_a_result(recipe, tmp_path, fake_train):
@@ -226,6 +278,17 @@ def test_dry_run_and_check_write_nothing(recipe, tmp_path, fake_train, capsys):
     assert not fake_train.calls
 
 
+def test_plan_and_check_know_what_each_task_trains_with(recipe, capsys):
+    """Steps and window of one task are its own: 7 runs of 2 and 7 of 6 steps, and the memory of the longer window."""
+    check = lambda text: (run("compare", recipe(text), "--dry-run", "--check"), capsys.readouterr().out)[1]
+    activations = lambda text: float(re.search(r"activations roughly ([\d.]+) MiB", check(text))[1])
+    tasks = "  sums: {data: DATA}\n  more: {data: DATA, train: {steps: 6, max_length: 64}}\n"
+    text = RECIPE.replace("  sums: {data: DATA}\n", tasks)
+    assert "2 to 6 steps a run" in check(text)
+    assert "14 runs of 2 to 6 steps, 56 steps in all" in check(text)
+    assert activations(text) == activations(RECIPE.replace("max_length: 32", "max_length: 64")) > activations(RECIPE)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -235,6 +298,7 @@ def test_dry_run_and_check_write_nothing(recipe, tmp_path, fake_train, capsys):
         ({"steps: 2": "steps: 2, seed: 3"}, "train.seed: the study decides it"),
         ({"{data: DATA}": "{}"}, "tasks.sums: give either task or data"),
         ({"{data: DATA}": "{data: DATA, limit: {tset: 3}}"}, "tasks.sums.limit.tset"),
+        ({"{data: DATA}": "{data: DATA, limit: {test: -1}}"}, "tasks.sums.limit.test must be at least 1, got -1"),
         ({"{data: DATA}": "{data: DATA, train: {lr: 1}}"}, "tasks.sums.train.lr: the study decides it"),
         ({"sums:": "a/b:"}, "names a folder"),
         ({"lr: [0.02]": "lr: []"}, "optimizers.LoRA-RITE.lr"),
@@ -255,7 +319,7 @@ def test_a_bad_recipe_is_named_by_its_key(recipe, change, message, capsys, tmp_p
 
 def test_splits_have_no_example_in_common(recipe, tmp_path):
     study = load_recipe(recipe(**{"{data: DATA}": "{data: DATA, limit: {train: 20, test: 3}}"}))
-    sizes = module.write_data(study, tmp_path / "d", None)["sums"]
+    sizes = module.write_data(study, tmp_path / "d", module.read_new_data(study, tmp_path / "d", None))["sums"]
     assert {part: size["examples"] for part, size in sizes.items()} == {"train": 20, "validation": 4, "test": 3}
     parts = [set((tmp_path / "d" / "sums" / f"{part}.jsonl").read_text().splitlines()) for part in module.SPLITS]
     assert len(set.union(*parts)) == sum(map(len, parts))
@@ -355,6 +419,70 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch,
     assert not list((tmp_path / "parts").rglob("checkpoint-*"))
 
 
+@pytest.fixture
+def stopped(recipe, tmp_path, monkeypatch, capsys):
+    """A study with a run of 4 steps that a signal has stopped after the first one; what continues it, which gives the
+    numbers of the steps then made; and what was said."""
+    from transformers import Trainer
+
+    small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "steps: 2": "steps: 4", "[0, 1]": "[0]"}
+    words = ["compare", recipe(**small).rename(tmp_path / "small.yaml"), "--no-progress", "--out"]
+    original = Trainer.training_step
+
+    def stop(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    def go_on(out):
+        steps = []
+        count = lambda self, *args, **kwargs: (steps.append(self.state.global_step), original(self, *args, **kwargs))[1]
+        monkeypatch.setattr(Trainer, "training_step", count)
+        return run(*words, out), steps
+
+    monkeypatch.setattr(Trainer, "training_step", stop)
+    assert run(*words, tmp_path / "study") == 130
+    return tmp_path / "study", go_on, capsys.readouterr().err
+
+
+def test_a_signal_ends_a_study_in_its_own_words(stopped):
+    _, _, error = stopped
+    assert "lr0.01-seed0-test: stopped by SIGINT after step 1, which is saved; the same command goes on" in error
+    assert "--resume" not in error
+
+
+def test_a_moved_study_goes_on_where_it_was(stopped, tmp_path, monkeypatch):
+    folder, go_on, _ = stopped
+    folder.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert go_on("moved") == (0, [1, 2, 3, 0, 1, 2, 3])
+
+
+def test_on_another_machine_a_stopped_run_starts_from_its_beginning(stopped, monkeypatch, capsys):
+    """Bitwise it could not go on. --jobs, for one, changes the threads."""
+    folder, go_on, _ = stopped
+    now = train_module.versions()
+    for name in (module, train_module):
+        monkeypatch.setattr(name, "versions", lambda: {**now, "threads": 7})
+    assert go_on(folder) == (0, [0, 1, 2, 3] * 2)
+    assert "starts from the beginning, since it cannot go on bitwise (threads: 1 → 7)" in capsys.readouterr().out
+
+
+def test_other_weights_under_a_study_are_refused_in_its_own_words(stopped, monkeypatch, capsys):
+    folder, go_on, _ = stopped
+    load = train_module.load_model
+
+    def other_weights(*args, **kwargs):
+        network, tokenizer = load(*args, **kwargs)
+        network.get_input_embeddings().weight.data[3, 3] += 1e-3
+        return network, tokenizer
+
+    monkeypatch.setattr(train_module, "load_model", other_weights)
+    assert go_on(folder) == (2, [])
+    error = capsys.readouterr().err
+    assert "base_weights: " in error
+    assert error.rstrip().endswith("choose another --out")
+
+
 SLOW_POINTS = ("adapter written@2", "result.json written@2", "study.json written")
 
 
@@ -411,6 +539,31 @@ def test_a_diverged_run_is_not_run_again(recipe, tmp_path, monkeypatch):
 def test_a_recipe_of_a_stranger(recipe, change, message, tmp_path, capsys):
     assert run("compare", recipe(**change), "--out", tmp_path / "study") == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"{data: DATA}": "{class_path: hostile.C}"}, "tasks.sums.class_path: there are task, data, "),
+        ({"{data: DATA}": "hostile.C"}, "tasks.sums: expected a mapping"),
+        ({"{data: DATA}": "null"}, "tasks.sums: expected a mapping, with some of task, data, "),
+        ({"  sums: {data: DATA}": "  '{sums: {class_path: hostile.C}}'"}, "tasks: expected lines of “NAME: {task, "),
+        ({"lr: [0.02]": "init_args: {}"}, "optimizers.LoRA-RITE.init_args: there are optimizer, lr, optimizer_args"),
+        ({"steps: 2": "steps: {class_path: hostile.C}"}, 'Parser key "steps"'),
+        ({"steps: 2": 'steps: \'{"class_path": "hostile.C"}\''}, 'Parser key "steps"'),
+        (
+            {"{data: DATA}": "{data: DATA, limit: 3}"},
+            'recipe.yaml: Parser key "tasks": Parser key "limit"',
+        ),
+        ({"lr: [0.02]": "lr: [0.02], optimizer_args: {damping: {class_path: hostile.C}}"}, ""),
+    ],
+)
+def test_a_class_in_a_recipe_is_not_imported(recipe, change, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "hostile.py").write_text("class C: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run("compare", recipe(**change), "--out", tmp_path / "study", "--dry-run") == (2 if message else 0)
+    assert message in capsys.readouterr().err
+    assert "hostile" not in sys.modules
 
 
 def test_final_adapters_are_evaluated_and_a_missing_evaluation_is_made_up_for(recipe, tmp_path, capsys):

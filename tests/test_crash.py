@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+if not hasattr(signal, "SIGHUP"):
+    pytest.skip("signals as POSIX has them", allow_module_level=True)
 pytest.importorskip("peft")
 pytest.importorskip("jsonargparse")
 
 from transformers import Trainer
 
 from lora_rite.cli import main
-from lora_rite.errors import CheckpointError
+from lora_rite.errors import CheckpointError, InterruptedRunError
 from lora_rite.finetune import checkpoint
 from lora_rite.finetune import train as train_module
 
@@ -361,11 +364,14 @@ def test_a_changed_run_is_refused_with_a_diff(data, killed, tmp_path, capsys, mo
 
 
 def test_a_moved_run_goes_on(data, golden, killed, tmp_path):
-    """Only its folder is another."""
+    """Only its folder is another, and where the data are; what they say is compared. A finished one is of the file that
+    it names."""
     shutil.rmtree(killed / "checkpoints" / "checkpoint-6")
     moved = killed.rename(tmp_path / "moved")
-    assert run(data, moved, "--resume") == 0
+    moved_data = shutil.copy(data, tmp_path / "moved.jsonl")
+    assert run(moved_data, moved, "--resume") == 0
     assert ends_as(moved, golden)
+    assert run(data, moved, "--resume") == 2
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"id": 3}', "\0", "[" * 100_000])
@@ -388,6 +394,13 @@ def test_signals_save_even_without_save_every(number, code, data, tmp_path, monk
     assert f"{number.name}: finishing the step and saving it; once more stops at once" in error
     assert f"stopped by {number.name} after step 2, which is saved; go on with --resume" in error
     assert checkpoint.damage(out / "checkpoints" / "checkpoint-2", checkpoint.read_settings(out)["id"]) is None
+
+
+def test_an_interruption_comes_through_from_a_worker():
+    """It is pickled there; what could not be would break the pool."""
+    error = InterruptedRunError("stopped", signal.SIGTERM)
+    copied = pickle.loads(pickle.dumps(error))
+    assert (type(copied), str(copied), copied.exit_code) == (InterruptedRunError, "stopped", 143)
 
 
 def test_the_second_signal_stops_at_once(data, tmp_path, monkeypatch, capsys):
@@ -544,7 +557,7 @@ def test_a_failing_write_leaves_what_was_saved(point, what, data, golden, tmp_pa
     assert what in error
     assert os.strerror(getattr(errno, point.partition("=")[2])) in error
     step = 2 if "@2" in point else 6
-    assert f"the last good checkpoint is that of step {step}: --resume goes on from it" in error
+    assert f"the last good checkpoint is that of step {step}: go on with --resume" in error
     assert not list(out.rglob("*.tmp"))
     assert checkpoint.step_of(checkpoint.checkpoints(out / "checkpoints")[0]) == step
     assert run(data, out, "--resume") == 0

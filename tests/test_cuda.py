@@ -7,7 +7,7 @@ from problems import factors, gradients_of_w, random_matrix, regauged, relative,
 
 from lora_rite import LoRARite, rite
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: make test-gpu")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 SHAPE = (300, 200)  # n, m
 

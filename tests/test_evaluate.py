@@ -355,7 +355,7 @@ def test_finished_tasks_are_not_evaluated_again(folder, tmp_path, monkeypatch):
     assert (out / "openbookqa.json").read_bytes() == before
     monkeypatch.setattr(module, "load_model", None)  # it is not needed any more
     assert evaluate("arc_easy,openbookqa", **options)["results"] == both["results"]
-    with pytest.raises(ValueError, match=r"other settings \(limit: None → 2\); choose another --out"):
+    with pytest.raises(ValueError, match=r"other settings or data \(.*limit: None → 2\); choose another --out"):
         evaluate("openbookqa", limit=2, **options)
     (out / "gsm8k.json").write_text("{")
     with pytest.raises(ValueError, match=r"gsm8k.json is not an evaluation"):
@@ -367,11 +367,57 @@ def test_a_changed_adapter_is_another_evaluation(folder, tmp_path):
     network = attach_adapter(load_model("tiny")[0], rank=2)
     network.save_pretrained(str(tmp_path / "adapter"))
     options = {"adapter": tmp_path / "adapter", "data_dir": folder, "out": tmp_path / "out", "loss_only": True}
-    evaluate("openbookqa", **options, **QUICK)
+    first = evaluate("openbookqa", **options, **QUICK)
+    options["adapter"] = options["adapter"].rename(tmp_path / "moved")
+    assert evaluate("openbookqa", **options, **QUICK) == first
     next(p for n, p in network.named_parameters() if "lora_B" in n).data.fill_(0.1)
-    network.save_pretrained(str(tmp_path / "adapter"))
+    network.save_pretrained(str(tmp_path / "moved"))
     with pytest.raises(ValueError, match="adapter_sha256"):
         evaluate("openbookqa", **options, **QUICK)
+
+
+def test_changed_data_or_another_model_is_another_evaluation(tmp_path):
+    """The file, the rows of a task, the few-shot examples and the model are known by what is in them; where they are
+    does not matter."""
+    file = write_jsonl(tmp_path / "mine.jsonl", [{"text": "x = 1"}, {"text": "y = 2"}])
+    folder, out = make_task_files(tmp_path / "data"), tmp_path / "out"
+    network, tokenizer = load_model("tiny")
+    for part in (network, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    names, options = [str(file), "openbookqa"], {"model": str(tmp_path / "model"), "out": out, "loss_only": True}
+    first = evaluate(names, data_dir=folder, **options, **QUICK)
+    moved = folder.rename(tmp_path / "moved")
+    assert evaluate(names, data_dir=moved, **options, **QUICK) == first
+    changed = pytest.raises(ValueError, match=r"other settings or data \(data_sha256: \w{12}… → \w{12}…\)")
+    write_jsonl(moved / "openbookqa" / "test.jsonl", choice_rows("question_stem", 6, seed=41))
+    with changed:
+        evaluate("openbookqa", data_dir=moved, **options, **QUICK)
+    write_jsonl(file, [{"text": "x = 1"}, {"text": "y = 3"}])
+    with changed:
+        evaluate(str(file), data_dir=moved, **options, **QUICK)
+    write_jsonl(file, [{"text": "x = 1"}, {"text": "y = 2"}])
+    next(network.parameters()).data.mul_(2)
+    network.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="model_digest: "):
+        evaluate(str(file), data_dir=moved, **options, **QUICK)
+
+
+def test_few_shot_examples_are_data_too(folder, tmp_path):
+    plan = lambda where: module._plan("gsm8k", where, {"limit": None, "loss_only": False, "num_fewshot": 1}, False)
+    before = plan(folder)
+    assert plan(folder).sha256 == before.sha256
+    other = make_task_files(tmp_path / "data")
+    write_jsonl(other / "gsm8k" / "train.jsonl", gsm8k_rows(12, seed=5))
+    assert plan(other).sha256 != before.sha256
+
+
+def test_a_model_from_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    assert module._model_digest("no/such-model") is None
+    assert module._model_digest("nowhere/at/all") is None
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: f"{tmp_path}/snapshots/abc/config.json")
+    assert module._model_digest("some/model") == "abc"
 
 
 def test_dry_run_prints_the_plan_and_loads_no_model(folder, tmp_path, capsys, monkeypatch):

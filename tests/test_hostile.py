@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import sys
 import time
 
 import pytest
@@ -100,6 +101,9 @@ CONFIGS = {
     "word as switch": ('rank: 2\nbf16: "no"\n', "run.yaml:2: bf16 must be true or false, got 'no'"),
     "code": ("rank: 2\ntrust_remote_code: true\n", "run.yaml:2: --trust_remote_code can be given on the command line"),
     "nested code": ("trust_remote_code: 1\n", "run.yaml:1: --trust_remote_code can be given"),
+    "optimizer": ("rank: 2\noptimizer: os:mkdir\n", "run.yaml:2: --optimizer with an import path can be given"),
+    "argument": ("optimizer_args: {cls: 'os:mkdir'}\n", "run.yaml:1: --optimizer_args with an import path"),
+    "in a string": ("optimizer_args: '{cls: \"os:mkdir\"}'\n", "run.yaml:1: --optimizer_args with an import path"),
     "debug": ("debug: true\n", "run.yaml:1: --debug can be given on the command line only"),
     "config": ("config: other.yaml\n", "run.yaml:1: --config can be given on the command line only"),
 }  # fmt: skip
@@ -117,6 +121,19 @@ def test_bad_configs_are_one_line_with_the_place(kind, data, tmp_path, canary, c
     assert message in line
     assert not canary.exists()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["{class_path: in_a_config.C}", '\'{"class_path": "in_a_config.C"}\''])
+def test_a_class_in_a_config_is_not_imported(value, data, tmp_path, canary, monkeypatch, capsys):
+    """E4: jsonargparse would make an object of it."""
+    (tmp_path / "in_a_config.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass C: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "run.yaml").write_text(f"optimizer_args: {{damping: {value}}}\n")
+    words = ["--data", str(data), "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml"), *WORDS]
+    assert main(["train", *words]) == 2
+    assert "damping must be a finite number" in capsys.readouterr().err
+    assert "in_a_config" not in sys.modules
+    assert not canary.exists()
 
 
 def test_what_a_config_may_say(tmp_path):
@@ -231,6 +248,8 @@ def test_long_lines_and_odd_files(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"text": "x" * 10**7}))
     assert len(read_examples(path)[0].completion) == 10**7
+    if not hasattr(os, "mkfifo"):
+        return  # (Windows has no such files)
     os.mkfifo(tmp_path / "pipe.jsonl")
     for other in (tmp_path, tmp_path / "pipe.jsonl", "/dev/zero", tmp_path / ("x" * 5000), "a\0b"):
         with pytest.raises(LoRARiteValueError, match="cannot read"):

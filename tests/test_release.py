@@ -1,5 +1,6 @@
 """What the release workflow asks of the repository."""
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -43,3 +44,11 @@ def test_package_and_citation_agree_now():
     import lora_rite
 
     assert f"\nversion: {lora_rite.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda tool: tool.stem)
+def test_tools_start(tool):
+    """They are run by hand, now and then: what they import must still be there."""
+    pytest.importorskip("peft")
+    pytest.importorskip("mkdocs")
+    runpy.run_path(str(tool), run_name="imported")

@@ -174,6 +174,18 @@ def test_the_page_is_self_contained_and_its_links_lead_to_the_runs(study):
     assert "A &lt;small&gt; study" in page
 
 
+def test_all_versions_that_runs_are_of_are_listed(study):
+    rewrite(study, lambda content: content.update(versions={"torch": "2.13.0", "git_commit": "bb", "date": "today"}))
+    for n, r in enumerate(json.loads((study / "study.json").read_text())["runs"]):
+        content = json.loads((study / r["path"]).read_text())
+        versions = {"torch": "2.12.0" if n == 0 else "2.13.0", "git_commit": "aa", "date": f"day {n}"}
+        (study / r["path"]).write_text(json.dumps({**content, "versions": versions}))
+    text, _ = render(study)
+    assert "| torch | 2.12.0, 2.13.0 |" in text
+    assert "| git_commit | aa |" in text  # not that of the report
+    assert "| date | today |" in text
+
+
 def test_a_report_is_the_same_when_it_is_made_again(study):
     assert render(study) == render(study)
 

@@ -50,7 +50,7 @@ def test_the_text_that_is_learnt_is_the_one_that_lm_eval_asks_for(name, folder):
     from lora_rite.finetune.evaluate import _judge
 
     rows = require_rows(name, "test", folder)
-    judge = _judge(name, TASKS[name], rows, folder, 0)
+    judge, _ = _judge(name, TASKS[name], rows, folder, 0)
     docs = list(judge.eval_docs)
     assert len(docs) == len(rows.rows) == (5 if name == "gsm8k" else 6)
     for doc, example in zip(docs, examples(name, rows), strict=True):

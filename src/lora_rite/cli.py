@@ -315,8 +315,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .finetune.compare import compare as compare_function
     from .finetune.evaluate import evaluate as evaluate_function
     from .finetune.train import train as train_function
-    from .finetune.untrusted import read_config
+    from .finetune.untrusted import CODE, forbid_imports, names_code, read_config
 
+    forbid_imports()
     places: dict[str, str] = {}  # file:line of what came from a config file
 
     class ConfigFile(ActionConfigFile):
@@ -339,6 +340,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if isinstance(options.get(key), ActionYesNo) and not isinstance(config[key], bool):
                     raise TypeError(f"{places[key]}: {key} must be true or false, got {config[key]!r}")
             super().__call__(parser, cfg, values, option_string)
+            for key in config:  # as jsonargparse has read them: it looks into strings too
+                option = key.partition(".")[0]
+                if option in CODE and names_code(cfg[option]) and cfg[option] != options[option].default:
+                    what = f"--{option} with an import path"
+                    raise TypeError(f"{places[key]}: {what} can be given on the command line only")
 
     verbs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "demo": (demo, demo),

@@ -47,5 +47,8 @@ class InterruptedRunError(LoRARiteError, RuntimeError):
     """A signal has ended the run, after a step and a checkpoint."""
 
     def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
+        super().__init__(message, signal_number)  # both, so that it can be pickled: it may end a worker
         self.exit_code = 128 + signal_number
+
+    def __str__(self) -> str:
+        return self.args[0]

@@ -13,8 +13,9 @@ from .train import attach_adapter
 
 
 class Needs(NamedTuple):
-    """Bytes that training one adapter takes, by what they are for, and the shapes of its pairs."""
+    """Bytes that training one adapter takes, by what they are for, with its model and its number of pairs."""
 
+    model: str
     pairs: int
     parameters: int
     weights: int
@@ -27,8 +28,20 @@ class Needs(NamedTuple):
         return self.weights + self.adapter + max(self.state.values()) + self.activations
 
 
+#: The options that memory depends on.
+SIZES = ("model", "trust_remote_code", "target_modules", "bf16", "batch_size", "max_length")
+
+
 def needs(study: Study, rank: int) -> Needs:
-    """What one run at a rank needs. The model and its adapter are built on torch's meta device.
+    """What one run at a rank needs, of the task that needs most."""
+    tasks = [study.train_options(task) for task in study.recipe.tasks]
+    sizes = [{key: options[key] for key in SIZES if key in options} for options in tasks]
+    different = [options for n, options in enumerate(sizes) if options not in sizes[:n]]
+    return max((_needs(study, rank, options) for options in different), key=lambda need: need.total)
+
+
+def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
+    """What a run with these options needs. The model and its adapter are built on torch's meta device.
 
     The state is that after a step on the adapter's factors, on the meta device too, or where the optimizer needs values
     (LoRARite), on the CPU with one pair of each shape. Activations are a rough estimate: what a layer keeps for the
@@ -40,8 +53,8 @@ def needs(study: Study, rank: int) -> Needs:
 
     from .. import find_pairs
 
-    options = study.recipe.train
-    config = configuration(options.get("model", "tiny"), "train.model", options.get("trust_remote_code", False))
+    model = options.get("model", "tiny")
+    config = configuration(model, "train.model", options.get("trust_remote_code", False))
     build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if study.recipe.function is not None:  # which knows what it puts on top
         build = AutoModel
@@ -64,6 +77,7 @@ def needs(study: Study, rank: int) -> Needs:
     inner = getattr(config, "intermediate_size", None) or config.d_ff
     kept = layers * (16 * config.hidden_size + 4 * inner) * bytes_each + config.vocab_size * (bytes_each + 8)
     return Needs(
+        model=model,
         pairs=len(pairing.pairs),
         parameters=parameters,
         weights=parameters * bytes_each,
@@ -114,16 +128,16 @@ def check(study: Study, data_dir: Any = None) -> str:
     for rank in recipe.ranks:
         need = needs(study, rank)
         lines.append(
-            f"rank {rank}: {need.pairs} pairs in {recipe.train.get('model', 'tiny')} ({_billions(need.parameters)} "
-            f"parameters); about {_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
+            f"rank {rank}: {need.pairs} pairs in {need.model} ({_billions(need.parameters)} parameters); about "
+            f"{_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
             f"{_gib(need.adapter)}, activations roughly {_gib(need.activations)}, optimizer state at most "
             f"{_gib(max(need.state.values()))}"
         )
         lines += [f"  state of {name}: {_gib(size)}" for name, size in need.state.items()]
-    runs, steps = study.planned({}), recipe.train.get("steps", 200)
+    runs, steps = study.planned({}), sum(study.planned({}, task) * n for task, n in study.steps().items())
     grids = [len(c.lr) for c in recipe.optimizers.values()]
     lines.append(
-        f"{runs} runs of {steps} steps, {runs * steps:,} steps in all: {len(study.lines)} optimizers in cases, "
+        f"{runs} runs of {study.steps_text()}, {steps:,} steps in all: {len(study.lines)} optimizers in cases, "
         f"{statistics.fmean(grids):.1f} learning rates each on the average, {len(recipe.seeds)} seeds at the best"
     )
     for name, task in recipe.tasks.items():

@@ -37,6 +37,11 @@ MANIFEST, LOCK, SETTINGS, RESULT, FAILED = "manifest.json", ".lock", "settings.j
 SCHEMA = 1
 #: Verified checkpoints that rotation keeps.
 KEPT = 2
+#: Settings that say where something is; what is there is compared by its content (``inputs``).
+PLACES = ("out", "data", "validation", "data_dir")
+#: What a message advises, for ``lora-rite train``; ``compare`` has words of its own.
+RESUME = "go on with --resume"
+ALLOW_CHANGED = "--allow_changed with these names goes on all the same, and no longer bitwise"
 #: The parts of ``settings.json`` that a resumed run must share with the interrupted one.
 PARTS = ("settings", "inputs", "environment")
 _passed: Counter[str] = Counter()
@@ -210,7 +215,7 @@ def seal(folder: Path, run: str, state: str) -> None:
     _sync_tree(folder)
     failpoint("checkpoint synced")
     files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _digest_file(path)}
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest_file(path)}
         for path in sorted(folder.rglob("*"))
         if not path.is_dir()
     }
@@ -268,14 +273,15 @@ def damage(checkpoint: Path, run: str) -> str | None:
                 return f"{name} is a link"
             if path.stat().st_size != files[name]["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {files[name]['size']}"
-            if _digest_file(path) != files[name]["sha256"]:
+            if digest_file(path) != files[name]["sha256"]:
                 return f"{name} has other bytes than were written"
     except (ValueError, OSError) as error:
         return str(error)
     return None
 
 
-def _digest_file(path: Path) -> str:
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -412,13 +418,17 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]
 
 def refuse_changes(out: Path, changed: dict[str, list[Any]], allowed: list[str] | None) -> None:
     """Raises LoRARiteValueError where something changed that ``--allow_changed`` does not name."""
-    short = lambda value: f"{value[:12]}…" if re.fullmatch("[0-9a-f]{40,}", str(value)) else repr(value)
-    listed = [f"{key}: {short(a)} → {short(b)}" for key, (a, b) in changed.items() if key not in (allowed or [])]
-    if listed:
+    refused = {key: values for key, values in changed.items() if key not in (allowed or [])}
+    if refused:
         raise LoRARiteValueError(
-            f"cannot resume {out} with other settings, data or versions ({'; '.join(listed)}); --allow_changed with "
-            "these names goes on all the same, and no longer bitwise"
+            f"cannot resume {out} with other settings, data or versions ({list_changes(refused)}); {ALLOW_CHANGED}"
         )
+
+
+def list_changes(changed: dict[str, list[Any]]) -> str:
+    """What :func:`changes` has found, on one line."""
+    short = lambda value: f"{value[:12]}…" if re.fullmatch("[0-9a-f]{40,}", str(value)) else repr(value)
+    return "; ".join(f"{key}: {short(a)} → {short(b)}" for key, (a, b) in changed.items())
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -457,7 +467,8 @@ class Run:
         if stored is None:
             write_json(self.out / SETTINGS, self.record)
             return
-        changed = {k: v for part in PARTS for k, v in changes(stored[part], self.record[part]).items() if k != "out"}
+        differ = {part: changes(stored[part], self.record[part]) for part in PARTS}
+        changed = {k: v for found in differ.values() for k, v in found.items() if k not in PLACES}
         refuse_changes(self.out, changed, self.allow_changed)
         self.record.update(id=stored["id"], changes=stored["changes"])
         self.checkpoint, problems = newest_verified(self.folder, stored["id"])
@@ -469,7 +480,9 @@ class Run:
             self.last_saved = step_of(self.checkpoint)
         if changed:
             self.record["changes"].append({"after_step": self.last_saved or 0, "changed": changed})
+        if any(differ.values()):
             write_json(self.out / SETTINGS, self.record)
+        if changed:
             warnings.warn(
                 f"changed since the run was interrupted: {', '.join(changed)}; it is no longer bitwise the run that it "
                 "would have been",
@@ -493,7 +506,7 @@ class Run:
             if received:
                 step = trainer.state.global_step
                 raise InterruptedRunError(
-                    f"stopped by {received[0].name} after step {step}, which is saved; go on with --resume", received[0]
+                    f"stopped by {received[0].name} after step {step}, which is saved; {RESUME}", received[0]
                 )
         except NonFiniteError as error:
             self.fail(str(error), trainer.state.global_step)
@@ -513,7 +526,7 @@ class Run:
     def _where_to_go_on(self) -> str:
         if self.last_saved is None:
             return "there is no checkpoint (--save_every 0?)"
-        return f"the last good checkpoint is that of step {self.last_saved}: --resume goes on from it"
+        return f"the last good checkpoint is that of step {self.last_saved}: {RESUME}"
 
     def _load(self, trainer: Any, steps: int) -> None:
         """The state after the last step, of a run that was killed after it had saved that."""

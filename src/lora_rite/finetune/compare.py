@@ -20,22 +20,35 @@ import shutil
 import signal
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError
 from ..inputs import resolve
-from .checkpoint import write_json
+from .checkpoint import (
+    ALLOW_CHANGED,
+    LOCK,
+    RESUME,
+    changes,
+    environment,
+    list_changes,
+    read_json,
+    read_settings,
+    write_folder,
+    write_json,
+)
 from .data import Example, read_examples, read_text, split
 from .optimizers import find_optimizer
 from .tasks import examples, find_task, read_rows, read_task
 from .train import train, versions
-from .untrusted import read_config
+from .untrusted import forbid_imports, read_config
 
 #: Learning rates tried beyond the recipe's grid where the best lies on its edge.
 MAX_EXTENSIONS = 4
@@ -44,6 +57,7 @@ FINALISTS = 2
 #: The name of the task whose text every installation has.
 HEADERS = "torch-headers"
 SPLITS = ("train", "validation", "test")
+RECIPE = "recipe.json"
 #: Options of a run that the study gives, and those that it decides: a task is among the data that it gives.
 GIVEN = {"data", "validation", "optimizer", "optimizer_args", "lr", "rank", "seed", "out"}
 DECIDED = GIVEN | {"task", "data_dir"}
@@ -165,7 +179,10 @@ def load_recipe(path: Path) -> Recipe:
 
     from jsonargparse import ArgumentParser
 
-    read_config(path)  # which may come from a stranger
+    config = read_config(path)  # which may come from a stranger
+    forbid_imports()
+    for key, kind in (("tasks", Data), ("optimizers", Contender)):
+        _check_parts(config.get(key) or {}, kind, f"{path}: {key}")
     parser, options = ArgumentParser(exit_on_error=False), ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, as_group=False)
     try:
@@ -180,7 +197,8 @@ def load_recipe(path: Path) -> Recipe:
             if part.train.get("trust_remote_code"):
                 raise LoRARiteValueError(f"{path}: {prefix}train.trust_remote_code: not by a file, see lora-rite train")
     except ArgumentError as error:
-        raise LoRARiteValueError(f"{path}: {' '.join(str(error).split())}") from None
+        message = re.sub(r"Problem with given class_path '[\w.]+': ", "", " ".join(str(error).split()))
+        raise LoRARiteValueError(f"{path}: {message}") from None
     for key in ("tasks", "optimizers", "ranks", "seeds", "sweep_seeds"):
         if not getattr(recipe, key):
             raise LoRARiteValueError(f"{path}: {key} is empty")
@@ -195,8 +213,11 @@ def load_recipe(path: Path) -> Recipe:
             raise LoRARiteValueError(f"{path}: tasks.{name}: give either task or data")
         if task.task not in (None, HEADERS):
             find_task(task.task)
-        if unknown := set(task.limit) - set(SPLITS):
-            raise LoRARiteValueError(f"{path}: tasks.{name}.limit.{min(unknown)}: there are {', '.join(SPLITS)}")
+        for split_name, limit in task.limit.items():
+            if split_name not in SPLITS:
+                raise LoRARiteValueError(f"{path}: tasks.{name}.limit.{split_name}: there are {', '.join(SPLITS)}")
+            if limit < 1:
+                raise LoRARiteValueError(f"{path}: tasks.{name}.limit.{split_name} must be at least 1, got {limit}")
         if task.evaluate and recipe.function:
             raise LoRARiteValueError(f"{path}: tasks.{name}.evaluate: there is no adapter where a function trains")
     for name, contender in recipe.optimizers.items():
@@ -205,6 +226,20 @@ def load_recipe(path: Path) -> Recipe:
             raise LoRARiteValueError(f"{path}: optimizers.{name}.lr: at least one, each once, positive")
         find_optimizer(contender.optimizer)
     return recipe
+
+
+def _check_parts(parts: Any, kind: type, where: str) -> None:
+    """Checks that tasks or optimizers are mappings by name, with the keys of ``kind`` alone: errors of jsonargparse are
+    about classes."""
+    known = [f.name for f in fields(kind)]
+    keys = ", ".join(known)
+    if not isinstance(parts, dict):
+        raise LoRARiteValueError(f"{where}: expected lines of “NAME: {{{keys}}}”")
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise LoRARiteValueError(f"{where}.{name}: expected a mapping, with some of {keys}; got {part!r}")
+        if unknown := [key for key in part if key not in known]:
+            raise LoRARiteValueError(f"{where}.{name}.{unknown[0]}: there are {keys}")
 
 
 def _function(name: str | None) -> Callable[..., dict[str, Any]]:
@@ -266,17 +301,30 @@ class Study:
     def due(self, losses: Losses) -> list[Run]:
         return [run for line in self.lines for run in self.runs(line, losses) if run not in losses]
 
-    def planned(self, losses: Losses) -> int:
-        """Number of runs in all, as far as they are known: the final ones count before their lr is chosen."""
-        finals = len(self.recipe.seeds)
-        return sum(len(self.runs(n, losses)) + finals * (self.search(n, losses).best is None) for n in self.lines)
+    def planned(self, losses: Losses, task: str | None = None) -> int:
+        """Number of runs in all, or of a task, as far as they are known: the final ones count before their lr is
+        chosen."""
+        finals, lines = len(self.recipe.seeds), [line for line in self.lines if task in (None, line.task)]
+        return sum(len(self.runs(n, losses)) + finals * (self.search(n, losses).best is None) for n in lines)
+
+    def train_options(self, task: str) -> dict[str, Any]:
+        """The recipe's options of ``lora-rite train`` for a task: those that all runs share, and its own over them."""
+        return {**self.recipe.train, **self.recipe.tasks[task].train}
+
+    def steps(self) -> dict[str, int]:
+        """The steps of a run, by task."""
+        return {task: self.train_options(task).get("steps", 200) for task in self.recipe.tasks}
+
+    def steps_text(self) -> str:
+        """The steps of a run, as in "200 steps" or "210 to 2500 steps"."""
+        steps = self.steps().values()
+        return f"{min(steps)} steps" if len(set(steps)) == 1 else f"{min(steps)} to {max(steps)} steps"
 
     def options(self, run: Run, out: Path) -> dict[str, Any]:
         """The options of ``lora-rite train`` for a run."""
         contender, data = self.recipe.optimizers[run.optimizer], out / "data" / run.task
         return {
-            **self.recipe.train,
-            **self.recipe.tasks[run.task].train,
+            **self.train_options(run.task),
             "data": data / "train.jsonl",
             "validation": data / f"{run.split}.jsonl",
             "optimizer": contender.optimizer,
@@ -342,6 +390,8 @@ def compare(
         print(run_check(study, data_dir))
     if dry_run:
         print_plan(study, _finished(study, out, {}) if out.is_dir() else {}, out)
+        for key, path in missing_files(study.recipe, out / "data"):
+            print(f"missing: {key} is {path}, and there is no such file")
     if check or dry_run:
         return None
 
@@ -356,10 +406,13 @@ def compare(
             from .evaluate import evaluate
 
             evaluate(task.evaluate, data_dir=data_dir, dry_run=True, progress=False)
-    _claim(out, study.recipe)
+    _check_folder(out, study.recipe)  # nothing is written into a folder that is not ours
     try:
-        with FileLock(out / ".lock", timeout=0):
-            data = write_data(study.recipe, out / "data", data_dir)
+        with FileLock(out / LOCK, timeout=0):
+            _check_folder(out, study.recipe)
+            found = read_new_data(study.recipe, out / "data", data_dir)
+            write_json(out / RECIPE, _plain(study.recipe))  # from here on, the folder is this study's
+            data = write_data(study.recipe, out / "data", found)
             result = _run_all(study, out, data, data_dir, max(jobs, len(devices or ())), devices, progress)
     except Timeout:
         raise LoRARiteValueError(f"another compare is at work in {out}") from None
@@ -367,13 +420,17 @@ def compare(
     return result
 
 
-def _claim(out: Path, recipe: Recipe) -> None:
-    """Writes recipe.json into a new folder, or checks that an existing study differs in what may be added alone."""
-    stored = out / "recipe.json"
-    now = json.loads(json.dumps(asdict(recipe), default=str))
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(recipe), default=str))
+
+
+def _check_folder(out: Path, recipe: Recipe) -> None:
+    """Checks that OUT has nothing in it, or a study that differs in what may be added alone."""
+    stored, now = out / RECIPE, _plain(recipe)
     if stored.is_file():
-        before = json.loads(stored.read_text(encoding="utf-8"))
-        changed = [
+        before = read_json(stored)
+        changed = ["function"] * (before.get("function") != now["function"])
+        changed += [
             f"train.{k}" for k in {*before["train"], *now["train"]} if before["train"].get(k) != now["train"].get(k)
         ]
         for group, key in (("tasks", None), ("optimizers", "lr")):
@@ -384,10 +441,8 @@ def _claim(out: Path, recipe: Recipe) -> None:
             raise LoRARiteValueError(
                 f"{out} holds a study with another {', '.join(sorted(changed))}; choose another --out"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise LoRARiteValueError(f"{out} is not an empty folder or a study; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(stored, now)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -416,20 +471,34 @@ def read_data(task: Data, data_dir: Path | None) -> dict[str, list[Example]]:
     return found
 
 
-def write_data(recipe: Recipe, folder: Path, data_dir: Path | None) -> dict[str, Any]:
-    """Writes each task's splits as TASK/SPLIT.jsonl, once, and returns number of examples and sha256 of each."""
+def read_new_data(recipe: Recipe, folder: Path, data_dir: Path | None) -> dict[str, dict[str, list[Example]]]:
+    """:func:`read_data` of each task that the study's folder of data does not have yet."""
+    return {name: read_data(task, data_dir) for name, task in recipe.tasks.items() if not (folder / name).is_dir()}
+
+
+def missing_files(recipe: Recipe, folder: Path) -> list[tuple[str, Path]]:
+    """Files of new tasks that are not there, with their keys in the recipe."""
+    files = [
+        (f"tasks.{name}.{key}", path)
+        for name, task in recipe.tasks.items()
+        if not (folder / name).is_dir()
+        for key, path in (("data", task.data), ("validation", task.validation), ("test", task.test))
+    ]
+    return [(key, path) for key, path in files if path is not None and not path.is_file()]
+
+
+def write_data(recipe: Recipe, folder: Path, found: dict[str, dict[str, list[Example]]]) -> dict[str, Any]:
+    """Writes the splits of new tasks as TASK/SPLIT.jsonl, and returns number of examples and sha256 of all."""
     import hashlib
 
-    for name, task in recipe.tasks.items():
-        target = folder / name
-        if not target.is_dir():
-            temporary = folder / f".{name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for part, found in read_data(task, data_dir).items():
-                lines = [json.dumps(_record(example), ensure_ascii=False) for example in found]
-                (temporary / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            temporary.rename(target)
+    def write(target: Path, parts: dict[str, list[Example]]) -> None:
+        target.mkdir(parents=True)
+        for part, content in parts.items():
+            lines = [json.dumps(_record(example), ensure_ascii=False) for example in content]
+            (target / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    for name, parts in found.items():
+        write_folder(folder / name, partial(write, parts=parts))
     files = {name: {part: (folder / name / f"{part}.jsonl").read_bytes() for part in SPLITS} for name in recipe.tasks}
     return {
         name: {
@@ -461,6 +530,7 @@ def _run_all(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     losses = _finished(study, out, {})
+    _warn_of_other_versions(study, out, losses)
     seconds: list[float] = []
     working: dict[Future, Run] = {}
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -522,25 +592,45 @@ def _call(function: Callable[..., dict[str, Any]], options: dict[str, Any]) -> f
 
 def _train(options: dict[str, Any], evaluation: dict[str, Any]) -> float:
     out = options["out"]
-    resume = (out / "result.json").is_file() or any((out / "checkpoints").glob("checkpoint-*"))
-    if out.is_dir() and not resume:
-        shutil.rmtree(out)  # a run that was stopped before its first checkpoint
     try:
-        loss = train(**options, resume=resume, progress=False)["held_out"]["after"]
+        if (out / "result.json").is_file():  # its evaluation is missing
+            loss = read_json(out / "result.json")["held_out"]["after"]
+        else:
+            resume = _can_resume(out)
+            if out.is_dir() and not resume:
+                shutil.rmtree(out)
+            loss = train(**options, resume=resume, progress=False)["held_out"]["after"]
         if evaluation["tasks"]:
             from .evaluate import evaluate
 
             evaluate(**evaluation, progress=False)
-    except LoRARiteValueError as error:
-        raise LoRARiteValueError(f"{out}: {error}") from error
     except NonFiniteError as error:
         loss = math.inf
-        settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))["settings"]
+        settings = read_json(out / "settings.json")["settings"]
         result = {"settings": settings, "held_out": {"after": loss}, "diverged": str(error), "versions": versions()}
         write_json(out / "result.json", result)
-    for checkpoint in (out / "checkpoints").glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    except LoRARiteError as error:
+        raise type(error)(f"{out}: {_in_words_of_a_study(str(error))}", *error.args[1:]) from error
+    for folder in (out / "checkpoints").glob("checkpoint-*"):
+        shutil.rmtree(folder)
     return loss
+
+
+def _in_words_of_a_study(message: str) -> str:
+    """A message of ``lora-rite train``, whose options are keys of a recipe."""
+    message = message.replace(RESUME, "the same command goes on").replace(ALLOW_CHANGED, "choose another --out")
+    return re.sub(r"--(?!out\b|data_dir\b)(?=\w)", "", message)
+
+
+def _can_resume(out: Path) -> bool:
+    """Whether a run that was stopped has saved a checkpoint, here and now to be gone on from bitwise."""
+    if not any((out / "checkpoints").glob("checkpoint-*")):
+        return False
+    stored = read_settings(out)
+    changed = changes(stored["environment"], environment(versions())) if stored else {}
+    if changed:
+        print(f"{out} starts from the beginning, since it cannot go on bitwise ({list_changes(changed)})", flush=True)
+    return not changed
 
 
 def _finished(study: Study, out: Path, losses: Losses) -> Losses:
@@ -552,7 +642,7 @@ def _finished(study: Study, out: Path, losses: Losses) -> Losses:
         if not found:
             return losses
         for run, path in found.items():
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = read_json(path)
             expected = json.loads(json.dumps(study.options(run, out), default=str))
             for key in set(expected) - {"out", "data", "validation"}:
                 if result["settings"].get(key) != expected[key]:
@@ -567,10 +657,22 @@ def _finished(study: Study, out: Path, losses: Losses) -> Losses:
                 unfinished.add(run)
 
 
+def _warn_of_other_versions(study: Study, out: Path, losses: Losses) -> None:
+    """Warns where the finished runs, and those to come, are not all of the same versions."""
+    found = [read_json(out / run.folder / "result.json") for run in losses]
+    known = [result.get("versions", {}) for result in found] + [versions()] * bool(study.due(losses))
+    keys = set().union(*known) - {"date", "machine", "device", "threads"}
+    if mixed := sorted(key for key in keys if len({str(part[key]) for part in known if key in part}) > 1):
+        warnings.warn(
+            f"runs of {out} are of different {', '.join(mixed)}, which may be what they differ by; the report has all",
+            stacklevel=2,
+        )
+
+
 def _write_study(study: Study, out: Path, data: dict[str, Any], losses: Losses) -> dict[str, Any]:
     """study.json: the recipe, the data, every run with its loss, and what each sweep chose."""
     result = {
-        "recipe": json.loads(json.dumps(asdict(study.recipe), default=str)),
+        "recipe": _plain(study.recipe),
         "data": data,
         "runs": [{**run._asdict(), "loss": loss, "path": f"{run.folder}/result.json"} for run, loss in losses.items()],
         "sweeps": [
@@ -656,8 +758,8 @@ def print_plan(study: Study, losses: Losses, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    steps, seeds = study.recipe.train.get("steps", "the default number of"), study.recipe.seeds
-    table = Table(title=f"{study.recipe.title}: {steps} steps a run", title_justify="left")
+    seeds = study.recipe.seeds
+    table = Table(title=f"{study.recipe.title}: {study.steps_text()} a run", title_justify="left")
     for heading in ("task", "rank", "optimizer", "lr to try", "best lr", "done", "to do"):
         table.add_column(heading, justify="right" if heading in ("rank", "best lr", "done", "to do") else "left")
     for line in study.lines:

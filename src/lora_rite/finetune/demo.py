@@ -32,7 +32,9 @@ EVAL_EVERY = 20
 #: Characters of text in each split, at most.
 CHARACTERS = {"train": 4_000_000, "validation": 64_000, "test": 48_000}
 HEADERS = ("c10", "torch/csrc")
-MARKER = "This folder was made by `lora-rite demo`, which replaces what is in it.\n"
+MARKER = "The results in this folder were made by `lora-rite demo`, which replaces them.\n"
+#: What a demo writes into its folder, beside the marker.
+MADE = ("data", "runs", "result.json", "curves.png")
 
 
 def read_headers() -> dict[str, list[Example]]:
@@ -122,11 +124,14 @@ def demo(out: Path, *, seeds: int = 2, progress: bool = True, settings: dict[str
 
 def _clear(out: Path) -> None:
     marker = out / "MADE-BY-LORA-RITE-DEMO.txt"
-    if out.exists():
-        if not out.is_dir() or (any(out.iterdir()) and not marker.is_file()):
-            raise LoRARiteValueError(f"{out} is not an empty folder or an earlier demo; choose another --out")
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.is_file())):
+        raise LoRARiteValueError(f"{out} is not an empty folder or an earlier demo; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (out / name for name in MADE):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     marker.write_text(MARKER, encoding="utf-8")
 
 

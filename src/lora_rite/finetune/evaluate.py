@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame
-from .checkpoint import prepare_folder, write_json
+from ..models import TINY
+from .checkpoint import changes, digest_file, list_changes, prepare_folder, write_json
 from .data import IGNORED, RECORDS, Example, label_count, read_examples, windows
 from .tasks import TASKS, Row, Rows, Task, examples, find_task, require_rows
 from .train import attach_adapter, held_out_loss, load_model, versions
@@ -49,6 +50,8 @@ class Plan(NamedTuple):
         texts: the examples whose loss is measured.
         rows: the rows of a task of ``instructions``.
         judge: lm_eval's task.
+        sha256: of the rows or texts, those of few-shot examples among them; of another task of lm_eval, of its YAML
+            file, and None where it has a name alone.
     """
 
     name: str
@@ -56,7 +59,8 @@ class Plan(NamedTuple):
     source: str
     texts: list[Example]
     rows: list[Row]
-    judge: Any = None
+    judge: Any
+    sha256: str | None
 
 
 def evaluate(
@@ -84,7 +88,7 @@ def evaluate(
     each of these tasks the loss of the right answers is measured too, in the format that train --task learns.
 
     Into OUT go, for each task, a JSON file with figures, settings and versions, and a .jsonl file with every answer. A
-    task that is there already is not evaluated again.
+    task that is there already is not evaluated again, and refused where settings, model, adapter or data have changed.
 
     Args:
         tasks: names, with commas between them or as a list: hellaswag, arc_challenge, arc_easy, openbookqa, gsm8k,
@@ -124,8 +128,10 @@ def evaluate(
     if out is not None and not dry_run:
         prepare_folder("--out", out)
     settings["adapter_sha256"] = None if adapter is None else _digest(adapter)
-    records = {name: record for name in names if (record := _finished(out, name, settings)) is not None}
-    plans = [_plan(name, data_dir, settings, progress) for name in names if name not in records]
+    settings["model_digest"] = _model_digest(model)
+    plans = [_plan(name, data_dir, settings, progress) for name in names]
+    records = {plan.name: record for plan in plans if (record := _finished(out, plan, settings)) is not None}
+    plans = [_with_judge(plan, num_fewshot) for plan in plans if plan.name not in records]
     if dry_run:
         _print_plans(plans, list(records), settings)
         return {"results": records}
@@ -200,19 +206,49 @@ def _digest(adapter: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _finished(out: Path | None, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of that task in OUT, if there is one."""
-    if out is None or not (file := out / _file_name(name)).exists():
+def _model_digest(model: str) -> str | None:
+    """sha256 of a local model's files, the tokenizer's among them; of one from the hub the commit that is in its cache,
+    None where there is none yet."""
+    folder = TINY if model == "tiny" else Path(model)
+    if folder.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model")):
+            digest.update(f"{file.name} {digest_file(file)}\n".encode())
+        return digest.hexdigest()
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(model, "config.json")
+    except HFValidationError:  # what is no hub id is told when it is loaded
+        return None
+    return Path(config).parent.name if isinstance(config, str) else None
+
+
+def _finished(out: Path | None, plan: Plan, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of that task in OUT, if there is one.
+
+    Raises:
+        LoRARiteValueError: it is of other settings, another model or adapter, or other data. (Where an adapter and data
+            are does not matter: they are known by their sha256.)
+    """
+    if out is None or not (file := out / _file_name(plan.name)).exists():
         return None
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         before = {"task": record["task"], **record["settings"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise LoRARiteValueError(f"{file} is not an evaluation; choose another --out") from None
-    now = {"task": name, **settings}
-    changed = [f"{k}: {before.get(k)!r} → {now.get(k)!r}" for k in now if before.get(k) != now[k]]
+    now = {"task": plan.name, **settings, "data_sha256": plan.sha256}
+    changed = changes({k: before.get(k) for k in now}, now)
+    for key in ("adapter", "data_dir"):
+        changed.pop(key, None)
+    if None in changed.get("model_digest", ()):  # not known of a model on the hub that is not in the cache
+        del changed["model_digest"]
     if changed:
-        raise LoRARiteValueError(f"{file} was made with other settings ({'; '.join(changed)}); choose another --out")
+        raise LoRARiteValueError(
+            f"{file} was made with other settings or data ({list_changes(changed)}); choose another --out"
+        )
     return record
 
 
@@ -223,21 +259,32 @@ def _plan(name: str, data_dir: Path | None, settings: dict[str, Any], progress: 
     if name.partition(":")[0] in TASKS:
         task = find_task(name)
         rows = require_rows(name, "test", data_dir, limit=limit, progress=progress)
-        judge = None
+        judge, shown = None, []
         if not loss_only:
             _lm_eval_tasks()
             if task.evaluation != "instructions":
-                judge = _judge(name, task, rows, data_dir, settings["num_fewshot"])
-        return Plan(name, task.evaluation, rows.source, examples(name, rows), rows.rows, judge)
+                judge, shown = _judge(name, task, rows, data_dir, settings["num_fewshot"])
+        sha256 = _rows_digest([rows.rows, shown])
+        return Plan(name, task.evaluation, rows.source, examples(name, rows), rows.rows, judge, sha256)
     if path.suffix in RECORDS or (path.is_file() and path.suffix not in (".yaml", ".yml")):
-        return Plan(name, "text", name, read_examples(path)[:limit], [])
+        texts = read_examples(path)[:limit]
+        return Plan(name, "text", name, texts, [], None, _rows_digest(texts))
     if loss_only:
         raise LoRARiteValueError(f"--loss_only: {name} is neither a file nor one of {', '.join(TASKS)}")
-    return Plan(name, "lm_eval", "its own data set", [], [], _other_judge(name, settings["num_fewshot"]))
+    return Plan(name, "lm_eval", "its own data set", [], [], None, digest_file(path) if path.is_file() else None)
 
 
-def _judge(name: str, task: Task, rows: Rows, data_dir: Path | None, num_fewshot: int | None) -> Any:
-    """lm_eval's task of that name, as it is, on our rows."""
+def _rows_digest(rows: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+
+
+def _with_judge(plan: Plan, num_fewshot: int | None) -> Plan:
+    """The plan of another task of lm_eval with its judge, whose search takes ten seconds; other plans have theirs."""
+    return plan._replace(judge=_other_judge(plan.name, num_fewshot)) if plan.kind == "lm_eval" else plan
+
+
+def _judge(name: str, task: Task, rows: Rows, data_dir: Path | None, num_fewshot: int | None) -> tuple[Any, list[Row]]:
+    """lm_eval's task of that name, as it is, on our rows; and the rows that it takes few-shot examples from."""
     TaskManager, root = _lm_eval_tasks()
     from datasets import Dataset, DatasetDict
 
@@ -256,7 +303,7 @@ def _judge(name: str, task: Task, rows: Rows, data_dir: Path | None, num_fewshot
     }
     found = manager.load([{"group": "local", "task": [{"task": name, **changes}]}])["tasks"][name]
     found.set_fewshot_seed(seed=FEWSHOT_SEED)
-    return found
+    return found, parts.get("train", [])
 
 
 def _other_judge(name: str, num_fewshot: int | None) -> Any:
@@ -317,10 +364,11 @@ class _Evaluator:
     def __init__(self, settings: dict[str, Any], device: str | None, trust_remote_code: bool, progress: bool) -> None:
         import torch
 
-        self.settings, self.progress = settings, progress
+        self.progress = progress
         network, self.tokenizer = load_model(
             settings["model"], bf16=settings["bf16"], trust_remote_code=trust_remote_code
         )
+        self.settings = {**settings, "model_digest": settings["model_digest"] or _model_digest(settings["model"])}
         if settings["adapter"] is not None:
             network = attach_adapter(network, adapter=Path(settings["adapter"]))
         if device is None:
@@ -346,7 +394,7 @@ class _Evaluator:
             "task": plan.name,
             "results": {**figures, **loss},
             "source": plan.source,
-            "settings": self.settings,
+            "settings": {**self.settings, "data_sha256": plan.sha256},
             "model": {
                 "parameters": sum(p.numel() for p in self.network.parameters()),
                 "dtype": str(self.network.dtype).removeprefix("torch."),

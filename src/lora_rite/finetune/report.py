@@ -245,7 +245,12 @@ def report(folder: Path) -> Path:
     environment.filters.update(g=lambda x: f"{x:g}", link=lambda p: p.replace(" ", "%20"))
     environment.filters.update(plus_minus=_plus_minus, known=_known)
     text = environment.get_template("report.md.j2").render(
-        study=study, cases=cases, good=GOOD, least=LEAST_SEEDS, isfinite=math.isfinite
+        study=study,
+        cases=cases,
+        versions=_versions(study, folder),
+        good=GOOD,
+        least=LEAST_SEEDS,
+        isfinite=math.isfinite,
     )
     markdown = MarkdownIt("commonmark").enable("table")
 
@@ -264,6 +269,17 @@ def report(folder: Path) -> Path:
 
 def _known(value: float, form: str) -> str:
     return form % value if math.isfinite(value) else "–"
+
+
+def _versions(study: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Versions and machine of the runs, all of them where they differ, and the study's date."""
+    paths = [path for run in study["runs"] if (path := folder / run["path"]).is_file()]
+    known = [read_json(path).get("versions", {}) for path in paths]
+    values = {key: {str(part[key]): None for part in known if key in part} for key in study["versions"]}
+    return {
+        key: str(last) if key == "date" else ", ".join(values[key] or [str(last)])
+        for key, last in study["versions"].items()
+    }
 
 
 def _plus_minus(value: float, half_width: float = math.nan, digits: int = 3) -> str:

@@ -493,10 +493,10 @@ def _check_folder(
         return None
     if unknown := sorted({*(allow_changed or [])} - {*settings, *stored["inputs"], *stored["environment"]}):
         raise LoRARiteValueError(f"--allow_changed {unknown[0]}: no such setting, input or version")
-    changed = checkpoint.changes(stored["settings"], settings)
-    changed.pop("out", None)
-    checkpoint.refuse_changes(out, changed, allow_changed)
     finished = out / checkpoint.RESULT
+    same = ("out",) if finished.is_file() else checkpoint.PLACES  # what is there, Run.begin compares
+    changed = {k: v for k, v in checkpoint.changes(stored["settings"], settings).items() if k not in same}
+    checkpoint.refuse_changes(out, changed, allow_changed)
     return checkpoint.read_json(finished, "settings", "held_out") if finished.is_file() else None
 
 

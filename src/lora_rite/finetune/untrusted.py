@@ -11,6 +11,8 @@ from .data import read_text
 
 MAX_CONFIG_BYTES = 2**20
 MAX_DEPTH = 20
+#: Options that may name code.
+CODE = ("optimizer", "optimizer_args")
 #: Kinds of adapters that are tensors and numbers alone. Others make PEFT load what their own config names (X-LoRA:
 #: further adapters; prompt tuning: a tokenizer).
 PEFT_TYPES = ("LORA", "ADALORA", "LOHA", "LOKR", "HIRA")
@@ -59,6 +61,20 @@ def read_config(path: Path) -> Config:
         raise LoRARiteValueError(f"{path}: {not_text[0]!r} is no name of an option")
     config.lines = {key.value: f"{path}:{key.start_mark.line + 1}" for key, _ in node.value}
     return config
+
+
+def names_code(value: Any) -> bool:
+    """Whether the value of an option of :data:`CODE` has an import path (``package.module:attribute``) in it."""
+    return any(isinstance(v, str) and ":" in v for v in (value.values() if isinstance(value, dict) else [value]))
+
+
+def forbid_imports() -> None:
+    """Keeps jsonargparse, for good, from importing what a value names: it makes objects of ``{class_path: …}``, also of
+    one inside a string."""
+    from jsonargparse import set_parsing_settings
+
+    ours = ["lora_rite.finetune.compare.Data", "lora_rite.finetune.compare.Contender"]  # the parts of a recipe
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ours, instantiate_subclass_spec_in_any=False)
 
 
 def _read_text(path: Path) -> str:

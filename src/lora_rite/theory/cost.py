@@ -17,20 +17,20 @@ IN_PLACE = dict.fromkeys(
 )
 
 EXPECTED = """Per pair of A (r, n) and B (m, r): O(m·r² + n·r² + r³) operations and O(m·r + n·r) memory. Ours: some
-eight products of a tall factor with an r×r matrix (16 operations for each element and each unit of rank, and as many
-for each Gram matrix), and 4·(m + n)(r + 1) + 40·r² bytes of state and some scalars in float32, against 8·(m + n)·r
-for AdamW."""
+six products of a tall factor with an r×r or a tall matrix (two operations each for each element and each unit of rank),
+eight where the factor is small or badly conditioned, or on a GPU, and 4·(m + n)(r + 1) + 40·r² bytes of state and some
+scalars in float32, against 8·(m + n)·r for AdamW."""
 
 
 def run(
-    widths: tuple[int, ...] = (1024, 4096, 16384, 32768, 65536),
+    widths: tuple[int, ...] = (2048, 4096, 16384, 32768, 65536),
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64),
     rounds: int = 5,
 ) -> dict[str, Any]:
     """One pair with n = m = width. ``operations``: of matrix products, counted (not those of eigenvalues,
     Cholesky decompositions and triangular solves, which are O(r³)); ``seconds``: the median; ``state_bytes``. Fits:
     operations and bytes by least squares on (m+n)·r², r³ and on (m+n)·r, (m+n), r²; exponents of time at the
-    largest width and at rank 16."""
+    largest width and at rank 16 (else the first)."""
     import numpy as np
 
     rows = []
@@ -72,6 +72,7 @@ def run(
         "bytes": dict(zip(("(m+n)r", "m+n", "r²", "1"), map(float, memory_fit), strict=True))
         | {"largest_error": error(memory, memory_fit, "state_bytes")},
         "time": {
+            "rank": middle[0]["rank"],
             "exponent_of_width": slope([r["width"] for r in middle[-3:]], [r["seconds"] for r in middle[-3:]]),
             "exponent_of_rank": slope([r["rank"] for r in widest], [r["seconds"] for r in widest]),
         },
@@ -84,7 +85,7 @@ def found(result: dict[str, Any]) -> str:
         f"Operations of matrix products: {operations['(m+n)r²']:.1f}·(m+n)·r² + {operations['r³']:.0f}·r³ (every case "
         f"within {operations['largest_error']:.1%}). State: {memory['(m+n)r']:.2f}·(m+n)·r + {memory['m+n']:.2f}·(m+n) "
         f"+ {memory['r²']:.0f}·r² + {memory['1']:.0f} bytes (within {memory['largest_error']:.1%}). Time of a step: "
-        f"width^{times['exponent_of_width']:.2f} at rank 16 and the three largest widths, "
+        f"width^{times['exponent_of_width']:.2f} at rank {times['rank']} and the three largest widths, "
         f"rank^{times['exponent_of_rank']:.2f} at width {result['settings']['widths'][-1]}, "
         f"{result['settings']['threads']} thread(s)."
     )
