@@ -233,7 +233,7 @@ class Chunk:
         """xᵀ·y (r, r), of one factor."""
         if self.layout.rank_first:
             return x @ y.mT
-        if x.shape[0] % 8:
+        if x.numel() < 2**17 or x.shape[0] % 8:
             return x.mT @ y
         return torch.bmm(x.view(8, -1, x.shape[1]).mT, y.view(8, -1, x.shape[1])).sum(0)  # (x.mT @ y uses one core)
 
