@@ -122,8 +122,7 @@ def audit(
         - "control": no K, but every element changed by one rounding of its dtype: what training itself makes of noise;
         - "passed": ``worst`` is within the tolerance;
         - "rounding": it is not, but within 10·condition(K) times the control's: this dtype cannot tell;
-        - "failed": the step depends on the factorisation (also where W did not move, is not finite, or the optimizer
-          raised from the transformed factors alone).
+        - "failed": the step depends on the factorisation (also: W did not move, is not finite, or K alone raises).
 
         ``passed``: nothing failed, and for each layer, start and dtype something passed. ``failures``: problems
         that the optimizer cannot train, and why (they do not count). ``settings``.

@@ -102,6 +102,7 @@ def plot(result: dict[str, Any], figure: Any) -> None:
             if key == "state_bytes":
                 axis.loglog(widths, [row["adamw_bytes"] for row in own], ":", color=f"C{i}")
         axis.set(title=title, xlabel="m = n")
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     axes[2].set_title("state, bytes (dotted: AdamW)")
