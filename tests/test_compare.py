@@ -430,7 +430,7 @@ def stopped(recipe, tmp_path, monkeypatch, capsys):
     original = Trainer.training_step
 
     def stop(self, *args, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # (a shell has its background jobs ignore SIGINT)
         return original(self, *args, **kwargs)
 
     def go_on(out):
@@ -440,13 +440,13 @@ def stopped(recipe, tmp_path, monkeypatch, capsys):
         return run(*words, out), steps
 
     monkeypatch.setattr(Trainer, "training_step", stop)
-    assert run(*words, tmp_path / "study") == 130
+    assert run(*words, tmp_path / "study") == 143
     return tmp_path / "study", go_on, capsys.readouterr().err
 
 
 def test_a_signal_ends_a_study_in_its_own_words(stopped):
     _, _, error = stopped
-    assert "lr0.01-seed0-test: stopped by SIGINT after step 1, which is saved; the same command goes on" in error
+    assert "lr0.01-seed0-test: stopped by SIGTERM after step 1, which is saved; the same command goes on" in error
     assert "--resume" not in error
 
 

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from worlds import assert_passed, checks_of, outcomes
 
 from lora_rite import PUBLISHED, LoRARite
+from lora_rite.batch import DIRECT_ELEMENTS
 
 #: (r, n, m), most of which 2 and 4 processes cannot share evenly; of the last, one of 4 has no part of the rank.
 SHAPES = [(4, 18, 13), (8, 12, 20), (3, 7, 5), (3, 7, 5)]
@@ -125,6 +127,23 @@ def check_fsdp2_equals_one_process_where_factors_are_not_stacked(size, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_rite.batch.DIRECT_ELEMENTS", 0)
         check_fsdp2_equals_one_process(size, folder)
+
+
+def check_large_factors_that_are_cut_unevenly(size, folder):
+    """Shares on both sides of DIRECT_ELEMENTS, and a B whose Gram matrix must be taken from a product: all processes go
+    the same way, which one that is."""
+    from torch.distributed.fsdp import fully_shard
+
+    r = 16
+    for more, skew in product((-1, 1), (0, 4)):
+        rows, scale = DIRECT_ELEMENTS // r * size + more, torch.logspace(0, -skew, r)
+        results = []
+        for sharded in (False, True):
+            model = Pairs([(a, b * scale) for a, b in [factors(r, rows, rows, dtype=torch.float32)]])
+            if sharded:
+                fully_shard(model, mesh=mesh_of(size))
+            results += advance(model, LoRARite(model.named_parameters(), lr=0.02), 3)
+        assert relative(results[1], results[0]) < 1e-5
 
 
 def check_fsdp2_from_zero_with_low_rank_gradients_and_adamw(size, folder):

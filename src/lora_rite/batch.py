@@ -192,7 +192,7 @@ class Chunk:
         self.direct = (
             direct
             and layout.blocks == 1
-            and self.params[0].numel() >= DIRECT_ELEMENTS
+            and params[0].numel() >= DIRECT_ELEMENTS * shards.size  # (alike in all processes, however the rows are cut)
             and all(p.is_contiguous() for p in self.params)
             and all(t.dtype == self.dtype for t in (*self.params, *self.gradients))
         )
