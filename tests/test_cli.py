@@ -152,6 +152,22 @@ def test_lists_are_words_or_json(words, found, monkeypatch):
     assert {key: calls[0][key] for key in found} == found
 
 
+def test_a_list_of_numbers_ends_where_something_else_comes(tmp_path, capsys):
+    """A recipe after --devices 0 1 is the recipe."""
+    assert run("compare", "--devices", "0", "1", tmp_path / "no.yaml", "--out", tmp_path / "out") == 2
+    assert "no.yaml" in capsys.readouterr().err.replace("\n", "").split("cannot read")[1]
+
+
+def test_errors_are_blamed_on_options_with_their_kind():
+    from lora_rite.errors import LoRARiteValueError, NonFiniteError
+    from lora_rite.inputs import blame
+
+    with pytest.raises(LoRARiteValueError, match="--settings: KeyError: 'rank'"), blame("--settings"):
+        raise KeyError("rank")
+    with pytest.raises(NonFiniteError, match=r"^diverged$"), blame("--settings"):
+        raise NonFiniteError("diverged")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

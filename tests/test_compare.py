@@ -444,6 +444,11 @@ def stopped(recipe, tmp_path, monkeypatch, capsys):
     return tmp_path / "study", go_on, capsys.readouterr().err
 
 
+def test_paths_in_messages_stay_what_they_are():
+    message = module._in_words_of_a_study("--lr: cannot read my--set/a.jsonl, see --out")
+    assert message == "lr: cannot read my--set/a.jsonl, see --out"
+
+
 def test_a_signal_ends_a_study_in_its_own_words(stopped):
     _, _, error = stopped
     assert "lr0.01-seed0-test: stopped by SIGTERM after step 1, which is saved; the same command goes on" in error

@@ -388,6 +388,12 @@ def test_changed_data_or_another_model_is_another_evaluation(tmp_path):
     first = evaluate(names, data_dir=folder, **options, **QUICK)
     moved = folder.rename(tmp_path / "moved")
     assert evaluate(names, data_dir=moved, **options, **QUICK) == first
+    record = next(path for path in out.glob("*.json") if "openbookqa" in path.name)
+    before = record.read_text()
+    record.write_text(before.replace('"data_sha256"', '"unknown"'))
+    with pytest.raises(ValueError, match="does not say which data it is of"):
+        evaluate(names, data_dir=moved, **options, **QUICK)
+    record.write_text(before)
     changed = pytest.raises(ValueError, match=r"other settings or data \(data_sha256: \w{12}… → \w{12}…\)")
     write_jsonl(moved / "openbookqa" / "test.jsonl", choice_rows("question_stem", 6, seed=41))
     with changed:

@@ -123,6 +123,13 @@ def test_bad_configs_are_one_line_with_the_place(kind, data, tmp_path, canary, c
     assert not (tmp_path / "run").exists()
 
 
+def test_a_colon_alone_is_no_code():
+    from lora_rite.finetune.untrusted import names_code
+
+    assert not names_code({"device": "cuda:0"})
+    assert names_code({"cls": "os:mkdir"})
+
+
 @pytest.mark.parametrize("value", ["{class_path: in_a_config.C}", '\'{"class_path": "in_a_config.C"}\''])
 def test_a_class_in_a_config_is_not_imported(value, data, tmp_path, canary, monkeypatch, capsys):
     """E4: jsonargparse would make an object of it."""

@@ -414,6 +414,13 @@ def test_other_wrong_arguments_are_errors():
 # ------------------------------------------------------------------------------------------------- what optax users do
 
 
+def test_init_takes_shapes():
+    params = tree([factors(4, 9, 7)])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    shape = lambda x: (x.shape, x.dtype)
+    assert jax.tree.map(shape, TX.init(shapes)) == jax.tree.map(shape, TX.init(params))
+
+
 def test_no_retrace_under_a_changing_learning_rate():
     """inject_hyperparams: every number is an array, changed between steps by hand; one trace, and the same result as
     with constants."""

@@ -255,8 +255,11 @@ def _underscores(option: re.Match[str]) -> str:
     return "--" + option[0][2:].replace("-", "_")
 
 
-def _takes_list(annotation: Any) -> bool:
-    return get_origin(annotation) is list or any(map(_takes_list, get_args(annotation)))
+def _item_type(annotation: Any) -> Any:
+    """What the lists hold that an option takes; None where it takes none."""
+    if get_origin(annotation) is list:
+        return get_args(annotation)[0]
+    return next((found for part in get_args(annotation) if (found := _item_type(part)) is not None), None)
 
 
 def _join_lists(words: list[str], lists: dict[str, Any]) -> list[str]:
@@ -273,7 +276,9 @@ def _join_lists(words: list[str], lists: dict[str, Any]) -> list[str]:
         joined.append(words.pop(0))
         if (kind := lists.get(joined[-1])) is None:
             continue
-        values = list(itertools.takewhile(lambda word: not re.match("-[-a-z]", word), words))
+        number = "[-+.0-9]" if _item_type(kind) in (int, float) else ""  # then a word, as of a recipe, ends the list
+        pattern = rf"(?!-[-a-z])({number}|null$|\[)"
+        values = list(itertools.takewhile(re.compile(pattern).match, words))
         takes_word = get_origin(kind) is not list and str in get_args(kind)
         alone = len(values) == 1 and (takes_word or values[0] == "null")
         if values and not alone and not values[0].startswith("["):
@@ -373,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
         parameters = inspect.signature(signature).parameters.values()
         switches = [p for p in parameters if isinstance(p.default, bool)]
-        lists.update({f"--{p.name}": p.annotation for p in parameters if _takes_list(p.annotation)})
+        lists.update({f"--{p.name}": p.annotation for p in parameters if _item_type(p.annotation) is not None})
         skip: set[str | int] = {p.name for p in switches}
         verb.add_function_arguments(signature, as_group=False, as_positional=name in ("compare", "report"), skip=skip)
         texts = {p.arg_name: p.description for p in docstring_parser.parse(signature.__doc__ or "").params}

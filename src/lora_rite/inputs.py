@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import LoRARiteValueError
+from .errors import LoRARiteError, LoRARiteValueError
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -31,18 +31,29 @@ def resolve(path: str) -> Any:
 
 def resolve_values(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, with what they name in place of those values that are import paths."""
-    return {k: resolve(v) if isinstance(v, str) and _PATH.fullmatch(v) else v for k, v in options.items()}
+    return {k: resolve(v) if is_path(v) else v for k, v in options.items()}
+
+
+def is_path(value: Any) -> bool:
+    """Whether a value is an import path, which :func:`resolve_values` imports."""
+    return isinstance(value, str) and _PATH.fullmatch(value) is not None
 
 
 def first_line(error: BaseException) -> str:
-    """Of what the error says; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Of what the error says, with its kind where that says little or nothing."""
+    lines, kind = str(error).strip().splitlines(), type(error).__name__
+    if isinstance(error, (LookupError, AssertionError)) and lines:
+        return f"{kind}: {lines[0]}"
+    return lines[0] if lines else kind
 
 
 @contextmanager
 def blame(option: str) -> Iterator[None]:
-    """Turns an error of a library inside into one that names the option it comes from, with its first line."""
+    """Turns an error of a library inside into one that names the option it comes from, with its first line. Those of
+    this package that are not about values (a run that diverges) stay what they are."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, LoRARiteError) and not isinstance(error, LoRARiteValueError):
+            raise
         raise LoRARiteValueError(f"{option}: {first_line(error)}") from error

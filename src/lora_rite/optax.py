@@ -571,7 +571,10 @@ def _transformation(learning_rate: Any, layouts: Sequence[Layout], **options: An
         for key, factors in _pairs(params, layouts).items():
             small[key] = _new_factor_state(factors, leaves[factors[0].leaf].shape[factors[0].axis], dtype)
             for f in factors:
-                rows[f.leaf] = jnp.zeros_like(leaves[f.leaf].max(f.axis, keepdims=True), dtype)  # sharded as the rows
+                x = leaves[f.leaf]
+                if not isinstance(x, jax.Array):  # a shape
+                    x = jnp.zeros_like(x)
+                rows[f.leaf] = jnp.zeros_like(x.max(f.axis, keepdims=True), dtype)  # sharded as the rows
         moment = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params)
         # (each array is one of its own: a caller may donate the state, and a buffer can be donated once)
         return LoRARiteState(

@@ -619,7 +619,7 @@ def _train(options: dict[str, Any], evaluation: dict[str, Any]) -> float:
 def _in_words_of_a_study(message: str) -> str:
     """A message of ``lora-rite train``, whose options are keys of a recipe."""
     message = message.replace(RESUME, "the same command goes on").replace(ALLOW_CHANGED, "choose another --out")
-    return re.sub(r"--(?!out\b|data_dir\b)(?=\w)", "", message)
+    return re.sub(r"(?<!\S)--(?!out\b|data_dir\b)(?=\w)", "", message)
 
 
 def _can_resume(out: Path) -> bool:

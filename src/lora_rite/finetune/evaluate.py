@@ -239,6 +239,8 @@ def _finished(out: Path | None, plan: Plan, settings: dict[str, Any]) -> dict[st
         before = {"task": record["task"], **record["settings"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise LoRARiteValueError(f"{file} is not an evaluation; choose another --out") from None
+    if "data_sha256" not in before:
+        raise LoRARiteValueError(f"{file} does not say which data it is of (an older version's); choose another --out")
     now = {"task": plan.name, **settings, "data_sha256": plan.sha256}
     changed = changes({k: before.get(k) for k in now}, now)
     for key in ("adapter", "data_dir"):

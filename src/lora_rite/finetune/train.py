@@ -559,8 +559,8 @@ def add_callbacks(trainer: Any, reporter: Any, progress: bool, measure: Callable
 
 def seconds(state: Any) -> dict[str, float | None]:
     """From the Trainer's state: seconds of training up to the end of the last step, medians over the steps, and the
-    optimizer's share. None where a checkpoint came without times. On a GPU, kernels run on after the host goes on:
-    there the share is the host's."""
+    optimizer's share. Steps before a checkpoint that came without times are not among them; None where there are no
+    others. On a GPU, kernels run on after the host goes on: there the share is the host's."""
     times = state.stateful_callbacks.get(CLOCK)
     if times is None:
         return dict.fromkeys(("training", "step", "optimizer_step", "optimizer_share"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from ..inputs import is_path
 from .data import read_text
 
 MAX_CONFIG_BYTES = 2**20
@@ -65,7 +66,7 @@ def read_config(path: Path) -> Config:
 
 def names_code(value: Any) -> bool:
     """Whether the value of an option of :data:`CODE` has an import path (``package.module:attribute``) in it."""
-    return any(isinstance(v, str) and ":" in v for v in (value.values() if isinstance(value, dict) else [value]))
+    return any(map(is_path, value.values() if isinstance(value, dict) else [value]))
 
 
 def forbid_imports() -> None:

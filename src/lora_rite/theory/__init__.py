@@ -42,7 +42,7 @@ def theory(experiment: str, out: Path | None = None, **settings: Any) -> dict[st
         prepare_folder("--out", out)
     with blame(f"--settings of {experiment}") if settings else nullcontext():
         result = {"experiment": experiment, **module.run(**{key: parsed[key] for key in settings})}
-        result.update(expected=" ".join(module.EXPECTED.split()), found=module.found(result))
+    result.update(expected=" ".join(module.EXPECTED.split()), found=module.found(result))
     print(f"Expected: {result['expected']}\n\nFound: {result['found']}")
     if out is not None:
         write_json(out / f"{experiment}.json", {**result, "versions": versions()})
