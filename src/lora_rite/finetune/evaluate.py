@@ -21,6 +21,8 @@ from .data import IGNORED, RECORDS, Example, label_count, read_examples, windows
 from .tasks import TASKS, Row, Rows, Task, examples, find_task, require_rows
 from .train import attach_adapter, held_out_loss, load_model, versions
 
+#: Of what a model and its tokenizer are made.
+MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 #: Categories of Super-Natural Instructions' test split that Tk-Instruct judges by exact match; the others by ROUGE-L.
 EXACT_MATCH = {
     "Textual Entailment",
@@ -212,7 +214,7 @@ def _model_digest(model: str) -> str | None:
     folder = TINY if model == "tiny" else Path(model)
     if folder.is_dir():
         digest = hashlib.sha256()
-        for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model")):
+        for file in sorted(p for p in folder.iterdir() if p.suffix in MODEL_FILES):
             digest.update(f"{file.name} {digest_file(file)}\n".encode())
         return digest.hexdigest()
     from huggingface_hub import try_to_load_from_cache
