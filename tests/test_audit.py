@@ -309,3 +309,11 @@ def test_command_line_errors(tmp_path, capsys):
     ]:
         assert run(*words) == 2
         assert text in capsys.readouterr().err
+
+
+def test_reasons_name_the_kind_of_an_error_once():
+    def broken(params, lr):
+        raise KeyError("momentum")
+
+    with pytest.raises(ValueError, match=r"cannot train any of the problems: KeyError: 'momentum'$"):
+        audit(broken, options={"lr": 1e-3}, steps=1, problems=["linear"], dtypes=["float64"])

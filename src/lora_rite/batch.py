@@ -214,8 +214,8 @@ class Chunk:
     def times(
         self, tensors: list[Tensor], k: Tensor, out: Tensor, spare: Tensor | None, ok: Tensor | None = None
     ) -> Tensor:
-        """x·k, in ``out``, of gradients or first moments x; 0 without ``ok``, a scalar (which is None where x is
-        multiplied as it lies: the device decides nothing then)."""
+        """x·k, in ``out``, of gradients, first moments or parameters x; 0 without ``ok``, a scalar (which is None where
+        x is multiplied as it lies: the device decides nothing then)."""
         if self.direct:
             for y, x, by in zip(self._matrices(out), self._matrices(tensors), k.unbind(), strict=True):
                 self._add_times_(y, x, by, beta=0)

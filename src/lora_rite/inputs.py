@@ -40,11 +40,8 @@ def is_path(value: Any) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what the error says, with its kind where that says little or nothing."""
-    lines, kind = str(error).strip().splitlines(), type(error).__name__
-    if isinstance(error, (LookupError, AssertionError)) and lines:
-        return f"{kind}: {lines[0]}"
-    return lines[0] if lines else kind
+    """Of what the error says; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
@@ -56,4 +53,6 @@ def blame(option: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, LoRARiteError) and not isinstance(error, LoRARiteValueError):
             raise
-        raise LoRARiteValueError(f"{option}: {first_line(error)}") from error
+        terse = isinstance(error, (LookupError, AssertionError)) and bool(error.args)  # KeyError says the key alone
+        kind = f"{type(error).__name__}: " if terse else ""
+        raise LoRARiteValueError(f"{option}: {kind}{first_line(error)}") from error

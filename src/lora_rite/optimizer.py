@@ -31,7 +31,7 @@ from .batch import (
     work_dtype,
 )
 from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError
-from .pairs import check_order, check_pair, overlapping_storage, param_groups
+from .pairs import check_order, check_pair, is_cut_through, overlapping_storage, param_groups
 from .sharding import Shards, check_sharding, is_sharded, local
 
 #: Keyword arguments that make LoRARite compute the step of the authors' PyTorch code.
@@ -349,7 +349,7 @@ class LoRARite(torch.optim.Optimizer):
         """Pairs (A, B) that are wanted, by group, rank, dtype of the arithmetic and device."""
         position, one_sided = 0, []
         for number, group in enumerate(self.param_groups):
-            params = group["params"]
+            params, layout = group["params"], _layout_options(group)
             named = group.get("param_names", params)
             if group["kind"] == "lora" and (len(params) != len(named) or len(params) % 2):
                 raise LoRARiteValueError(
@@ -363,8 +363,8 @@ class LoRARite(torch.optim.Optimizer):
                     if a.requires_grad and b.requires_grad and (a.grad is None) != (b.grad is None):
                         one_sided.append(position + k)
                     continue
-                split = group.get("blocks", 1) > 1 and is_sharded(b)
-                if self._altered(a) or self._altered(b) or self._newly_frozen(a, b) or self._retyped(a, b) or split:
+                wrong = self._altered(a) or self._altered(b) or self._newly_frozen(a, b) or self._retyped(a, b)
+                if wrong or is_cut_through(b, **layout):
                     self._explain(group, a, b, _names(self.param_groups)[number][k : k + 2])
                 pair = FactorPair(a, b, position + k)
                 moving = self._with_state(a, b) or (a.requires_grad, b.requires_grad)

@@ -203,7 +203,7 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, 
         )
     if _partner(a_name) == b_name and not _is_a(a_name):
         raise LoRARiteValueError(f"{a_name} comes before {b_name}: a group of kind lora is A, B, A, B, …")
-    if blocks > 1 and not columns and is_sharded(b):
+    if is_cut_through(b, blocks, columns):
         raise LoRARiteValueError(
             f"{b_name} holds {blocks} factors one above the other (a grouped convolution, a block-diagonal B) and is "
             "sharded, which cuts through them: keep its layer out of fully_shard (ignored_params)"
@@ -214,6 +214,11 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, 
         raise LoRARiteValueError(f"{a_name} is on {a.device}: {reason}")
     if a.device != b.device:
         raise LoRARiteValueError(f"{a_name} is on {a.device} and {b_name} on {b.device}: move the pair to one device")
+
+
+def is_cut_through(b: Tensor, blocks: int = 1, columns: str = "") -> bool:
+    """Whether B holds factors one above the other, and is sharded: shares of its rows cut through them."""
+    return blocks > 1 and not columns and is_sharded(b)
 
 
 def check_order(a: Tensor, b: Tensor, a_name: str, b_name: str) -> None:

@@ -411,7 +411,7 @@ def compare(
         with FileLock(out / LOCK, timeout=0):
             _check_folder(out, study.recipe)
             found = read_new_data(study.recipe, out / "data", data_dir)
-            write_json(out / RECIPE, _plain(study.recipe))  # from here on, the folder is this study's
+            write_json(out / RECIPE, _plain(asdict(study.recipe)))  # from here on, the folder is this study's
             data = write_data(study.recipe, out / "data", found)
             result = _run_all(study, out, data, data_dir, max(jobs, len(devices or ())), devices, progress)
     except Timeout:
@@ -420,13 +420,14 @@ def compare(
     return result
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(recipe), default=str))
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _check_folder(out: Path, recipe: Recipe) -> None:
     """Checks that OUT has nothing in it, or a study that differs in what may be added alone."""
-    stored, now = out / RECIPE, _plain(recipe)
+    stored, now = out / RECIPE, _plain(asdict(recipe))
     if stored.is_file():
         before = read_json(stored)
         changed = ["function"] * (before.get("function") != now["function"])
@@ -643,7 +644,7 @@ def _finished(study: Study, out: Path, losses: Losses) -> Losses:
             return losses
         for run, path in found.items():
             result = read_json(path)
-            expected = json.loads(json.dumps(study.options(run, out), default=str))
+            expected = _plain(study.options(run, out))
             for key in set(expected) - {"out", "data", "validation"}:
                 if result["settings"].get(key) != expected[key]:
                     raise LoRARiteValueError(
@@ -672,7 +673,7 @@ def _warn_of_other_versions(study: Study, out: Path, losses: Losses) -> None:
 def _write_study(study: Study, out: Path, data: dict[str, Any], losses: Losses) -> dict[str, Any]:
     """study.json: the recipe, the data, every run with its loss, and what each sweep chose."""
     result = {
-        "recipe": _plain(study.recipe),
+        "recipe": _plain(asdict(study.recipe)),
         "data": data,
         "runs": [{**run._asdict(), "loss": loss, "path": f"{run.folder}/result.json"} for run, loss in losses.items()],
         "sweeps": [

@@ -205,7 +205,7 @@ def _digest(adapter: Path) -> str:
     file = adapter / "adapter_model.safetensors"
     if not file.is_file():
         raise LoRARiteValueError(f"--adapter {adapter} has no {file.name}")
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return digest_file(file)
 
 
 def _model_digest(model: str) -> str | None:
