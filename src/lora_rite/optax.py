@@ -42,7 +42,7 @@ __all__ = [
     "scale_by_lora_rite",
 ]
 
-#: As :data:`lora_rite.PUBLISHED`: keyword arguments of :func:`lora_rite` that make it compute the authors' step.
+#: As :data:`lora_rite.PUBLISHED`: keyword arguments of :func:`lora_rite` with the authors' settings.
 PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
 
 LIVE, NOISE = 1e-3, 0.75  # as in rite.py: which directions count as null
