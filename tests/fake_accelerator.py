@@ -7,6 +7,7 @@ second half, and the number of copies from the host.
 
 import json
 import traceback
+from functools import partial
 from itertools import product
 
 import torch
@@ -17,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_rite import LoRARite
-from lora_rite.batch import make_batches
+from lora_rite.execute import eager
+from lora_rite.plan.plan import make_plan
 
 DEVICE = "fake"
 SETTINGS = {"balance_param": True, "weight_decay": 0.1, "update_capping": 0.5, "update_skipping": 1.0, "maximize": True}
@@ -96,12 +98,15 @@ def first_reader(step):
 
 
 @torch.no_grad()
-def batches_of(optimizer):
-    """All batches, measured."""
-    batches = make_batches(optimizer._alike(lambda a, b: True), optimizer.state, {})
-    for batch in batches:
-        batch.precondition(batch.measure().sqrt())
-    return batches
+def halves_of(optimizer):
+    """What writes, of each bucket, the rest of the step being done."""
+    plan, halves = make_plan(optimizer._alike(lambda a, b: True), optimizer.state, optimizer._limits), []
+    for bucket, workspace in zip(plan.buckets, plan.workspaces(), strict=True):
+        start = eager.begin(bucket, workspace)
+        measured = eager.measure(bucket, start)
+        preconditioned = eager.precondition(bucket, start, measured, eager.norm_square(measured).sqrt())
+        halves.append(partial(eager.move, bucket, start, measured, preconditioned))
+    return halves
 
 
 def main():
@@ -118,7 +123,7 @@ def main():
             first_reader(fake.step)  # (constants are made once)
             with Copies() as copies:
                 reader = first_reader(fake.step)
-            halves = [batch.apply for batch in batches_of(moved(params, optimizer.state, options))]
+            halves = halves_of(moved(params, optimizer.state, options))
             half_reader = first_reader(torch.no_grad()(lambda halves=halves: [half() for half in halves]))
         result = {"step": reader, "apply": half_reader, "copies": copies.count}
         print(json.dumps({"problem": problem.__name__, "dtype": str(dtype), "options": name, **result}))

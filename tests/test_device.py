@@ -13,7 +13,10 @@ import torch.utils.backend_registration
 from problems import factors, gradients_of_w, random_matrix, regauged, relative, set_gradients, train, w
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_rite import LoRARite, NonFiniteError, layer_report, rite
+from lora_rite import LoRARite, NonFiniteError, layer_report
+from lora_rite.algebra.basis import orthonormalise
+from lora_rite.algebra.linalg import inverse_of, trace
+from lora_rite.algebra.step import damped_inverse, preconditioner
 from lora_rite.bench import Watch
 from lora_rite.optimizer import full_precision
 
@@ -244,10 +247,7 @@ def by_eigenvalues(matrix, eps, relative_eps):
 def test_preconditioner_without_eigenvalues(r, low, tolerance):
     matrix = 3e-5 * spectrum(r, low)
     for eps, relative_eps in ((1e-6, 0.0), (1e-12, 1e-3)):
-        got = rite.second_moment(
-            matrix, torch.zeros(3, 1, 1), matrix, torch.ones(3, 1, 1), summed=False, eps=eps,
-            relative_eps=relative_eps, iterate=True,
-        )[2]  # fmt: skip
+        got = preconditioner(matrix, torch.zeros(3, 1, 1), eps, relative_eps, iterate=True)
         assert relative(got, by_eigenvalues(matrix, eps, relative_eps)) < tolerance
 
 
@@ -256,9 +256,7 @@ def test_preconditioner_of_zero_rank_deficient_and_non_finite_matrices():
     thin = torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     matrices = torch.cat([torch.zeros(1, 8, 8, dtype=torch.float64), (thin @ thin.mT).float().double()])
     matrices = torch.cat([matrices, torch.full((1, 8, 8), torch.nan)])
-    one, zero = torch.ones(4, 1, 1), torch.zeros(4, 1, 1)
-    options = {"summed": False, "eps": 1e-6, "relative_eps": 1e-3, "iterate": True}
-    got = rite.second_moment(matrices, zero, matrices, one, **options)[2]
+    got = preconditioner(matrices, torch.zeros(4, 1, 1), 1e-6, 1e-3, iterate=True)
     assert torch.allclose(got[0], 1e6 * torch.eye(8, dtype=torch.float64))
     expected = by_eigenvalues(matrices[1:3], 1e-6, 1e-3)
     assert relative(matrices[1:3] @ got[1:3], matrices[1:3] @ expected) < 1e-5
@@ -272,7 +270,7 @@ def test_inverse_without_lu(r, condition):
     """Of columns whose lengths differ by up to 1e7."""
     k = torch.stack([random_matrix(r, condition, seed=i) for i in range(3)]) * torch.logspace(0, 7, r).double()
     eye = torch.eye(r, dtype=torch.float64)
-    assert (k @ rite._inverse(k) - eye).norm() < 1e-15 * r * condition
+    assert (k @ inverse_of(k) - eye).norm() < 1e-15 * r * condition
 
 
 @pytest.mark.parametrize("rank", [0, 3, 8])
@@ -283,7 +281,7 @@ def test_basis_with_and_without_asking(rank):
     x = turns[0][..., :rank] @ turns[1][..., :rank, :]
     warm = torch.eye(8, dtype=torch.float64).expand(2, -1, -1) * 0.2
     z = x @ warm
-    results = [rite.orthonormalise(warm, z.mT @ z, iterate) for iterate in (False, True)]
+    results = [orthonormalise(warm, z.mT @ z, iterate) for iterate in (False, True)]
     spans = []
     for basis, c, inverse in results:
         q = x @ basis.basis
@@ -292,7 +290,7 @@ def test_basis_with_and_without_asking(rank):
             assert (one - other).abs().max() < 1e-12
         assert (inverse @ warm - torch.eye(8)).abs().max() < 1e-12
     assert (spans[1] - spans[0]).abs().max() < 1e-12
-    assert (rite.trace(spans[0]) - rank).abs().max() < 1e-12
+    assert (trace(spans[0]) - rank).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("delta", [0.0, 1e-5, 0.1, 10.0])
@@ -306,7 +304,7 @@ def test_damped_inverse(rank, delta):
     least = torch.linalg.vector_norm(sigma, dim=-1, keepdim=True) * torch.finfo(s.dtype).eps ** 0.375
     f = torch.where(sigma > 1e-10, sigma / (sigma**2 + least.clamp_min(delta) ** 2), 0)
     expected = vh.mT @ (f[..., None] * u.mT)
-    got = rite.damped_inverse(s, torch.full((3, 1, 1), delta, dtype=torch.float64))
+    got = damped_inverse(s, torch.full((3, 1, 1), delta, dtype=torch.float64))
     assert (got - expected).norm() <= (1e-2 if delta == 0 else 1e-4 if delta < 1e-3 else 1e-9) * expected.norm()
 
 

@@ -8,7 +8,7 @@ from problems import factors, gradients_of_w, random_matrix, regauged, relative,
 from reference import Reference
 
 from lora_rite import PUBLISHED, LoRARite, audit, layer_report
-from lora_rite.batch import FROZEN_KEYS, STATE_KEYS
+from lora_rite.plan.state import FROZEN_KEYS, STATE_KEYS
 
 #: (r, n, m, which factor is frozen, whether the other one starts at zero).
 KINDS = {"lora_fa": (4, 18, 13, 0, True), "mica": (4, 18, 13, 1, True), "dense": (3, 7, 12, 0, False)}

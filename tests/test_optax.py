@@ -21,7 +21,8 @@ from test_import import loaded_after
 from test_reference import CASES, FOLDER
 
 import lora_rite
-from lora_rite import LoRARite, rite
+from lora_rite import LoRARite
+from lora_rite.algebra import basis
 
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
@@ -712,4 +713,4 @@ def test_keywords_and_defaults_are_those_of_torch():
     part = {k: p.default for k, p in inspect.signature(ours.scale_by_lora_rite).parameters.items() if k != "layouts"}
     assert part == {k: v for k, v in whole.items() if k in part}
     assert set(whole) - set(part) == {"weight_decay", "damping", "balance_param", "maximize"}
-    assert (ours.PUBLISHED, ours.LIVE, ours.NOISE) == (lora_rite.PUBLISHED, rite.LIVE, rite.NOISE)
+    assert (ours.PUBLISHED, ours.LIVE, ours.NOISE) == (lora_rite.PUBLISHED, basis.LIVE, basis.NOISE)

@@ -12,7 +12,7 @@ from torch import nn
 from worlds import assert_passed, checks_of, outcomes
 
 from lora_rite import PUBLISHED, LoRARite
-from lora_rite.batch import DIRECT_ELEMENTS
+from lora_rite.plan.plan import Limits
 
 #: (r, n, m), most of which 2 and 4 processes cannot share evenly; of the last, one of 4 has no part of the rank.
 SHAPES = [(4, 18, 13), (8, 12, 20), (3, 7, 5), (3, 7, 5)]
@@ -125,18 +125,18 @@ def check_fsdp2_equals_one_process(size, folder):
 
 def check_fsdp2_equals_one_process_where_factors_are_not_stacked(size, folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_rite.batch.DIRECT_ELEMENTS", 0)
+        patch.setattr(LoRARite, "_limits", Limits(direct_elements=0))
         check_fsdp2_equals_one_process(size, folder)
 
 
 def check_large_factors_that_are_cut_unevenly(size, folder):
-    """Shares on both sides of DIRECT_ELEMENTS, and a B whose Gram matrix must be taken from a product: all processes go
+    """Shares on both sides of the limit, and a B whose Gram matrix must be taken from a product: all processes go
     the same way, which one that is."""
     from torch.distributed.fsdp import fully_shard
 
     r = 16
     for more, skew in product((-1, 1), (0, 4)):
-        rows, scale = DIRECT_ELEMENTS // r * size + more, torch.logspace(0, -skew, r)
+        rows, scale = Limits().direct_elements // r * size + more, torch.logspace(0, -skew, r)
         results = []
         for sharded in (False, True):
             model = Pairs([(a, b * scale) for a, b in [factors(r, rows, rows, dtype=torch.float32)]])

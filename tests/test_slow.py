@@ -5,7 +5,7 @@ import torch
 from problems import factors, gradients_of_w, random_matrix, regauged, relative, set_gradients, train, w
 
 from lora_rite import LoRARite
-from lora_rite.batch import MATRICES
+from lora_rite.plan.state import MATRICES
 
 pytestmark = pytest.mark.slow
 

@@ -26,7 +26,7 @@ from problems import set_gradients
 from test_numerics import equal, snapshot
 
 from lora_rite import LoRARite, NonFiniteError
-from lora_rite.batch import MATRICES
+from lora_rite.plan.state import MATRICES
 
 SHAPES = [(4, 9, 7), (2, 5, 8), (8, 4, 3)]
 seeds = st.integers(0, 2**16)

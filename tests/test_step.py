@@ -6,6 +6,7 @@ from problems import factors, gradients_of_w, random_matrix, regauged, relative,
 from reference import Reference
 
 from lora_rite import PUBLISHED, LoRARite
+from lora_rite.plan.plan import Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore:update_skipping has dropped")
 
@@ -42,7 +43,7 @@ def problem(zero_b, steps=50, pairs=3):
 @pytest.fixture(params=[0, 10**6], ids=["as_they_lie", "stacked"])
 def both_ways(request, monkeypatch):
     """Of multiplying factors on a CPU, whatever their size."""
-    monkeypatch.setattr("lora_rite.batch.DIRECT_ELEMENTS", request.param)
+    monkeypatch.setattr(LoRARite, "_limits", Limits(direct_elements=request.param))
 
 
 @pytest.mark.parametrize("zero_b", [False, True], ids=["dense", "zero_b"])
@@ -221,7 +222,7 @@ def test_batched_equals_one_by_one(elements, monkeypatch):
     start = [factors(*shape, condition=4.0, zero_b=i % 3 == 0, seed=i) for i, shape in enumerate(shapes)]
     gradients = [gradients_of_w(12, m, n, seed=i) for i, (_, n, m) in enumerate(shapes)]
     expected, _ = train(start, gradients, lr=0.01)
-    monkeypatch.setattr("lora_rite.batch.BATCH_ELEMENTS", (elements, elements))
+    monkeypatch.setattr(LoRARite, "_limits", Limits(segment_elements=elements))
     got, _ = train(start[::-1], gradients[::-1], lr=0.01)
     for pair, other in zip(got[::-1], expected, strict=True):
         assert relative(w(pair), w(other)) < 1e-10

@@ -9,7 +9,7 @@ from problems import factors, gradients_of_w, relative, set_gradients, train, w
 from test_numerics import advance, equal, snapshot, start
 
 from lora_rite import LoRARite, NonFiniteError
-from lora_rite.batch import MATRICES
+from lora_rite.plan.state import MATRICES
 
 # --------------------------------------------------------------------------------------------------- step numerics
 

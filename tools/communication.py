@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from lora_rite import LoRARite
 from lora_rite.bench import Adapter, linear_maps
 from lora_rite.optimizer import state_bytes
-from lora_rite.sharding import Shards
+from lora_rite.plan.sharding import Shards
 
 
 class Sharded(Adapter):

@@ -4,8 +4,11 @@ from typing import Any
 
 import torch
 
-from .batch import make_batches, rank_of
+from .execute import eager
 from .optimizer import LoRARite
+from .plan.layout import rank_of
+from .plan.plan import make_plan
+from .plan.state import ALGEBRA, MATRICES
 
 
 @torch.no_grad()
@@ -30,18 +33,19 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
     with optimizer._full_precision():
         for group, pairs in optimizer._alike(optimizer._with_state):
             for pair in pairs:
-                (batch,) = make_batches([(group, [pair])], optimizer.state, {})
-                update_norm = float(batch.update_square()) ** 0.5
-                t = batch.coordinates.cpu()
-                sigma = torch.linalg.svdvals(t[batch.count :] @ t[: batch.count].mT)
-                delta = batch.product[1][..., 0].cpu() if batch.product is not None else torch.zeros(())
+                plan = make_plan([(group, [pair])], optimizer.state, optimizer._limits)
+                (bucket,), (workspace,) = plan.buckets, plan.workspaces()
+                square, product = eager.update_square(bucket, workspace)
+                t = bucket.arena.matrices[:, MATRICES.index("coordinates")].to(ALGEBRA).cpu()
+                sigma = torch.linalg.svdvals(t[bucket.count :] @ t[: bucket.count].mT)
+                delta = product[1][..., 0].cpu() if product is not None else torch.zeros(())
                 rows.append(
                     {
                         "name": names[pair.position],
                         "rank": rank_of(group, pair.a),
                         "damped_share": float((sigma < delta).double().mean()),
                         "sigma_over_delta": float((sigma / delta).median()) if delta.any() else None,
-                        "update_norm": update_norm,
+                        "update_norm": float(square) ** 0.5,
                         "product_norm": float(sigma.square().sum().sqrt()),
                     }
                 )

@@ -15,27 +15,18 @@ from torch.amp.autocast_mode import is_autocast_available
 from torch.optim.adamw import adamw
 from torch.utils._pytree import tree_leaves
 
-from . import rite
-from .batch import (
-    FROZEN_KEYS,
-    LOW_PRECISION,
-    MATRICES,
-    STATE_KEYS,
-    Batch,
-    FactorPair,
-    State,
-    make_batches,
-    new_state,
-    rank_of,
-    rounding_key,
-    work_dtype,
-)
+from .algebra.rounding import rounding_key, stochastic_round
 from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError
+from .execute import eager
+from .execute.phases import Measured, Preconditioned, Start
 from .pairs import check_order, check_pair, is_cut_through, overlapping_storage, param_groups
-from .sharding import Shards, check_sharding, is_sharded, local
+from .plan.layout import layout_options, rank_of
+from .plan.plan import Bucket, Limits, Marks, Plan, make_plan
+from .plan.sharding import Shards, check_sharding, is_sharded, local
+from .plan.state import FROZEN_KEYS, LOW_PRECISION, MATRICES, STATE_KEYS, FactorPair, State, new_state, work_dtype
 
-#: Keyword arguments with the settings of the authors' PyTorch code: its step wherever the factors have full rank. Directions
-#: without rank, which that code inverts, are cut (for the deviations see :class:`LoRARite`).
+#: Keyword arguments with the settings of the authors' PyTorch code: its step wherever the factors have full rank.
+#: Directions without rank, which that code inverts, are cut (for the deviations see :class:`LoRARite`).
 PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
 
 #: Non-finite gradients in so many steps in a row are an error.
@@ -131,6 +122,8 @@ class LoRARite(torch.optim.Optimizer):
         same adapter and try up to five times that; see the README.
     """
 
+    _limits: ClassVar[Limits] = Limits()
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
@@ -170,6 +163,7 @@ class LoRARite(torch.optim.Optimizer):
         if isinstance(given, list) and not given:
             raise LoRARiteValueError(f"no LoRA pairs: params is empty; {_ATTACH}")
         self._statistics, self._skipped_in_a_row, self._warned_one_sided = _Statistics(), 0, False
+        self._plan: Plan | None = None
         super().__init__(given, defaults)
         if not any(group["kind"] == "lora" for group in self.param_groups):
             raise LoRARiteValueError(f"no LoRA pairs among the trainable parameters; {_ATTACH}")
@@ -178,6 +172,7 @@ class LoRARite(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {"lr": None})
         self._statistics, self._skipped_in_a_row, self._warned_one_sided = _Statistics(), 0, False
+        self._plan = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_adamw": self._adamw}
@@ -243,7 +238,7 @@ class LoRARite(torch.optim.Optimizer):
             for (a_name, a), (b_name, b) in zip(params[::2], params[1::2], strict=True):
                 if not named and not set(_LAYOUT_KEYS) & set(group):
                     check_order(a, b, a_name, b_name)
-                check_pair(a, b, a_name, b_name, **_layout_options(group))
+                check_pair(a, b, a_name, b_name, **layout_options(group))
         elif kind == "adamw":
             for key, value in self._adamw.items():
                 group.setdefault(key, value)
@@ -273,22 +268,41 @@ class LoRARite(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         others = [group for group in self.param_groups if group["kind"] == "adamw"]
-        fresh: dict[Tensor, State] = {}
         with self._full_precision():
             self._check_settings()
-            measured = self._measure(fresh, others)
-            if measured is None:
+            self._check_adamw()
+            decided = self._measure(self._current_plan(), others)
+            if decided is None:
                 return loss
-            batches, ok = measured
-            self.state.update(fresh)
-            for batch in batches:
-                batch.apply(ok)
+            plan, work, ok = decided
+            if not plan.installed:
+                plan.install(self.state)
+            for bucket, start, measured, preconditioned in work:
+                eager.move(bucket, start, measured, preconditioned, ok)
             offset = 0
             for group in self.param_groups:
                 if group["kind"] == "adamw":
                     _adamw_step(group, self.state, offset, ok)
                 offset += len(group["params"])
+            if plan.marks is None:  # not before AdamW has made its states
+                plan.marks, self._plan = Marks(self.param_groups, self.state), plan
         return loss
+
+    def _current_plan(self) -> Plan:
+        """The plan of the last step where it still holds, else a new one, which is kept once a step is made by it."""
+        if self._plan is None or not self._plan.marks.hold(self.param_groups, self.state):  # type: ignore[union-attr]
+            self._plan = None
+            return make_plan(self._alike(_have_gradients), self.state, self._limits)
+        return self._plan
+
+    def _plan_of_states(self) -> Plan:
+        """The plan of the last step where it is about all pairs that have a state, else one that is not kept."""
+        stepped = list(self._alike(self._with_state))
+        plan, positions = self._plan, sorted(pair.position for _, pairs in stepped for pair in pairs)
+        holds = plan is not None and plan.marks.hold(self.param_groups, self.state, gradients=False)  # type: ignore[union-attr]
+        if plan is not None and holds and sorted(pair.position for pair in plan.pairs) == positions:
+            return plan
+        return make_plan(stepped, self.state, self._limits)
 
     def _full_precision(self) -> AbstractContextManager[None]:
         return full_precision({p.device.type for group in self.param_groups for p in group["params"]})
@@ -308,49 +322,50 @@ class LoRARite(torch.optim.Optimizer):
                 raise LoRARiteValueError(f"lr={lr} with weight_decay={decay} wipes out the weights in one step")
 
     def _measure(
-        self, fresh: dict[Tensor, State], others: list[dict[str, Any]]
-    ) -> tuple[list[Batch], Tensor | None] | None:
-        """All batches, measured, and, where the device is to decide, whether the step is taken; None where it is to be
+        self, plan: Plan, others: list[dict[str, Any]]
+    ) -> tuple[Plan, list[tuple[Bucket, Start, Measured, Preconditioned]], Tensor | None] | None:
+        """All buckets, measured, and, where the device is to decide, whether the step is taken; None where it is to be
         skipped. Reads parameters, gradients and state only."""
-        self._check_adamw()
-        batches = make_batches(self._alike(_have_gradients), self.state, fresh)
-        squares = [batch.measure() for batch in batches]
-        norm = sum((s.to(squares[0].device) for s in squares[1:]), squares[0]).sqrt() if batches else torch.zeros(())
-        for batch in batches:
-            batch.precondition(norm)
-        finite = [batch.finite() for batch in batches] + [_finite_gradients(group) for group in others]
-        unchanged = [batch.unchanged() for batch in batches]
-        pairs = [pair for batch in batches for pair in batch.pairs]
-        flags = _joined(finite + unchanged)
+        buckets = plan.buckets
+        starts = [eager.begin(bucket, memory) for bucket, memory in zip(buckets, plan.workspaces(), strict=True)]
+        measured = [eager.measure(bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
+        squares = [eager.norm_square(m) for m in measured]
+        norm = sum((s.to(squares[0].device) for s in squares[1:]), squares[0]).sqrt() if buckets else torch.zeros(())
+        so_far = list(zip(buckets, starts, measured, strict=True))
+        preconditioned = [eager.precondition(*phases, norm) for phases in so_far]
+        work = [(*phases, p) for phases, p in zip(so_far, preconditioned, strict=True)]
+        verdicts = [eager.decide(*phases) for phases in work]
+        finite = [v.finite for v in verdicts] + [_finite_gradients(group) for group in others]
+        flags = _joined(finite + [v.unchanged for v in verdicts])
         ok = flags.all()
         if self.param_groups[0]["capturable"]:
-            self._statistics.add(batches, norm, ok)
-            self._statistics.skip(pairs, flags, ok)
-            return batches, ok
+            self._statistics.add(buckets, measured, norm, ok)
+            self._statistics.skip(plan.pairs, flags, ok)
+            return plan, work, ok
         if not ok:  # the one host synchronisation of a step
-            good, changed = _read(pairs, flags)
+            good, changed = _read(plan.pairs, flags)
             if changed:
-                self._restart(changed, fresh)
-                return self._measure(fresh, others)
+                self._warn_of_change(changed, plan.fresh)
+                return self._measure(make_plan(self._alike(_have_gradients), self.state, self._limits, changed), others)
             self._skipped_in_a_row += 1
             self._count_skipped(1)
-            self._complain(pairs, others, good, self._skipped_in_a_row)
+            self._complain(plan.pairs, others, good, self._skipped_in_a_row)
             return None
         self._skipped_in_a_row = 0
-        self._statistics.add(batches, norm, ok)
-        if self._statistics.dropped_in_a_row(batches) >= MAX_DROPPED_IN_A_ROW:
+        self._statistics.add(buckets, measured, norm, ok)
+        if self._statistics.dropped_in_a_row(buckets, measured) >= MAX_DROPPED_IN_A_ROW:
             warnings.warn(
                 f"update_skipping has dropped gradients in {MAX_DROPPED_IN_A_ROW} steps in a row: their unmagnified "
                 "root mean square is above it; raise it, or set it to 0",
                 stacklevel=4,
             )
-        return batches, None
+        return plan, work, None
 
     def _alike(self, wanted: Callable[[Tensor, Tensor], Any]) -> Iterator[tuple[dict[str, Any], list[FactorPair]]]:
         """Pairs (A, B) that are wanted, by group, rank, dtype of the arithmetic and device."""
         position, one_sided = 0, []
         for number, group in enumerate(self.param_groups):
-            params, layout = group["params"], _layout_options(group)
+            params, layout = group["params"], layout_options(group)
             named = group.get("param_names", params)
             if group["kind"] == "lora" and (len(params) != len(named) or len(params) % 2):
                 raise LoRARiteValueError(
@@ -417,7 +432,7 @@ class LoRARite(torch.optim.Optimizer):
         return any(trained) and self._with_state(a, b) not in (None, trained)
 
     def _explain(self, group: dict[str, Any], a: Tensor, b: Tensor, names: list[str]) -> None:
-        check_pair(a, b, names[0], names[1], **_layout_options(group))
+        check_pair(a, b, names[0], names[1], **layout_options(group))
         for p, name in zip((a, b), names, strict=True):
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise LoRARiteValueError(_sparse(name))
@@ -439,8 +454,9 @@ class LoRARite(torch.optim.Optimizer):
                     "make a new optimizer, or remove the state of both factors (optimizer.state.pop) to start anew"
                 )
 
-    def _restart(self, changed: list[FactorPair], fresh: dict[Tensor, State]) -> None:
-        """New states for pairs that were changed since the last step."""
+    def _warn_of_change(self, changed: list[FactorPair], fresh: set[Tensor]) -> None:
+        """Says that pairs were changed since the last step, or raises NonFiniteError where a new state (``fresh``: made
+        in this step) would not help."""
         names = self._names_by_position()
         for pair in changed:
             for p, name in zip(pair[:2], names[pair.position :], strict=False):
@@ -448,7 +464,6 @@ class LoRARite(torch.optim.Optimizer):
                     raise NonFiniteError(f"parameter {name} contains NaN or Inf: restore a checkpoint")
                 if pair.a in fresh or pair.b in fresh:  # a state that was made in this step
                     raise NonFiniteError(f"parameter {name} is too large: sums of its values overflow")
-            fresh.update(new_state(self._group_at(pair.position), pair))
         first = names[changed[0].position]
         warnings.warn(
             f"{len(changed)} pairs were changed from outside since the last step "
@@ -520,8 +535,10 @@ class LoRARite(torch.optim.Optimizer):
         ]
         states = [state for state in self.state.values() if "matrices" in state]
         with self._full_precision():
-            batches = make_batches(self._alike(self._with_state), self.state, {})
-            update_norm = sum(float(batch.update_square()) for batch in batches) ** 0.5
+            plan = self._plan_of_states()
+            of_buckets = zip(plan.buckets, plan.workspaces(), strict=True)
+            squares = [eager.update_square(bucket, workspace)[0] for bucket, workspace in of_buckets]
+            update_norm = sum(map(float, squares)) ** 0.5
         return {
             "pairs": len(ranks),
             "ranks": {rank: ranks.count(rank) for rank in sorted(set(ranks))},
@@ -529,7 +546,7 @@ class LoRARite(torch.optim.Optimizer):
             "state_bytes": state_bytes(self),
             "steps": max((int(state["step"].max()) for state in states), default=0),
             "skipped": self.param_groups[0]["skipped"],
-            "dead_pairs": sum(int(dead) for batch in batches for dead in batch.dead()),
+            "dead_pairs": sum(int(dead) for bucket in plan.buckets for dead in eager.dead(bucket)),
             "update_norm": update_norm,
             **self._statistics.summary(),
         }
@@ -544,11 +561,11 @@ class LoRARite(torch.optim.Optimizer):
         self._count_skipped(int(skipped))
         finite, changed = _read(pairs, flags)
         if changed:
-            fresh: dict[Tensor, State] = {}
-            self._restart(changed, fresh)
-            for p, state in fresh.items():
-                for key, value in state.items():
-                    self.state[p][key].copy_(value)  # in place, where a graph finds it
+            self._warn_of_change(changed, set())
+            for pair in changed:
+                for p, state in new_state(self._group_at(pair.position), pair).items():
+                    for key, value in state.items():
+                        self.state[p][key].copy_(value)  # in place, where a graph finds it
         if not all(finite):
             self._complain(pairs, [g for g in self.param_groups if g["kind"] == "adamw"], finite, int(in_a_row))
 
@@ -601,10 +618,6 @@ def _have_gradients(a: Tensor, b: Tensor) -> bool:
     """Whether the factors that are trained, both or one, have gradients."""
     trained = [p for p in (a, b) if p.requires_grad]
     return bool(trained) and all(p.grad is not None for p in trained)
-
-
-def _layout_options(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: group[key] for key in _LAYOUT_KEYS if key in group}
 
 
 class _Precision:
@@ -686,21 +699,22 @@ class _Statistics:
         self.dropped, self.asked = zero.clone(), 0
         self.flags: tuple[list[FactorPair], Tensor] | None = None
 
-    def add(self, batches: list[Batch], norm: Tensor, ok: Tensor) -> None:
-        self.pairs = sum(batch.count for batch in batches)
-        if not batches:
+    def add(self, buckets: list[Bucket], measured: list[Measured], norm: Tensor, ok: Tensor) -> None:
+        self.pairs = sum(bucket.count for bucket in buckets)
+        if not buckets:
             return
-        clips = [batch.group["clip_unmagnified_grad"] for batch in batches]
+        clips = [bucket.group["clip_unmagnified_grad"] for bucket in buckets]
         smallest = min((clip for clip in clips if clip), default=math.inf)
         self.counts = self.counts.to(norm.device)
         self.counts[:2] += torch.stack([ok, ok & (norm > smallest)])
         self.norm = norm
-        self.products = [batch.product for batch in batches if batch.product is not None]
+        self.products = [m.product for m in measured if m.product is not None]
 
-    def dropped_in_a_row(self, batches: list[Batch]) -> int:
+    def dropped_in_a_row(self, buckets: list[Bucket], measured: list[Measured]) -> int:
         """Steps in a row in which ``update_skipping`` dropped gradients; asked of the device at each tenth step alone,
         and 0 between them."""
-        kept = [batch.kept.all() for batch in batches if batch.group["update_skipping"]]
+        both = zip(buckets, measured, strict=True)
+        kept = [m.kept.all() for bucket, m in both if bucket.group["update_skipping"]]
         if not kept:
             return 0
         device = kept[0].device
@@ -761,7 +775,7 @@ def _adamw_step(group: dict[str, Any], states: dict[Tensor, State], offset: int,
     )
     for (position, p), w in zip(params, work, strict=True):
         if w is not p:  # (values that the dtype has stay as they are, so an untouched w leaves p as it was)
-            key = rounding_key(states[p]["step"][None], [position])
+            key = rounding_key(states[p]["step"][None], torch.tensor([position]))
             _round_into(p, w, key.to(p.device))
 
 
@@ -773,7 +787,7 @@ def _round_into(p: Tensor, value: Tensor, key: Tensor) -> None:
     outer, inner = p.shape[: shards.dim].numel(), p.shape[shards.dim + 1 :].numel()
     length = p.numel() // (outer * inner)  # of the dimension that is cut
     mine = mine.reshape(1, outer, -1)
-    rounded = rite.stochastic_round(mine, p.dtype, key, shards.start(length) * inner, length * inner)
+    rounded = stochastic_round(mine, p.dtype, key, shards.start(length) * inner, length * inner)
     local(p).copy_(rounded.view(local(p).shape))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoRARiteTypeError, LoRARiteValueError
-from .sharding import is_sharded, local
+from .plan.sharding import is_sharded, local
 
 #: Name of A → name of B, as a whole segment of a dotted parameter name.
 FACTOR_NAMES = {

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ..batch import MATRICES
 from ..optimizer import LoRARite
+from ..plan.state import MATRICES
 from .problems import rite
 
 EXPECTED = """White noise has nothing to learn: W should do a random walk, ‖W‖ growing no faster than √steps at a

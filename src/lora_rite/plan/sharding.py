@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import LoRARiteValueError
+from ..errors import LoRARiteValueError
 
 
 def is_sharded(t: Any) -> bool:
@@ -58,6 +58,10 @@ class Shards:
     def start(self, length: int) -> int:
         """Where this process's share of so many rows begins: DTensors are cut as torch.chunk cuts."""
         return min(self.index * -(-length // self.size), length)
+
+    def share(self, length: int) -> int:
+        """How many of so many rows are this process's."""
+        return min(-(-length // self.size), length - self.start(length))
 
     def total(self, *parts: Tensor) -> list[Tensor]:
         """Sums over processes, in one collective."""

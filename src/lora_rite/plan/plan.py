@@ -1,0 +1,348 @@
+"""The plan of a step: which pairs are stepped, in which order and with which tensors. Made when the groups, parameters,
+gradients or states change in kind, and kept while they do not; nothing is computed here.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
+from operator import eq, is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import LAYOUT_KEYS, Layout, layouts, rank_of
+from .sharding import Shards, is_sharded
+from .state import ALGEBRA, FROZEN_KEYS, Arena, FactorPair, State, frozen_state, moments, new_state, work_dtype
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How the work of a step is cut.
+
+    segment_elements  tall products are done for factors of one shape together, up to so many elements; None is 2²⁴ on a
+                      GPU (64 MiB of float32 a temporary), and on a CPU 2²⁰ (4 MiB, so that temporaries stay in the
+                      cache). Where that is more than 2¹⁸, up to an eighth of all elements too
+    direct_elements   on a CPU, factors of so many elements are multiplied one by one, as they lie, instead of stacked
+                      and then together: the copy takes as long as the product
+    iterate           r×r matrices are decomposed without LAPACK, by which the host of a GPU would wait; None is where
+                      the device is one, or the optimizer capturable
+    """
+
+    segment_elements: int | None = None
+    direct_elements: int = 2**13
+    iterate: bool | None = None
+
+
+@dataclass(eq=False)
+class Segment:
+    """Factors of one shape, dtype and side: a run of a bucket's factors, on which tall products are done. Of factors
+    that are cut over processes, this one's rows.
+
+    params        the parameters, k of them
+    positions     (k,) int64, their positions in the optimizer
+    layout        how each holds ``layout.blocks`` factors; ``count`` = k·blocks
+    moves         False: the factors are frozen
+    num_rows      of a factor; this process has ``local_rows`` from ``start`` on
+    direct        whether the factors are multiplied one by one as they lie
+    first_moment  (k, …), the states' first moments one above the other; None where nothing moves
+    row_moment    (k, …), likewise
+    steps         (k, blocks), the states' step counts
+    """
+
+    params: list[Tensor]
+    positions: Tensor
+    layout: Layout
+    shards: Shards
+    moves: bool
+    dtype: torch.dtype
+    rank: int
+    num_rows: int
+    start: int
+    local_rows: int
+    count: int
+    direct: bool
+    steps: Tensor
+    first_moment: Tensor | None = None
+    row_moment: Tensor | None = None
+
+    def parts(self) -> Iterator[State]:
+        """The moments of each parameter, of its own shape."""
+        if self.first_moment is None or self.row_moment is None:
+            return
+        rows = (self.layout.blocks, self.num_rows) if self.layout.blocks > 1 else (self.num_rows,)
+        both = zip(self.params, self.first_moment.unbind(), self.row_moment.unbind(), strict=True)
+        for p, first, row in both:
+            yield {
+                "first_moment": self.shards.wrapped(first, p.shape, self.layout.long_dim),
+                "row_moment": self.shards.wrapped(row, rows, len(rows) - 1),
+            }
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.params] if self.moves else []  # type: ignore[misc]
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Pairs of one group, rank, dtype and device. r×r algebra is done for all their factors together, those of A first
+    and then those of B; tall products in segments. One side may be frozen in all of them: it is measured once, and
+    does not move.
+
+    num_rows, moves   (2p, 1, 1), of each factor
+    iterate           r×r matrices are not decomposed by LAPACK, nor by its slow, waiting likes on other devices
+    arena             the states of the factors together
+    """
+
+    group: dict[str, Any]
+    pairs: list[FactorPair]
+    segments: list[Segment]
+    shards: Shards
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    one_sided: bool
+    iterate: bool
+    num_rows: Tensor
+    moves: Tensor
+    arena: Arena
+
+    @property
+    def count(self) -> int:
+        """The number p of pairs."""
+        return len(self.num_rows) // 2
+
+    def partners(self, x: Tensor) -> Tensor:
+        """What belongs to the other factor of each pair, of (2p, …)."""
+        return x.roll(self.count, 0)
+
+    def by_segment(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (2p, …) in the work dtype, cut into what belongs to each segment."""
+        return x.to(self.dtype).split([s.count for s in self.segments])
+
+    def workspace_sizes(self) -> tuple[int, int, int]:
+        """Elements of the three tall temporaries that a step needs for one segment after the other."""
+        sizes = [(s.local_rows * s.count * s.rank, s.direct) for s in self.segments]
+        largest, stacked = max(sizes)[0], max((size for size, direct in sizes if not direct), default=0)
+        return largest, largest, stacked
+
+
+@dataclass(eq=False)
+class Plan:
+    """``buckets``, and the states of their parameters as views of the buckets' tensors (``views``), which
+    :meth:`install` puts in place. ``fresh``: parameters whose states begin here; while the plan is not installed, the
+    optimizer's own states are as they were."""
+
+    buckets: list[Bucket]
+    views: dict[Tensor, State]
+    fresh: set[Tensor]
+    marks: "Marks | None" = None
+    installed: bool = field(default=False)
+
+    @property
+    def pairs(self) -> list[FactorPair]:
+        return [pair for bucket in self.buckets for pair in bucket.pairs]
+
+    def install(self, states: dict[Tensor, State]) -> None:
+        states.update(self.views)
+        self.fresh.clear()
+        self.installed = True
+
+    def workspaces(self) -> list[list[Tensor]]:
+        """Tall temporaries of each bucket, for its segments in turn; buckets of one device and dtype have the same
+        ones. Fresh memory for each segment would be slower than the arithmetic."""
+        sizes: dict[Any, list[tuple[int, ...]]] = {}
+        for bucket in self.buckets:
+            sizes.setdefault((bucket.device, bucket.dtype), []).append(bucket.workspace_sizes())
+        memory = {
+            kind: [torch.empty(n, device=kind[0], dtype=kind[1]) for n in map(max, zip(*of_kind, strict=True))]
+            for kind, of_kind in sizes.items()
+        }
+        return [memory[bucket.device, bucket.dtype] for bucket in self.buckets]
+
+
+class Marks:
+    """What a plan rests on, to be compared with what there is now: a plan whose marks differ is stale."""
+
+    def __init__(self, groups: list[dict[str, Any]], states: dict[Tensor, State]):
+        self.groups = list(groups)
+        self.params = [list(group["params"]) for group in groups]
+        self.options = [_options(group) for group in groups]
+        self.kinds = [_kind(p) for p in chain.from_iterable(self.params)]
+        self.see_states(states)
+
+    def _kinds_hold(self, gradients: bool) -> bool:
+        now = map(_kind, chain.from_iterable(self.params))
+        if gradients:
+            return all(map(eq, now, self.kinds))
+        return all(a[:-1] == b[:-1] for a, b in zip(now, self.kinds, strict=True))
+
+    def see_states(self, states: dict[Tensor, State]) -> None:
+        """Takes the states as they are for what the plan rests on."""
+        self.owners, self.dicts = list(states), list(states.values())
+        self.tensors = list(_tensors(self.dicts))
+        self.plain = [t for t in self.tensors if isinstance(t, Tensor) and not is_sharded(t)]
+        self.addresses = [t.data_ptr() for t in self.plain]
+
+    def hold(self, groups: list[dict[str, Any]], states: dict[Tensor, State], gradients: bool = True) -> bool:
+        """Whether groups, parameters, gradients (unless they do not matter) and states are of the same kind and in the
+        same place as before."""
+        return (
+            _same(groups, self.groups)
+            and all(_same(group["params"], params) for group, params in zip(groups, self.params, strict=True))
+            and [_options(group) for group in groups] == self.options
+            and self._kinds_hold(gradients)
+            and _same(states, self.owners)
+            and _same(states.values(), self.dicts)
+            and _same(_tensors(self.dicts), self.tensors)
+            and [t.data_ptr() for t in self.plain] == self.addresses
+        )
+
+
+def _same(now: Iterable[Any], before: Sequence[Any]) -> bool:
+    """Whether the objects are the same ones, in the same order."""
+    now = list(now)
+    return len(now) == len(before) and all(map(is_, now, before))
+
+
+def _tensors(states: Iterable[State]) -> Iterator[Any]:
+    return chain.from_iterable(state.values() for state in states)
+
+
+def _options(group: dict[str, Any]) -> tuple[Any, ...]:
+    return group["kind"], group["capturable"], *(group.get(key) for key in LAYOUT_KEYS)
+
+
+def _kind(p: Tensor) -> tuple[Any, ...]:
+    """Of a parameter and its gradient, what decides how it is stepped."""
+    gradient = p.grad
+    of_gradient = None if gradient is None else (gradient.dtype, gradient.layout)
+    return p.requires_grad, p.dtype, p.shape, p.device, p.is_contiguous(), of_gradient
+
+
+def make_plan(
+    alike: Iterable[tuple[dict[str, Any], list[FactorPair]]],
+    states: dict[Tensor, State],
+    limits: Limits,
+    anew: Iterable[FactorPair] = (),
+) -> Plan:
+    """A bucket for each (group, pairs). ``states`` is read alone; pairs that have no state yet, and those that are to
+    begin ``anew``, get one in the plan."""
+    forgotten = {p for pair in anew for p in pair[:2]}
+    buckets: list[Bucket] = []
+    views: dict[Tensor, State] = {}
+    fresh: set[Tensor] = set()
+    for group, pairs in alike:
+        own: dict[Tensor, State] = {}
+        for pair in pairs:
+            known = {p: state for p in pair[:2] if p not in forgotten and (state := states.get(p))}
+            own.update(known or new_state(group, pair))
+            fresh.update(() if known else pair[:2])
+        bucket, of_bucket = _bucket(group, pairs, own, limits)
+        buckets.append(bucket)
+        views.update(of_bucket)
+    return Plan(buckets, views, fresh)
+
+
+def _bucket(
+    group: dict[str, Any], pairs: list[FactorPair], states: dict[Tensor, State], limits: Limits
+) -> tuple[Bucket, dict[Tensor, State]]:
+    """And the states of the parameters, as views of its tensors."""
+    # Pairs of the same shapes stand side by side, so that segments are runs.
+    kind = lambda p: (tuple(p.shape), str(p.dtype))
+    pairs = sorted(pairs, key=lambda pair: (kind(pair.a), kind(pair.b)))
+    params = [pair.a for pair in pairs] + [pair.b for pair in pairs]
+    own = [states.get(p) for p in params]
+    partners = own[len(pairs) :] + own[: len(pairs)]
+    full: list[State] = [state or frozen_state(other) for state, other in zip(own, partners, strict=True)]  # type: ignore[arg-type]
+    device, dtype, blocks = pairs[0].a.device, work_dtype(*pairs[0][:2]), group.get("blocks", 1)
+    iterate = group["capturable"] or device.type != "cpu" if limits.iterate is None else limits.iterate
+    smallest = limits.direct_elements if not iterate and blocks == 1 else None
+    arena = Arena(full, blocks)
+    runs = list(_runs(params, Shards(pairs[0].a), device, limits))
+    segments = [_segment(group, pairs, full, run, dtype, smallest, arena) for run in runs]
+    bucket = Bucket(
+        group=group,
+        pairs=pairs,
+        segments=segments,
+        shards=Shards(pairs[0].a),
+        device=device,
+        dtype=dtype,
+        rank=rank_of(group, pairs[0].a),
+        one_sided=not all(own),
+        iterate=iterate,
+        num_rows=constant(tuple(s.num_rows for s in segments for _ in range(s.count)), ALGEBRA, device)[:, None, None],
+        moves=constant(tuple(s.moves for s in segments for _ in range(s.count)), torch.bool, device)[:, None, None],
+        arena=arena,
+    )
+    small = arena.views()
+    views: dict[Tensor, State] = {}
+    for p, state, part in zip(params, own, small, strict=True):
+        views[p] = {**state, **part} if state else {}
+    for p, partner, part in zip(params, params[len(pairs) :] + params[: len(pairs)], small, strict=True):
+        if not views[p]:
+            views[partner].update({key: part[key.removeprefix("frozen_")] for key in FROZEN_KEYS})
+    for segment in segments:
+        for p, parts in zip(segment.params, segment.parts(), strict=segment.moves):
+            views[p].update(parts)
+    return bucket, {p: state for p, state in views.items() if state}
+
+
+def _runs(params: list[Tensor], shards: Shards, device: torch.device, limits: Limits) -> Iterator[slice]:
+    """Runs of factors of one side, shape and dtype, none of more elements than fit."""
+    begin, n = 0, len(params) // 2
+    limit = limits.segment_elements or (2**20 if device.type == "cpu" else 2**24)
+    limit = min(limit, max(2**18, sum(p.numel() for p in params) // 8)) * shards.size
+    for end in range(1, 2 * n + 1):
+        first = params[begin]
+        other = params[end] if end not in (n, 2 * n) else None  # no segment has factors of both sides
+        alike = other is not None and (other.shape, other.dtype) == (first.shape, first.dtype)
+        if not alike or (end + 1 - begin) * first.numel() > limit:
+            yield slice(begin, end)
+            begin = end
+
+
+def _segment(
+    group: dict[str, Any],
+    pairs: list[FactorPair],
+    states: list[State],
+    run: slice,
+    dtype: torch.dtype,
+    direct_elements: int | None,
+    arena: Arena,
+) -> Segment:
+    params = [p for k in (0, 1) for p in (pair[k] for pair in pairs)][run]
+    positions = [pair.position + k for k in (0, 1) for pair in pairs][run]
+    first, layout, shards = params[0], layouts(group)[run.start >= len(pairs)], Shards(params[0])
+    moves, num_rows = "first_moment" in states[run][0], layout.num_rows(params[0])
+    # What is cut is a dimension of the parameter, of which a convolution's A has several rows an entry.
+    length = first.shape[layout.long_dim]
+    width = num_rows // length if layout.rank_first else 1
+    start, share = shards.start(length) * width, shards.share(length) * width
+    return Segment(
+        params=params,
+        positions=constant(tuple(positions), torch.int64, first.device),
+        layout=layout,
+        shards=shards,
+        moves=moves,
+        dtype=dtype,
+        rank=rank_of(group, pairs[0].a),
+        num_rows=num_rows,
+        start=start,
+        local_rows=num_rows if shards.mesh is None else share,
+        count=len(params) * layout.blocks,
+        direct=direct_elements is not None
+        # All processes decide alike, however the rows are cut: their sums are added up.
+        and first.numel() >= direct_elements * shards.size
+        and (shards.mesh is not None or all(p.is_contiguous() for p in params))
+        and all(p.dtype == dtype and (p.grad is None or p.grad.dtype == dtype) for p in params),
+        steps=arena.steps.view(-1, layout.blocks)[run],
+        first_moment=moments(states[run], "first_moment") if moves else None,
+        row_moment=moments(states[run], "row_moment") if moves else None,
+    )
+
+
+@lru_cache(maxsize=1024)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(p,), made once."""
+    return torch.tensor(values, dtype=dtype).to(device)
