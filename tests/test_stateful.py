@@ -1,8 +1,9 @@
 """LoRARite under any sequence of what can happen to it: a state machine of hypothesis.
 
 Actions: steps on gradients of any rank and scale, with non-finite or missing ones; saving, loading into a fresh
-optimizer (by torch.save and weights_only), copies; further groups; other learning rates; factors moved to another dtype
-or changed from outside. After each action the invariants hold.
+optimizer (by torch.save and weights_only) or into the same one, copies; further groups; other learning rates; factors
+moved to another dtype, exchanged, frozen, unfrozen or changed from outside; states forgotten, exchanged and moved. After
+each action the invariants hold, and each step equals that of a copy, which plans it anew: no plan is stale.
 """
 
 import copy
@@ -109,8 +110,15 @@ class Training(RuleBasedStateMachine):
         self.world, self.skipped, self.bad_in_a_row = World(dtype, zero_b, options), 0, 0
 
     def step(self):
+        """What it warned of."""
         self.bad_in_a_row = 0
-        return self.world.step()
+        twin = copy.deepcopy(self.world)  # which has no plan
+        for p, q in zip(self.world.params(), twin.params(), strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        warned = self.world.step()
+        assert twin.step() == warned
+        assert equal(twin.everything(), self.world.everything())
+        return warned
 
     @rule(seed=seeds, rank=st.sampled_from([None, 1, 2]), scale=st.sampled_from([0.1, 1e-6, 1e3, 0.0]))
     def good_step(self, seed, rank, scale):
@@ -229,6 +237,72 @@ class Training(RuleBasedStateMachine):
         self.world.set_gradients(seed)
         self.step()
         assert self.world.optimizer.state[a]["step"] == 1 or not known
+
+    @rule(seed=seeds)
+    def load_an_earlier_state(self, seed):
+        """Into the same optimizer, with the weights of then: the same step comes out again."""
+        params, saved = self.world.params(), copy.deepcopy(self.world.optimizer.state_dict())
+        weights = [p.detach().clone() for p in params]
+        results = []
+        for _ in range(2):
+            self.world.set_gradients(seed)
+            self.step()
+            results.append(self.world.everything())
+            with torch.no_grad():
+                for p, w in zip(params, weights, strict=True):
+                    p.copy_(w)
+            self.world.optimizer.load_state_dict(copy.deepcopy(saved))
+        assert equal(*results)
+
+    @rule(seed=seeds, which=st.integers(0, 3))
+    def forget_a_pair(self, seed, which):
+        """It starts anew, and it alone."""
+        pair = self.world.pairs[which % len(self.world.pairs)]
+        counts = {p: int(state["step"]) for p, state in self.world.optimizer.state.items()}
+        for p in pair:
+            self.world.optimizer.state.pop(p, None)
+        self.world.set_gradients(seed)
+        self.step()
+        for p, state in self.world.optimizer.state.items():
+            assert int(state["step"]) == (1 if any(p is q for q in pair) else counts.get(p, 0) + 1)
+
+    @rule(seed=seeds, which=st.integers(0, 3))
+    def exchange_a_parameter(self, seed, which):
+        """As Accelerate's FSDP2 does: another tensor in the group's list, with the state of the one before."""
+        pair = self.world.pairs[which % len(self.world.pairs)]
+        for k, old in enumerate(pair):
+            pair[k] = new = torch.nn.Parameter(old.detach().clone())
+            for group in self.world.optimizer.param_groups:
+                group["params"] = [new if p is old else p for p in group["params"]]
+            if old in self.world.optimizer.state:
+                self.world.optimizer.state[new] = self.world.optimizer.state.pop(old)
+        self.world.set_gradients(seed)
+        assert not self.step()
+
+    @rule(seed=seeds, which=st.integers(0, 3))
+    def freeze_and_unfreeze_a_pair(self, seed, which):
+        """As an adapter that is not active: it stays as it is, bitwise, and goes on afterwards."""
+        pair = self.world.pairs[which % len(self.world.pairs)]
+        before = [p.detach().clone() for p in pair]
+        for trained in (False, True):
+            self.world.set_gradients(seed)
+            for p in pair:
+                p.requires_grad_(trained)
+                p.grad = p.grad if trained else None
+            assert not self.step()
+            assert trained or equal([p.detach() for p in pair], before)
+
+    @rule(seed=seeds, how=st.sampled_from(["exchanged", "moved"]))
+    def put_states_elsewhere(self, seed, how):
+        """As offloading them and bringing them back does: other tensors, or the same tensors elsewhere in memory."""
+        for state in self.world.optimizer.state.values():
+            for key, value in state.items():
+                if how == "moved":
+                    value.data = value.data.clone()
+                else:
+                    state[key] = value.clone()
+        self.world.set_gradients(seed)
+        assert not self.step()
 
     @invariant()
     def all_is_well(self):
