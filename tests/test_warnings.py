@@ -128,20 +128,40 @@ def test_one_gradient_is_enough():
         assert step_counting_warnings(optimizer, 2 * MAX_IDLE_IN_A_ROW) == 0
 
 
-def test_a_merged_adapter_is_noticed():
-    """PEFT's merge_and_unload and delete_adapter leave the optimizer with parameters of nobody."""
+def merged(model, config):
+    return model.merge_and_unload().requires_grad_(True)
+
+
+def deleted(model, config):
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    return model
+
+
+def exchanged(model, config):
+    """As EVA does with layers whose rank it changes."""
+    layer = model.base_model.model[0]
+    layer.lora_A["default"], layer.lora_B["default"] = torch.nn.Linear(9, 3), torch.nn.Linear(3, 7)
+    return model
+
+
+@pytest.mark.parametrize("change", [merged, deleted, exchanged])
+def test_an_adapter_that_is_no_longer_the_models_is_noticed(change):
+    """The model trains on, and the optimizer has parameters of nobody. (The step before sets them to None.)"""
     peft = pytest.importorskip("peft")
-    for change in (lambda model: model.merge_and_unload(), lambda model: model.delete_adapter("default")):
-        base = torch.nn.Sequential(torch.nn.Linear(9, 7), torch.nn.Linear(7, 5))
-        model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
-        optimizer = LoRARite(model.named_parameters(), lr=1e-2)
-        step = lambda net, optimizer=optimizer: (
-            optimizer.zero_grad(), net(torch.ones(2, 9)).sum().backward(), optimizer.step()
-        )  # fmt: skip
-        step(model)
-        left = change(model) or model
-        left.requires_grad_(True)
-        for _ in range(MAX_IDLE_IN_A_ROW - 1):
-            step(left)
-        with pytest.warns(UserWarning, match="merge_and_unload, delete_adapter or an exchange of its layers"):
-            step(left)
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(9, 7), torch.nn.Linear(7, 5)), config)
+    optimizer = LoRARite(model.named_parameters(), lr=1e-2)
+
+    def step(net):
+        optimizer.zero_grad()
+        net(torch.ones(2, 9)).sum().backward()
+        optimizer.step()
+
+    step(model)
+    left = change(model, config)
+    for _ in range(MAX_IDLE_IN_A_ROW - 1):
+        step(left)
+    with pytest.warns(UserWarning, match="merge_and_unload, delete_adapter or an exchange of its layers"):
+        step(left)
