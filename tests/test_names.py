@@ -245,3 +245,30 @@ def test_parametrized_factors_are_no_factors():
     nn.utils.parametrize.register_parametrization(layer, "weight", Adapter())
     (pair,) = find_pairs(layer).pairs
     assert pair.a_name == "parametrizations.weight.0.lora_A"
+
+
+def test_a_state_goes_from_a_peft_model_to_the_model_inside():
+    """As where the adapter was injected (transformers' add_adapter) in one run and not in the other."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    net = peft.get_peft_model(nn.Sequential(nn.Linear(9, 7)), peft.LoraConfig(r=2, target_modules=["0"]))
+    optimizer, inside = LoRARite(net.named_parameters()), LoRARite(net.get_base_model().named_parameters())
+    net(torch.ones(2, 9)).sum().backward()
+    optimizer.step()
+    inside.load_state_dict(optimizer.state_dict())
+    assert inside.param_groups[0]["param_names"][0] == "0.lora_A.default.weight"
+    assert equal(states(inside), states(optimizer))
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer")
+def test_layers_of_several_pairs_are_recognised_under_wrappers():
+    """By their module, which the wrapper hides: a grouped convolution, checkpointed, compiled and both."""
+    peft = pytest.importorskip("peft")
+    for wrap in (checkpoint_wrapper, compiled, lambda layer: compiled(checkpoint_wrapper(layer))):
+        net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+        net = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["0"]))
+        plain = find_pairs(net).pairs[0]
+        net.base_model.model[0] = wrap(net.base_model.model[0])
+        (pair,) = find_pairs(net).pairs
+        assert (pair.blocks, pair.columns, pair.a) == (plain.blocks, plain.columns, plain.a)
+        assert pair.blocks == 2
