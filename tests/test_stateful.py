@@ -2,8 +2,8 @@
 
 Actions: steps on gradients of any rank and scale, with non-finite or missing ones; saving, loading into a fresh
 optimizer (by torch.save and weights_only) or into the same one, copies; further groups; other learning rates; factors
-moved to another dtype, exchanged, frozen, unfrozen or changed from outside; states forgotten, exchanged and moved. After
-each action the invariants hold, and each step equals that of a copy, which plans it anew: no plan is stale.
+moved to another dtype, exchanged, frozen, unfrozen or changed from outside; states forgotten, exchanged and moved.
+After each action the invariants hold, and each step equals that of a copy, which plans it anew: no plan is stale.
 """
 
 import copy
