@@ -34,8 +34,8 @@ from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError
 from .pairs import check_order, check_pair, is_cut_through, overlapping_storage, param_groups
 from .sharding import Shards, check_sharding, is_sharded, local
 
-#: Keyword arguments with the settings of the authors' PyTorch code: its step wherever the factors have full rank. Directions
-#: without rank, which that code inverts, are cut (for the deviations see :class:`LoRARite`).
+#: Keyword arguments with the settings of the authors' PyTorch code: its step wherever the factors have full rank.
+#: Directions without rank, which that code inverts, are cut (for the deviations see :class:`LoRARite`).
 PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
 
 #: Non-finite gradients in so many steps in a row are an error.
