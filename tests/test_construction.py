@@ -215,9 +215,58 @@ def test_bad_hyperparameters(options, message):
         LoRARite([{"params": flat(), **options}])
 
 
-def test_unknown_keys_and_kinds():
-    with pytest.raises(ValueError, match="unknown key 'learning_rate'"):
-        LoRARite([{"params": flat(), "learning_rate": 1}])
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("learning_rate", "lr"), ("LR", "lr"), ("lrs", "lr"), ("weigth_decay", "weight_decay"), ("wd", "weight_decay"),
+     ("beta2", "betas"), ("weightdecay", "weight_decay"), ("epsilon", "eps"), ("maximise", "maximize"),
+     ("block", "blocks"), ("clip_unmagnified", "clip_unmagnified_grad"), ("eps_", "eps"), ("param", "params")],
+)  # fmt: skip
+def test_misspelt_keys_of_a_group_are_named(key, meant):
+    """A learning rate that nobody reads would be lost without a word."""
+    with pytest.raises(ValueError, match=f"unknown key '{key}' in a parameter group: did you mean '{meant}'"):
+        LoRARite([{"params": flat(), key: 1}])
+    optimizer = LoRARite(flat())
+    with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+        optimizer.add_param_group({"params": flat(), key: 1})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_options_of_the_optimizer_are_not_for_groups():
+    with pytest.raises(ValueError, match=r"adamw_lr is an option of the optimizer; in a parameter group .* called lr"):
+        LoRARite([{"params": flat(), "adamw_lr": 1}])
+    with pytest.raises(ValueError, match="a parameter group without 'params'"):
+        LoRARite([{"name": "first"}])
+
+
+def test_keys_of_others_stay_in_the_groups():
+    """Those of a SAM around it, of Lightning, of timm, of schedulers, as with torch's optimizers: kept by the
+    constructor, by add_param_group in each group that it makes, and through states."""
+    import copy
+
+    extra = {
+        "rho": 0.05, "adaptive": True, "name": "first", "lr_scale": 0.5, "weight_decay_mult": 2, "initial_lr": 1e-3,
+        "decoupled_weight_decay": True, "foreach": None, "layer": [1, 2], "momentum": 0.9,
+    }  # fmt: skip
+    kept = lambda optimizer: [{key: group.get(key, "none") for key in extra} for group in optimizer.param_groups]
+    head = ("head.weight", parameter(3, 3))
+    optimizer = LoRARite([{"params": [*named(), head], **extra}], adamw_lr=1e-3)
+    assert kept(optimizer) == [extra, extra]
+    optimizer.add_param_group({"params": named("other"), **extra, "name": "second"})
+    assert kept(optimizer)[2]["name"] == "second"
+    plain = LoRARite([{"params": [*named(), head]}, {"params": named("other")}], adamw_lr=1e-3)
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert kept(plain) == kept(optimizer)
+
+
+def test_an_optimizer_around_it_finds_its_keys():
+    """As SAM does: it puts its own defaults into the groups and makes the optimizer from them."""
+    outer = torch.optim.SGD([{"params": [*named(), ("head.weight", parameter(3, 3))]}], lr=0.1)
+    groups = [{"params": g["params"], "param_names": g["param_names"], "rho": 0.05} for g in outer.param_groups]
+    inner = LoRARite(groups, adamw_lr=1e-3)
+    assert [group["rho"] for group in inner.param_groups] == [0.05, 0.05]
+
+
+def test_unknown_kinds():
     with pytest.raises(ValueError, match="kind is"):
         LoRARite([{"params": flat(), "kind": "muon"}])
     with pytest.raises(TypeError):

@@ -106,6 +106,7 @@ def test_callback_warns_and_logs(tmp_path):
         warnings.simplefilter("always")
         run.train()
     messages = "\n".join(str(w.message) for w in caught)
+    assert {w.filename for w in caught if "LoRARiteCallback" in str(w.message)} == {__file__}
     assert "max_grad_norm=1.0 clips raw gradients" in messages
     assert "learning_rate=5e-05 of the training arguments is not used" in messages
     logged = run.state.log_history[1]

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError('LoRARiteCallback needs transformers: pip install "lora-rite[finetune]"') from error
 
-from .errors import LoRARiteValueError
+from .errors import LoRARiteValueError, warn
 from .hf import FIGURES, RAW_CLIPPING, unwrap
 from .layers import layer_report
 from .optimizer import LoRARite
@@ -95,4 +94,4 @@ class LoRARiteCallback(TrainerCallback):
 
     @staticmethod
     def _warn(message: str) -> None:
-        warnings.warn(f"LoRARiteCallback: {message}", stacklevel=3)
+        warn(f"LoRARiteCallback: {message}")

@@ -1,4 +1,14 @@
-"""The errors of lora-rite: all are :class:`LoRARiteError`, and also the built-in error that a caller would expect."""
+"""The errors of lora-rite: all are :class:`LoRARiteError`, and also the built-in error that a caller would expect.
+And how it warns."""
+
+import sys
+import warnings
+
+#: Packages that call the optimizer or a callback on behalf of somebody: a warning is not about their lines.
+_BETWEEN = (
+    "lora_rite", "torch", "accelerate", "transformers", "trl", "peft", "lightning", "lightning_fabric",
+    "pytorch_lightning", "deepspeed", "pytorch_optimizer", "contextlib", "functools", "threading", "concurrent",
+)  # fmt: skip
 
 
 class LoRARiteError(Exception):
@@ -52,3 +62,15 @@ class InterruptedRunError(LoRARiteError, RuntimeError):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the user's line: the innermost one outside of this package, torch and what trains by them; the
+    outermost line where there is no other (so in a thread of theirs). A stack level would count frames, and of torch's
+    there are more where a scheduler or a scaler has wrapped ``step``."""
+    frame = sys._getframe(1)
+    while str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN and frame.f_back is not None:
+        frame = frame.f_back
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    where = frame.f_code.co_filename, frame.f_lineno
+    warnings.warn_explicit(message, UserWarning, *where, frame.f_globals.get("__name__"), registry)

@@ -1,11 +1,10 @@
 """LoRARite for a PEFT model and for transformers' Trainer. Needs torch alone."""
 
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import LoRARiteValueError
+from .errors import LoRARiteValueError, warn
 from .optimizer import LoRARite
 from .pairs import NO_FACTOR, find_pairs, param_groups
 
@@ -67,7 +66,7 @@ class LoRARiteFactory:
                 )
             kwargs["lr"] = training_args.learning_rate
         if clip := getattr(training_args, "max_grad_norm", None):
-            warnings.warn(f"max_grad_norm={clip} {RAW_CLIPPING}: set max_grad_norm=0", stacklevel=2)
+            warn(f"max_grad_norm={clip} {RAW_CLIPPING}: set max_grad_norm=0")
         return create_lora_rite(model, **kwargs)
 
 

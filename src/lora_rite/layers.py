@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .batch import make_batches, rank_of
+from .names import plain_names
 from .optimizer import LoRARite
 
 
@@ -14,7 +15,7 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
     Where two parameters hold several pairs, over all of these.
 
     ====================  ==================================================================================
-    ``name``              name of A (a running number where the optimizer was given no names)
+    ``name``              name of A without what wrappers put into it (a running number where there are no names)
     ``rank``              r
     ``damped_share``      share of the singular directions of B·A with σ < δ (0 without damping)
     ``sigma_over_delta``  median of σ/δ (None without damping, or at lr 0)
@@ -26,7 +27,7 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
     ``docs/tuning.md``. Takes a few r×r decompositions a pair and synchronises with the device: for logging, not for
     every step.
     """
-    names, rows = optimizer._names_by_position(), []
+    names, rows = plain_names(optimizer._names_by_position()), []
     with optimizer._full_precision():
         for group, pairs in optimizer._alike(optimizer._with_state):
             for pair in pairs:

@@ -1,6 +1,5 @@
 """A callback for Lightning."""
 
-import warnings
 from typing import Any
 
 try:
@@ -8,6 +7,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError('lora_rite.lightning needs Lightning: pip install "lora-rite[trainers]"') from error
 
+from .errors import warn
 from .hf import FIGURES, RAW_CLIPPING, unwrap
 from .optimizer import LoRARite
 
@@ -27,12 +27,9 @@ class LoRARiteCallback(Callback):
         self._reported = trainer.global_step
         if not _optimizers(trainer):
             names = ", ".join(type(o).__name__ for o in trainer.optimizers)
-            warnings.warn(f"LoRARiteCallback: the optimizer is {names}, not LoRARite", stacklevel=2)
+            warn(f"LoRARiteCallback: the optimizer is {names}, not LoRARite")
         elif trainer.gradient_clip_val:
-            warnings.warn(
-                f"LoRARiteCallback: gradient_clip_val={trainer.gradient_clip_val} {RAW_CLIPPING}; leave it out",
-                stacklevel=2,
-            )
+            warn(f"LoRARiteCallback: gradient_clip_val={trainer.gradient_clip_val} {RAW_CLIPPING}; leave it out")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,11 +1,12 @@
 """``LoRARite``: validates, keeps state, batches same-shape pairs, calls :mod:`lora_rite.rite`, commits."""
 
+import difflib
 import math
 import threading
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
@@ -30,7 +31,8 @@ from .batch import (
     rounding_key,
     work_dtype,
 )
-from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError
+from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError, warn
+from .names import plain_names
 from .pairs import check_order, check_pair, is_cut_through, overlapping_storage, param_groups
 from .sharding import Shards, check_sharding, is_sharded, local
 
@@ -42,11 +44,14 @@ PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0,
 MAX_SKIPPED_IN_A_ROW = 3
 #: Gradients dropped by ``update_skipping`` in so many steps in a row are worth a warning.
 MAX_DROPPED_IN_A_ROW = 10
+#: So many steps in a row in which no parameter has a gradient are worth a warning.
+MAX_IDLE_IN_A_ROW = 10
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
-_SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "differentiable")
 _LAYOUT_KEYS = ("blocks", "columns")
+#: Other names of options → ours: too far from them to be seen as misspelt.
+_OTHER_NAMES = {"learning_rate": "lr", "epsilon": "eps", "wd": "weight_decay"}
 ADAMW_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 _ATTACH = "attach an adapter first (peft.get_peft_model), and pass model.named_parameters()"
 _NON_NEGATIVE = (
@@ -169,7 +174,7 @@ class LoRARite(torch.optim.Optimizer):
         given: Any = params if isinstance(params, Tensor) else list(params)
         if isinstance(given, list) and not given:
             raise LoRARiteValueError(f"no LoRA pairs: params is empty; {_ATTACH}")
-        self._statistics, self._skipped_in_a_row, self._warned_one_sided = _Statistics(), 0, False
+        self._begin()
         super().__init__(given, defaults)
         if not any(group["kind"] == "lora" for group in self.param_groups):
             raise LoRARiteValueError(f"no LoRA pairs among the trainable parameters; {_ATTACH}")
@@ -177,7 +182,12 @@ class LoRARite(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {"lr": None})
+        self._begin()
+
+    def _begin(self) -> None:
+        """What is counted and said since this optimizer was made or loaded."""
         self._statistics, self._skipped_in_a_row, self._warned_one_sided = _Statistics(), 0, False
+        self._idle_in_a_row, self._warned_idle = 0, False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_adamw": self._adamw}
@@ -186,13 +196,13 @@ class LoRARite(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group: of kind "lora" (A, B, A, B, …), of kind "adamw", or, without ``kind``, named parameters of both
-        sorts or a flat list A, B, A, B, … Nothing is added where anything is wrong with it.
+        sorts or a flat list A, B, A, B, … Nothing is added where anything is wrong with it. Keys that are none of
+        LoRARite's (``name``, ``lr_scale``, those of a scheduler or of an optimizer around it) are kept, also in
+        ``state_dict``, as torch's optimizers do; one that looks like a misspelt option is an error.
         """
         if not isinstance(param_group, dict):
             raise LoRARiteTypeError(f"param_group must be a dict, but got {type(param_group).__name__}")
-        unknown = set(param_group) - {"params", "param_names", "kind", *_LAYOUT_KEYS, *_SCHEDULER_KEYS, *self.defaults}
-        if unknown:
-            raise LoRARiteValueError(f"unknown key {sorted(unknown)[0]!r} in a parameter group")
+        foreign = self._foreign(param_group)
         if isinstance(param_group["params"], set):
             raise LoRARiteTypeError("params is a set, whose order changes between runs: pass a list")
         given = param_group["params"]
@@ -215,6 +225,7 @@ class LoRARite(torch.optim.Optimizer):
         else:
             trainable = [(name, p) for name, p in labelled if p.requires_grad]
             groups = [{"params": trainable, "kind": "lora", **options}] if trainable else []
+        groups = [{**foreign, **group} for group in groups]
         for group in groups:
             _check_tensors(group["params"])  # frozen factors of pairs too
             self._check_group(group, named)
@@ -231,6 +242,22 @@ class LoRARite(torch.optim.Optimizer):
             if not named:
                 group["params"] = [p for _, p in group["params"]]
             super().add_param_group(group)
+
+    def _foreign(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """What of a group is not for LoRARite; LoRARiteValueError where it looks as if it were meant to be."""
+        own = ["params", "param_names", "kind", *_LAYOUT_KEYS, *self.defaults]
+        foreign = {key: value for key, value in param_group.items() if key not in own}
+        for key in (key for key in foreign if isinstance(key, str)):
+            if key.removeprefix("adamw_") in self._adamw:
+                raise LoRARiteValueError(
+                    f"{key} is an option of the optimizer; in a parameter group of kind adamw it is called "
+                    f"{key.removeprefix('adamw_')}"
+                )
+            if (meant := _meant(key, own)) is not None:
+                raise LoRARiteValueError(f"unknown key {key!r} in a parameter group: did you mean {meant!r}?")
+        if "params" not in param_group:
+            raise LoRARiteValueError("a parameter group without 'params'")
+        return foreign
 
     def _check_group(self, group: dict[str, Any], named: bool) -> None:
         kind, params = group["kind"], group["params"]
@@ -272,6 +299,7 @@ class LoRARite(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_idle()
         others = [group for group in self.param_groups if group["kind"] == "adamw"]
         fresh: dict[Tensor, State] = {}
         with self._full_precision():
@@ -307,6 +335,18 @@ class LoRARite(torch.optim.Optimizer):
             if lr * decay >= 1:
                 raise LoRARiteValueError(f"lr={lr} with weight_decay={decay} wipes out the weights in one step")
 
+    def _check_idle(self) -> None:
+        """Warns, once, of parameters that nothing computes gradients for any more."""
+        idle = all(p.grad is None for group in self.param_groups for p in group["params"])
+        self._idle_in_a_row = self._idle_in_a_row + 1 if idle else 0
+        if self._idle_in_a_row >= MAX_IDLE_IN_A_ROW and not self._warned_idle:
+            self._warned_idle = True
+            warn(
+                f"no parameter of this optimizer has had a gradient in {MAX_IDLE_IN_A_ROW} steps in a row: either none "
+                "was computed, or they are no longer the model's (after merge_and_unload, delete_adapter or an "
+                "exchange of its layers make a new optimizer). This is said once"
+            )
+
     def _measure(
         self, fresh: dict[Tensor, State], others: list[dict[str, Any]]
     ) -> tuple[list[Batch], Tensor | None] | None:
@@ -339,10 +379,9 @@ class LoRARite(torch.optim.Optimizer):
         self._skipped_in_a_row = 0
         self._statistics.add(batches, norm, ok)
         if self._statistics.dropped_in_a_row(batches) >= MAX_DROPPED_IN_A_ROW:
-            warnings.warn(
+            warn(
                 f"update_skipping has dropped gradients in {MAX_DROPPED_IN_A_ROW} steps in a row: their unmagnified "
-                "root mean square is above it; raise it, or set it to 0",
-                stacklevel=4,
+                "root mean square is above it; raise it, or set it to 0"
             )
         return batches, None
 
@@ -376,10 +415,9 @@ class LoRARite(torch.optim.Optimizer):
             yield from ((group, pairs) for pairs in alike.values())
         if one_sided and not self._warned_one_sided:
             self._warned_one_sided = True
-            warnings.warn(
+            warn(
                 f"{self._names_by_position()[one_sided[0]]} and its partner: one has a gradient and the other none, so "
-                f"neither is moved ({len(one_sided)} such pairs; this is said once)",
-                stacklevel=6,
+                f"neither is moved ({len(one_sided)} such pairs; this is said once)"
             )
 
     def _altered(self, p: Tensor) -> bool:
@@ -450,11 +488,10 @@ class LoRARite(torch.optim.Optimizer):
                     raise NonFiniteError(f"parameter {name} is too large: sums of its values overflow")
             fresh.update(new_state(self._group_at(pair.position), pair))
         first = names[changed[0].position]
-        warnings.warn(
+        warn(
             f"{len(changed)} pairs were changed from outside since the last step "
             f"({first}{', …' * (len(changed) > 1)}): their moments start anew. Load the optimizer's state "
-            "together with the weights to keep them",
-            stacklevel=5,
+            "together with the weights to keep them"
         )
 
     def _group_at(self, position: int) -> dict[str, Any]:
@@ -484,7 +521,7 @@ class LoRARite(torch.optim.Optimizer):
                 f"{message}, {in_a_row} steps in a row: lower the learning rate, or look for the first "
                 "non-finite loss. Parameters and state are those of the last good step"
             )
-        warnings.warn(f"{message}: step skipped ({self.param_groups[0]['skipped']} so far)", stacklevel=4)
+        warn(f"{message}: step skipped ({self.param_groups[0]['skipped']} so far)")
 
     def _names_by_position(self) -> list[str]:
         return [name for names in _names(self.param_groups) for name in names]
@@ -785,31 +822,9 @@ def _match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> di
             'not a LoRA-RITE state: its groups have no "kind". A run of another optimizer cannot go on with LoRARite; '
             "load the weights alone"
         )
-    names, saved_names = _names(groups), [list(map(_unwrapped, group.get("param_names", []))) for group in saved]
-    if all(saved_names) and all("param_names" in group for group in groups):
-        plain = [list(map(_unwrapped, own)) for own in names]
-        ids = {
-            n: i
-            for group, own in zip(saved, saved_names, strict=True)
-            for n, i in zip(own, group["params"], strict=True)
-        }
-        home = {n: k for k, group in enumerate(saved_names) for n in group}
-        ours = list(chain.from_iterable(plain))
-        differences = [f"{n} is not in the state" for n in ours if n not in ids]
-        differences += [f"{n} is not in the optimizer" for n in ids if n not in set(ours)]
-        differences = differences or [
-            f"{n} is in group {home[n]} of the state and in group {k} of the optimizer, which differ"
-            for k, group in enumerate(plain)
-            for n in group
-            if n in home and sorted(saved_names[home[n]]) != sorted(group)
-        ]
-        if differences:
-            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-            raise LoRARiteValueError("the state is of other parameters: " + "; ".join(differences[:3]) + more)
-        saved = [
-            {**saved[home[g[0]]], "params": [ids[n] for n in g], "param_names": list(own)}
-            for g, own in zip(plain, names, strict=True)
-        ]
+    names = _names(groups)
+    if all(group.get("param_names") for group in [*saved, *groups]):
+        saved = _by_name(saved, names)
     for group, saved_group, group_names in zip(groups, saved, names, strict=False):
         for p, saved_id, name in zip(group["params"], saved_group["params"], group_names, strict=False):
             state = state_dict["state"].get(saved_id)
@@ -842,6 +857,41 @@ def _match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> di
     return {**state_dict, "param_groups": saved}
 
 
+def _by_name(saved: list[dict[str, Any]], names: list[list[str]]) -> list[dict[str, Any]]:
+    """The saved groups in the order of the optimizer's, whose names these are, whatever wrappers put into them."""
+    given, saved_given = [list(chain.from_iterable(side)) for side in (names, (g["param_names"] for g in saved))]
+    same = set(given) == set(saved_given)
+    ours, theirs = (given, saved_given) if same else (plain_names(given), plain_names(saved_given))
+    plain, saved_plain = _cut(ours, map(len, names)), _cut(theirs, (len(group["param_names"]) for group in saved))
+    if twice := [name for side in (ours, theirs) for name, n in Counter(side).items() if n > 1]:  # (of two models)
+        if plain != saved_plain:
+            raise LoRARiteValueError(f"two parameters are named {twice[0]}, so the state has to be in their order")
+        return [{**group, "param_names": list(own)} for group, own in zip(saved, names, strict=True)]
+    ids = dict(zip(theirs, chain.from_iterable(group["params"] for group in saved), strict=True))
+    home = {name: k for k, group in enumerate(saved_plain) for name in group}
+    differences = [f"{name} is not in the state" for name in ours if name not in ids]
+    differences += [f"{name} is not in the optimizer" for name in ids if name not in set(ours)]
+    differences = differences or [
+        f"{name} is in group {home[name]} of the state and in group {k} of the optimizer, which differ"
+        for k, group in enumerate(plain)
+        for name in group
+        if sorted(saved_plain[home[name]]) != sorted(group)
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise LoRARiteValueError("the state is of other parameters: " + "; ".join(differences[:3]) + more)
+    return [
+        {**saved[home[group[0]]], "params": [ids[name] for name in group], "param_names": list(own)}
+        for group, own in zip(plain, names, strict=True)
+    ]
+
+
+def _cut(names: list[str], lengths: Iterable[int]) -> list[list[str]]:
+    """Names by group."""
+    rest = iter(names)
+    return [list(islice(rest, length)) for length in lengths]
+
+
 def _fault(state: State) -> str | None:
     """What is wrong with the values of a saved state."""
     step = local(state["step"])
@@ -868,11 +918,6 @@ def _changed_shape(name: str, moment: Tensor, p: Tensor) -> str:
     )
 
 
-def _unwrapped(name: str) -> str:
-    """A parameter's name without what DistributedDataParallel and torch.compile put in front of it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
 def _names(groups: list[dict[str, Any]]) -> list[list[str]]:
     """Names of the parameters, by group; a running number where they have none."""
     names, offset = [], 0
@@ -881,6 +926,15 @@ def _names(groups: list[dict[str, Any]]) -> list[list[str]]:
         names.append(group.get("param_names") or [f"parameter {i}" for i in numbers])
         offset += len(group["params"])
     return names
+
+
+def _meant(key: str, options: list[str]) -> str | None:
+    """The option that somebody meant who wrote ``key``; None where it is a name of its own, as ``lr_scale`` is."""
+    words = key.strip("_").lower()
+    if any(f"_{option}_" in f"_{words}_" and option != words for option in options):
+        return None
+    close = difflib.get_close_matches(words, options, n=1, cutoff=0.8)
+    return _OTHER_NAMES.get(words, close[0] if close else None)
 
 
 def _check_tensors(named: list[tuple[str, Any]]) -> None:

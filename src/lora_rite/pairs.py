@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoRARiteTypeError, LoRARiteValueError
+from .names import plain_names
 from .sharding import is_sharded, local
 
 #: Name of A → name of B, as a whole segment of a dotted parameter name.
@@ -30,6 +31,9 @@ FACTOR_NAMES = {
 }
 #: A parameter of this name beside A and B stands between them: ΔW = B·(it)·A, which has not the invariance of B·A.
 BETWEEN_NAMES = ("lora_E", "lora_diag", "lora_mid", "hada_t1", "hada_t2", "lokr_t2")
+#: Behind a factor's name: the parameter is what a parametrization makes the factor of (torch.nn.utils.parametrize, and
+#: the older weight_norm, spectral_norm and prune).
+PARAMETRIZED = ("parametrizations", "weight_g", "weight_v", "weight_orig")
 #: Type of device → why LoRARite refuses it.
 REFUSED_DEVICES = {"mps": "there is no float64 on Apple's MPS, and no eigenvalue decomposition: train on the CPU"}
 #: Where a B that holds several pairs has them: one below the other, or in its columns.
@@ -115,29 +119,37 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
 
     One factor of a pair may be frozen (``requires_grad=False``), as in LoRA-FA and MiCA; it must be given too.
 
+    What wrappers put into names (torch.compile, activation checkpointing, DDP, …) does not matter.
+
     Raises:
-        LoRARiteValueError: a trainable factor without its partner, or two factors that cannot be multiplied.
+        LoRARiteValueError: a trainable factor without its partner, two factors that cannot be multiplied, or two
+            parameters of one name.
     """
     if isinstance(model, nn.Module):
         stacked, named = _stacked_layers(model), list(model.named_parameters())
     else:
         stacked, named = {}, _check_named(model)
+    given = dict(zip(plain_names([name for name, _ in named]), (name for name, _ in named), strict=True))
+    named = list(zip(given, (p for _, p in named), strict=True))
     everything = dict(named)
     trainable = {name: p for name, p in named if p.requires_grad}
     pairing, excluded = Pairing(), {}
+    for name in everything:
+        if _is_parametrized(name):
+            excluded[_layer(name)] = f"ΔW is not a plain product B·A: a factor is computed from {given[name]}"
     for name in trainable:
         if any(segment in BETWEEN_NAMES for segment in name.split(".")):
-            excluded[_layer(name)] = f"ΔW is not a plain product B·A: {name} stands between"
+            excluded[_layer(name)] = f"ΔW is not a plain product B·A: {given[name]} stands between"
     partners: dict[str, str] = {}
     for name, p in trainable.items():
         partner = _partner(name)
         if partner is None:
-            pairing.left_out.append(LeftOut(name, p, _why_not(name)))
+            pairing.left_out.append(LeftOut(given[name], p, _why_not(name)))
         elif reason := excluded.get(_layer(name)):
-            pairing.left_out.append(LeftOut(name, p, reason))
+            pairing.left_out.append(LeftOut(given[name], p, reason))
         elif partner not in everything:
             raise LoRARiteValueError(
-                f"unpaired factor {name}: no {partner}. Pass both factors, also where one is frozen "
+                f"unpaired factor {given[name]}: no {partner}. Pass both factors, also where one is frozen "
                 "(model.named_parameters()), or freeze this one"
             )
         elif _is_a(name):
@@ -145,12 +157,13 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
         else:
             partners[partner] = name
     for a_name, b_name in partners.items():
-        layout = stacked.get(_layer(a_name), (1, ""))
-        pair = Pair(a_name, b_name, everything[a_name], everything[b_name], *layout)
-        check_pair(pair.a, pair.b, a_name, b_name, *layout)
+        layout = stacked.get(_layer(given[a_name]), (1, ""))
+        pair = Pair(given[a_name], given[b_name], everything[a_name], everything[b_name], *layout)
+        check_pair(pair.a, pair.b, pair.a_name, pair.b_name, *layout)
         pairing.pairs.append(pair)
     paired = {name for names in partners.items() for name in names}
-    pairing.frozen += [name for name, p in named if not p.requires_grad and _partner(name) and name not in paired]
+    frozen = [name for name, p in named if not p.requires_grad and _partner(name) and name not in paired]
+    pairing.frozen += [given[name] for name in frozen]
     return pairing
 
 
@@ -201,7 +214,8 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, 
             f"rank mismatch {a.shape[0]} vs {b.shape[1]}: {a_name} has shape {tuple(a.shape)}, {b_name} "
             f"{tuple(b.shape)}, and should have (r, n) and (m, r){hint}{f', {blocks} times' * (blocks > 1)}"
         )
-    if _partner(a_name) == b_name and not _is_a(a_name):
+    plain = plain_names([a_name, b_name])
+    if _partner(plain[0]) == plain[1] and not _is_a(plain[0]):
         raise LoRARiteValueError(f"{a_name} comes before {b_name}: a group of kind lora is A, B, A, B, …")
     if is_cut_through(b, blocks, columns):
         raise LoRARiteValueError(
@@ -240,6 +254,12 @@ def _check_named(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]
             raise LoRARiteTypeError(f"expected a model or its named_parameters(), got an item of {type(item).__name__}")
         if not isinstance(item[1], Tensor):
             raise LoRARiteTypeError(f"{item[0]} is a {type(item[1]).__name__}, not a tensor")
+    names = [name for name, _ in named]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise LoRARiteValueError(
+            f"two parameters are named {twice}: pass each model's parameters as a group of its own, or name them apart"
+        )
     return named
 
 
@@ -258,6 +278,13 @@ def _partner(name: str) -> str | None:
 
 def _is_a(name: str) -> bool:
     return next(s in FACTOR_NAMES for s in reversed(name.split(".")) if s in {*FACTOR_NAMES, *FACTOR_NAMES.values()})
+
+
+def _is_parametrized(name: str) -> bool:
+    """Whether a factor is computed from the parameter of this name by more than taking it."""
+    segments = name.split(".")
+    factor = [i for i, s in enumerate(segments) if s in {*FACTOR_NAMES, *FACTOR_NAMES.values()}]
+    return bool(factor) and any(s in PARAMETRIZED for s in segments[factor[-1] + 1 :])
 
 
 def _layer(name: str) -> str:

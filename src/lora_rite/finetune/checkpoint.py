@@ -15,7 +15,6 @@ import signal
 import tempfile
 import threading
 import uuid
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from ..errors import (
     LoRARiteValueError,
     NonFiniteError,
     WriteError,
+    warn,
 )
 from ..inputs import first_line
 
@@ -334,10 +334,10 @@ def clear(folder: Path, problems: dict[Path, str]) -> None:
         if (checkpoint / MANIFEST).exists():
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(checkpoint, aside)
-            warnings.warn(f"{checkpoint} is not used: {problem}; it is {aside.name} now", stacklevel=2)
+            warn(f"{checkpoint} is not used: {problem}; it is {aside.name} now")
         else:
             shutil.rmtree(checkpoint)
-            warnings.warn(f"{checkpoint} is not used: {problem}; removed", stacklevel=2)
+            warn(f"{checkpoint} is not used: {problem}; removed")
     for left_over in folder.glob(".deleted-checkpoint-*"):
         shutil.rmtree(left_over)
 
@@ -475,7 +475,7 @@ class Run:
         clear(self.folder, problems)
         if self.checkpoint is None:
             (self.out / "layers.jsonl").unlink(missing_ok=True)  # of steps that are computed again
-            warnings.warn(f"{self.out} had saved no checkpoint yet: the run starts from the beginning", stacklevel=2)
+            warn(f"{self.out} had saved no checkpoint yet: the run starts from the beginning")
         else:
             self.last_saved = step_of(self.checkpoint)
         if changed:
@@ -483,10 +483,9 @@ class Run:
         if any(differ.values()):
             write_json(self.out / SETTINGS, self.record)
         if changed:
-            warnings.warn(
+            warn(
                 f"changed since the run was interrupted: {', '.join(changed)}; it is no longer bitwise the run that it "
-                "would have been",
-                stacklevel=2,
+                "would have been"
             )
 
     def train(self, trainer: Any, steps: int) -> None:

@@ -20,7 +20,6 @@ import shutil
 import signal
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -30,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError
+from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError, warn
 from ..inputs import resolve
 from .checkpoint import (
     ALLOW_CHANGED,
@@ -664,10 +663,7 @@ def _warn_of_other_versions(study: Study, out: Path, losses: Losses) -> None:
     known = [result.get("versions", {}) for result in found] + [versions()] * bool(study.due(losses))
     keys = set().union(*known) - {"date", "machine", "device", "threads"}
     if mixed := sorted(key for key in keys if len({str(part[key]) for part in known if key in part}) > 1):
-        warnings.warn(
-            f"runs of {out} are of different {', '.join(mixed)}, which may be what they differ by; the report has all",
-            stacklevel=2,
-        )
+        warn(f"runs of {out} are of different {', '.join(mixed)}, which may be what they differ by; the report has all")
 
 
 def _write_study(study: Study, out: Path, data: dict[str, Any], losses: Losses) -> dict[str, Any]:

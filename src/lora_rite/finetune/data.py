@@ -2,13 +2,12 @@
 
 import json
 import random
-import warnings
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import LoRARiteValueError
+from ..errors import LoRARiteValueError, warn
 
 IGNORED = -100  # the label of a token that carries no loss
 RECORDS = (".jsonl", ".json", ".parquet")  # files of records
@@ -62,7 +61,7 @@ def read_examples(path: Path, skip_bad_lines: bool = False) -> list[Example]:
                 raise
             bad.append(error)
     if bad:
-        warnings.warn(f"{len(bad)} lines are left out, {len(found)} are used; the first: {bad[0]}", stacklevel=3)
+        warn(f"{len(bad)} lines are left out, {len(found)} are used; the first: {bad[0]}")
     if not found:
         raise LoRARiteValueError(f"{path} has no text")
     return found

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoRARiteValueError
+from ..errors import LoRARiteValueError, warn
 from ..inputs import blame
 from ..models import TINY
 from . import checkpoint
@@ -121,10 +121,7 @@ def train(
     parts, sources = _read(data, task, data_dir, validation, holdout, seed, progress, skip_bad_lines)
     contaminated = len(set(parts[0]) & set(parts[1]))
     if contaminated:
-        warnings.warn(
-            f"{contaminated} held-out examples are in the training data too: the held-out loss is too good",
-            stacklevel=2,
-        )
+        warn(f"{contaminated} held-out examples are in the training data too: the held-out loss is too good")
     if (finished := _check_folder(out, settings, resume, allow_changed)) is not None:
         return finished
 
