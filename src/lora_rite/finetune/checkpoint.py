@@ -31,7 +31,7 @@ from ..errors import (
     NonFiniteError,
     WriteError,
 )
-from ..inputs import first_line
+from ..inputs import one_line
 
 MANIFEST, LOCK, SETTINGS, RESULT, FAILED = "manifest.json", ".lock", "settings.json", "result.json", "failed.json"
 SCHEMA = 1
@@ -99,7 +99,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         raise LoRARiteValueError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         advice = "restore it, or remove it and run what wrote it again"
-        raise LoRARiteValueError(f"{path} is damaged ({first_line(error)}): {advice}") from None
+        raise LoRARiteValueError(f"{path} is damaged ({one_line(error)}): {advice}") from None
     return found
 
 

@@ -142,7 +142,7 @@ def _parquet(path: Path) -> list[tuple[int, Any]]:
     try:
         return list(enumerate(parquet.read_table(path).to_pylist(), 1))
     except (OSError, ArrowException) as error:
-        raise LoRARiteValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        raise LoRARiteValueError(f"cannot read {path}: {one_line(error)}") from None
 
 
 def _example(record: dict[str, Any], where: str) -> Example:

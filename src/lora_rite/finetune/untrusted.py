@@ -57,7 +57,7 @@ def read_config(path: Path) -> Config:
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, LoRARiteValueError):
             raise
-        raise LoRARiteValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise LoRARiteValueError(f"{path}: {one_line(error)}") from None
     if not_text := [key for key in config if not isinstance(key, str)]:
         raise LoRARiteValueError(f"{path}: {not_text[0]!r} is no name of an option")
     config.lines = {key.value: f"{path}:{key.start_mark.line + 1}" for key, _ in node.value}
