@@ -389,7 +389,7 @@ class _Evaluator:
         )
         self.settings = {**settings, "model_digest": settings["model_digest"] or _model_digest(settings["model"])}
         self.limits = find_limits(network, self.tokenizer, settings["model"])
-        if (size := self.tokenizer.vocab_size) > self.limits.tokens and any(plan.judge for plan in plans):
+        if (size := self.tokenizer.vocab_size) > self.limits.tokens and any(plan.kind != "text" for plan in plans):
             raise LoRARiteValueError(
                 f"the tokenizer of --model has {size} tokens, and the model knows {self.limits.tokens}"
             )
@@ -437,10 +437,10 @@ class _Evaluator:
         from .limits import check_rows
 
         limits, encoder_decoder = self.limits, network.config.is_encoder_decoder
-        most = (limits.positions, limits.answer_positions, limits.declared)
-        length = min(self.settings["max_length"], *(limit for limit in most if limit is not None))
+        most = (self.settings["max_length"], limits.positions, limits.answer_positions, limits.declared)
+        length = min(limit for limit in most if limit is not None)
         found = windows(texts, self.tokenizer, length, encoder_decoder=encoder_decoder)
-        check_rows(found.rows, limits, encoder_decoder, self.tokenizer.pad_token_id)
+        check_rows(found.rows, limits, network, self.tokenizer)
         return found, length
 
     def _loss(self, plan: Plan) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import LoRARiteValueError
-from ..inputs import blame
+from ..inputs import blame, one_line
 from .data import Example, Row, Windows, windows
 
 #: Tokens of the sequences that are tried: the longer one tells tables of positions from T5's buckets of distances.
@@ -79,32 +79,25 @@ def find_limits(network: Any, tokenizer: Any, model: str, *, packing: bool = Fal
             "unk_token): set pad_token in its tokenizer_config.json"
         )
     embeddings = _embeddings(network)
-    known = min(len(weight) for weight in embeddings)
-    first, second = _ordinary(tokenizer, known)
-    with _untouched(network) as forward, blame(f"--model {model} cannot be run on text"):
-        run = _runner(network, forward, encoder_decoder)
-        try:
-            labels = run(first[:2], first[:2]).logits.shape[-1]
-        except Exception as error:
-            for key in ("decoder_start_token_id", "pad_token_id"):
-                if encoder_decoder and getattr(network.config, key, None) is None:
-                    raise LoRARiteValueError(
-                        f"its config has no {key}, which an encoder-decoder model needs: set it in its config.json"
-                    ) from error
-            raise
+    first, second = _ordinary(tokenizer, min(map(len, embeddings)))
+    with _untouched(network) as forward, blame(f"--model {model}"):
+        run = _runner(network, forward)
+        with _blame_config(network.config):
+            predicted = run(first[:2], first[:2]).logits.shape[-1]
         tables = {weight.data_ptr() for weight in embeddings}
         same = lambda n: first[:1] * n
-        positions = answers = _positions(lambda n: run(same(n), same(2 if encoder_decoder else n)), tables)
         if encoder_decoder:
+            positions = _positions(lambda n: run(same(n), same(2)), tables)
             answers = _positions(lambda n: run(same(2), same(n)), tables)
-            known = min(known, labels)  # labels are the decoder's inputs too, and its table may be the smaller one
         else:
-            _check_causal(run, first, second, positions, f"{type(network).__name__}, {network.config.model_type}")
-    if packing:
-        with _untouched(network) as forward:
+            positions = answers = _positions(lambda n: run(same(n), same(n)), tables)
+            _check_causal(network, run, first[: _room(positions)], second[: _room(positions)])
+        if packing:
             _check_packing(network, forward, first[: _room(positions)], second[: _room(positions)])
     config = network.config if encoder_decoder else network.config.get_text_config()
-    return Limits(positions, answers, getattr(config, "max_position_embeddings", None), known, labels)
+    declared = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    labels = min(predicted, len(embeddings[-1])) if encoder_decoder else predicted  # the decoder's inputs too
+    return Limits(positions, answers, declared, len(embeddings[0]), labels)
 
 
 def prepare_windows(
@@ -121,18 +114,18 @@ def prepare_windows(
         windows(part, tokenizer, max_length, encoder_decoder=encoder_decoder, packing=packing and n == 0)
         for n, part in enumerate(parts)
     ]
-    check_rows([row for part in found for row in part.rows], limits, encoder_decoder, tokenizer.pad_token_id)
+    check_rows([row for part in found for row in part.rows], limits, network, tokenizer)
     return found
 
 
-def check_rows(rows: list[Row], limits: Limits, encoder_decoder: bool, pad: int) -> None:
+def check_rows(rows: list[Row], limits: Limits, network: Any, tokenizer: Any) -> None:
     """Checks that the model has the tokens of the rows and positions for all of them. Warns of windows that are longer
-    than the config says, where the model's code has no limit.
+    than the config says, where the model runs on them all the same (models above :data:`COPIED` are not tried).
 
     Raises:
         LoRARiteValueError: by ``--model`` or ``--max_length``.
     """
-    largest = max(pad, *(max(row["input_ids"]) for row in rows))
+    largest = max(tokenizer.pad_token_id, *(max(row["input_ids"]) for row in rows))
     if largest >= limits.tokens:
         raise LoRARiteValueError(
             f"the tokenizer of --model gives token {largest}, and the model knows {limits.tokens} tokens"
@@ -141,20 +134,36 @@ def check_rows(rows: list[Row], limits: Limits, encoder_decoder: bool, pad: int)
         raise LoRARiteValueError(
             f"the tokenizer of --model gives token {label}, and the model predicts {limits.labels} tokens"
         )
-    keys = ("input_ids", "labels") if encoder_decoder else ("input_ids",)
+    keys = ("input_ids", "labels") if network.config.is_encoder_decoder else ("input_ids",)
     for key, limit in zip(keys, (limits.positions, limits.answer_positions), strict=False):
-        longest = max(len(row[key]) for row in rows)
+        row = max(rows, key=lambda row: len(row[key]))
+        longest = len(row[key])
         if limit is not None and longest > limit:
             raise LoRARiteValueError(
                 f"--max_length: a window has {longest} tokens, and --model has {limit} positions; give --max_length "
                 f"{limit} or less"
             )
         if limit is None and limits.declared is not None and longest > limits.declared:
+            _try_beyond(network, row, limits.declared)
             warnings.warn(
                 f"--max_length: a window has {longest} tokens, and --model was made for {limits.declared} "
                 "(max_position_embeddings): beyond, it may be much worse",
                 stacklevel=3,
             )
+
+
+def _try_beyond(network: Any, row: Row, declared: int) -> None:
+    """Runs a small model on a window that is longer than its config says."""
+    if sum(p.numel() for p in network.parameters()) > COPIED:
+        return
+    try:
+        with _untouched(network) as forward:
+            _runner(network, forward)(row["input_ids"], row["labels"])
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise LoRARiteValueError(
+            f"--max_length: --model cannot be run on a window of {len(row['input_ids'])} tokens ({one_line(error)}); "
+            f"give --max_length {declared} or less"
+        ) from error
 
 
 # --------------------------------------------------------------------------------------------------------- the trials
@@ -194,7 +203,21 @@ def _float(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
 
 
-def _runner(network: Any, forward: Forward, encoder_decoder: bool) -> Callable[[list[int], list[int]], Any]:
+@contextmanager
+def _blame_config(config: Any) -> Iterator[None]:
+    """Says which id an encoder–decoder model has not, where its first run fails for the want of one."""
+    try:
+        yield
+    except Exception as error:
+        for key in ("decoder_start_token_id", "pad_token_id"):
+            if config.is_encoder_decoder and getattr(config, key, None) is None:
+                raise LoRARiteValueError(
+                    f"its config has no {key}, which an encoder-decoder model needs: set it in its config.json"
+                ) from error
+        raise
+
+
+def _runner(network: Any, forward: Forward) -> Callable[[list[int], list[int]], Any]:
     """The model's output, with its loss, on tokens and labels."""
 
     def run(ids: list[int], labels: list[int]) -> Any:
@@ -227,13 +250,18 @@ def _room(positions: int | None) -> int:
 # ------------------------------------------------------------------------------------------------- tables of positions
 
 
-class _Lookups(TorchDispatchMode):
-    """Records, by operation and shape of the table, the largest index that is looked up; ``skipped`` tables aside."""
+class _Seen(Exception):
+    """Ends a run where a table is looked up at the watched index; whether the table has it."""
 
-    def __init__(self, skipped: set[int]):
+
+class _Lookups(TorchDispatchMode):
+    """Records, by operation and table (its size, and its other dimensions), the largest index that is looked up;
+    ``skipped`` tables aside. Ends the run where the ``watched`` index is looked up in a table of that kind."""
+
+    def __init__(self, skipped: set[int], watched: tuple[Any, int] | None = None):
         super().__init__()
-        self.largest: dict[tuple[Any, ...], int] = {}
-        self.skipped = skipped
+        self.largest: dict[tuple[Any, int], int] = {}
+        self.skipped, self.watched = skipped, watched
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LOOKUPS and args[0].data_ptr() not in self.skipped:
@@ -243,23 +271,29 @@ class _Lookups(TorchDispatchMode):
             else:
                 indices = [(0, where[0]) if func is torch.ops.aten.embedding.default else (where[0], where[1])]
             for dim, index in indices:
-                if index is not None and index.numel() and not index.is_floating_point() and index.dtype != torch.bool:
-                    key = (func, tuple(table.shape), dim)
-                    self.largest[key] = max(self.largest.get(key, 0), int(index.max()))
+                if index is None or not index.numel() or index.dtype not in (torch.int64, torch.int32):
+                    continue
+                kind, size = (func, dim, *table.shape[:dim], *table.shape[dim + 1 :]), table.shape[dim]
+                largest = int(index.max())
+                self.largest[kind, size] = max(self.largest.get((kind, size), 0), largest)
+                if self.watched == (kind, largest):
+                    raise _Seen(largest < size)
         return func(*args, **(kwargs or {}))
 
 
 def _positions(run: Callable[[int], Any], skipped: set[int]) -> int | None:
-    """How many positions the tables have that are looked up with an index that grows with the tokens, one by one;
-    None where there is no such table.
+    """How many positions the model's tables have; None where no table ends.
+
+    A table of positions is looked up with an index that grows with the tokens, one by one. Whether it ends is seen in a
+    run with one token more than it has: some grow, and tables of distances are looked up at their last row.
 
     Args:
         run: runs the model on so many tokens, all the same.
         skipped: addresses of the tables of tokens.
     """
 
-    def lookups(n: int) -> dict[tuple[Any, ...], int]:
-        with _Lookups(skipped) as mode:
+    def lookups(n: int, watched: tuple[Any, int] | None = None) -> dict[tuple[Any, int], int]:
+        with _Lookups(skipped, watched) as mode:
             run(n)
         return mode.largest
 
@@ -274,25 +308,34 @@ def _positions(run: Callable[[int], Any], skipped: set[int]) -> int | None:
             longer //= 2
     shorter = longer * 3 // 4
     low = lookups(shorter)
-    room = [
-        shape[dim] - (top + 1 - longer)  # some models leave the first rows of the table out
-        for (func, shape, dim), top in high.items()
-        if top - low.get((func, shape, dim), top) == longer - shorter
+    ends = [  # some models leave the first rows of the table out
+        (size - (top + 1 - longer), kind, size)
+        for (kind, size), top in high.items()
+        if top - low.get((kind, size), top) == longer - shorter
     ]
-    return min(room, default=None)
+    for positions, kind, size in sorted(ends, key=lambda end: end[0]):
+        try:
+            lookups(positions + 1, (kind, size))
+        except (IndexError, RuntimeError):
+            return positions
+        except _Seen as seen:
+            if not seen.args[0]:
+                return positions
+    return None
 
 
 # --------------------------------------------------------------------------------------------------- causal and packed
 
 
 def _check_causal(
-    run: Callable[[list[int], list[int]], Any], first: list[int], second: list[int], positions: int | None, kind: str
+    network: Any, run: Callable[[list[int], list[int]], Any], first: list[int], second: list[int]
 ) -> None:
     """Changes the tokens from a place on, and looks at the logits before it; and at what the loss compares."""
-    n = _room(positions)
-    first, second = first[:n], second[:n]
+    n = len(first)
     if n < 2 or first == second:
         return  # nothing to see in one token
+    config = network.config
+    kind = f"{type(network).__name__} ({config.model_type})"
     output = run(first, first)
     logits = output.logits[0].float()
     moved = []
@@ -302,10 +345,10 @@ def _check_causal(
         moved.append(float((other - logits)[:begin].abs().max() / logits[:begin].abs().max()))
     share = statistics.median(moved)  # where tokens compete for an expert, few of them see it
     if share > TOLERANCE.get(output.logits.dtype, LOW_PRECISION_TOLERANCE):
+        decoder = ", or set is_decoder in its config.json if it is a decoder" if "is_decoder" in vars(config) else ""
         raise LoRARiteValueError(
-            f"it is not causal ({kind}): what comes after a token moves its logits, by {share:.1g} of their size, so "
-            "that it sees what it has to predict; give a causal model (or an encoder-decoder model), or a decoder's "
-            "config (is_decoder) where the weights are a decoder's"
+            f"{kind} is not causal: what comes after a token moves its logits, by {share:.1g} of their size, so that "
+            f"it sees what it has to predict; give a causal or an encoder-decoder model{decoder}"
         )
     entropy = torch.nn.functional.cross_entropy
     labels = torch.tensor(first, device=logits.device)
@@ -313,8 +356,8 @@ def _check_causal(
     near = lambda value: abs(float(output.loss) - value) <= 1e-3 * abs(value)
     if near(own) and not near(following):
         raise LoRARiteValueError(
-            f"its loss ({kind}) is that of the token that it is given, not of the next one, so that it learns nothing "
-            "of text; give another causal model"
+            f"{kind} has the loss of the token that it is given, not of the next one, so that it learns nothing of "
+            "text; give another causal model"
         )
 
 

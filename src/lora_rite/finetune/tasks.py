@@ -232,7 +232,9 @@ def _load(path: str, config: str | None, split: str) -> list[Row]:
     try:
         return datasets.load_dataset(path, config, split=split).to_list()
     except (OSError, ValueError, RuntimeError) as error:
-        raise LoRARiteValueError(f"cannot load {path} from the hub: {one_line(error)} (local files: --data_dir)") from None
+        raise LoRARiteValueError(
+            f"cannot load {path} from the hub: {one_line(error)} (local files: --data_dir)"
+        ) from None
 
 
 def _files(task: Task, split: SplitName, data_dir: Path) -> list[Path]:
