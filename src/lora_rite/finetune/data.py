@@ -188,14 +188,15 @@ def _begins_with_a_record(text: str) -> bool:
 
 def _example(record: dict[str, Any], where: str) -> Example:
     given = {key: value for key, value in record.items() if value is not None}
-    keys = ("text",) if "text" in given else ("prompt", "completion")
-    if len(keys) == 1 and (others := [key for key in ("prompt", "completion", *_LISTS) if key in given]):
+    alone = "text" in given or ("text" in record and "completion" not in given)
+    keys = ("text",) if alone else ("prompt", "completion")
+    if alone and (others := [key for key in ("prompt", "completion", *_LISTS) if key in given]):
         raise LoRARiteValueError(f'{where}: "text" and "{others[0]}" in one record: give a text, or a prompt')
     for key in keys:
-        if key not in given:
+        if key not in record:
             raise LoRARiteValueError(f'{where}: expected "text", or "prompt" and "completion"; got {sorted(record)}')
-        if not isinstance(given[key], str):
-            raise LoRARiteValueError(f'{where}: "{key}" must be a string, got a {type(given[key]).__name__}')
+        if not isinstance(record[key], str):
+            raise LoRARiteValueError(f'{where}: "{key}" must be a string, got a {type(record[key]).__name__}')
         if any("\ud800" <= c <= "\udfff" for c in given[key]):
             raise LoRARiteValueError(f'{where}: "{key}" is not Unicode text: it has half of a surrogate pair')
     if not given[keys[-1]].strip():
@@ -206,7 +207,7 @@ def _example(record: dict[str, Any], where: str) -> Example:
         if not isinstance(lists[key], list) or not all(isinstance(text, str) for text in lists[key]):
             raise LoRARiteValueError(f'{where}: "{key}" must be a list of {_LISTS[key]}')
         lists[key] = tuple(lists[key])
-    return Example(given["prompt"] if len(keys) == 2 else "", given[keys[-1]], **lists)
+    return Example("" if alone else given["prompt"], given[keys[-1]], **lists)
 
 
 _LISTS = {"shorter": "prompts", "others": "completions"}
