@@ -92,7 +92,8 @@ def find_limits(network: Any, tokenizer: Any, model: str, *, packing: bool = Fal
         else:
             positions = answers = _positions(lambda n: run(same(n), same(n)), tables)
             _check_causal(network, run, first[: _room(positions)], second[: _room(positions)])
-        if packing:
+    if packing:
+        with _untouched(network) as forward, blame("--packing"):
             _check_packing(network, forward, first[: _room(positions)], second[: _room(positions)])
     config = network.config if encoder_decoder else network.config.get_text_config()
     declared = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
@@ -364,15 +365,15 @@ def _check_causal(
 def _check_packing(network: Any, forward: Forward, first: list[int], second: list[int]) -> None:
     """Checks that the model keeps the examples of a window apart: the second one alone has the same logits."""
 
-    def logits(ids: list[int], positions: Sequence[int] | None = None) -> Tensor:
+    def logits(tokens: list[int], positions: Sequence[int] | None = None) -> Tensor:
         more = {} if positions is None else {"position_ids": torch.tensor([list(positions)], device=network.device)}
-        return forward(input_ids=torch.tensor([ids], device=network.device), **more).logits[0, -end:]
+        ids = torch.tensor([tokens], device=network.device)
+        return forward(input_ids=ids, use_cache=False, **more).logits[0, -end:]  # with a cache, nothing is packed
 
     half = max(1, len(first) // 2)
     first, second = first[:half], second[:half]
     end = len(second)
-    with blame("--packing"):
-        packed = logits(first + second, [*range(len(first)), *range(end)])
-        alone, after_first = logits(second), logits(first + second)
+    packed = logits(first + second, [*range(len(first)), *range(end)])
+    alone, after_first = logits(second), logits(first + second)
     if (packed - alone).abs().max() > 0.1 * (after_first - alone).abs().max():
-        raise LoRARiteValueError("--packing: this model does not keep the examples of a window apart")
+        raise LoRARiteValueError("this model does not keep the examples of a window apart")
