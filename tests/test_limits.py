@@ -220,7 +220,7 @@ def test_the_positions_of_a_model_are_what_it_runs_on(name, config, sizes, expec
     run = lambda n: network(input_ids=torch.full((1, n), 5), labels=torch.full((1, n), 5))
     run(expected or 200)
     if expected is not None:
-        with pytest.raises((IndexError, RuntimeError), match="out of (range|bounds)"):
+        with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
             run(expected + 1)
 
 

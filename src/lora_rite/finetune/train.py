@@ -70,7 +70,7 @@ def train(
     Args:
         out: folder for the results; must be new or empty, except with --resume.
         data: training text: a .jsonl file with {"text": …} or {"prompt": …, "completion": …} a line (loss on the
-            completion alone), or any other text file.
+            completion alone; not both), a .json or .parquet file with such records, or any other text file.
         task: instead of data, the training split of a task by its name, in lm_eval's format, loss on the answer alone:
             hellaswag, arc_challenge, arc_easy, openbookqa, gsm8k, natural_instructions or natural_instructions:TASK.
         data_dir: folder with the task's rows as local files; without it, they come from the hub.
@@ -89,7 +89,8 @@ def train(
         steps: optimizer steps.
         batch_size: windows in a batch, on each device.
         accumulation: batches in a step.
-        max_length: tokens in a window; for an encoder-decoder model, of a prompt and of a completion, each.
+        max_length: tokens in a window, at most the model's positions; for an encoder-decoder model, of a prompt and of
+            a completion, each.
         packing: put several prompts with their completions into a window, each seeing itself alone: saves the padding
             where they are much shorter than max_length; a batch then has more of them.
         warmup: share of the steps in which lr rises linearly.
