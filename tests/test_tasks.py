@@ -162,7 +162,7 @@ def test_without_a_folder_the_hub_data_set_is_loaded(monkeypatch):
         raise ConnectionError("Couldn't reach the hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ValueError, match=r"cannot load openai/gsm8k from the hub: Couldn't reach the hub and more \(local"):
+    with pytest.raises(ValueError, match=r"cannot load openai/gsm8k from the hub: Couldn't reach .* and more \(local"):
         read_rows("gsm8k", "test")
 
 
