@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import LoRARiteError, LoRARiteValueError
-from .inputs import first_line, resolve
+from .inputs import one_line, resolve
 from .optimizer import LoRARite
 from .pairs import find_pairs
 
@@ -239,7 +239,7 @@ class _Run:
         try:
             self.optimizer = make(self.model)
         except Exception as error:
-            raise _CannotTrain(f"{type(error).__name__}: {first_line(error)}") from error
+            raise _CannotTrain(f"{type(error).__name__}: {one_line(error)}") from error
 
     def step(self, loss: Loss, step: int, seed: int) -> None:
         if self.broken:
@@ -252,7 +252,7 @@ class _Run:
                 self.optimizer.step()
             except Exception as error:
                 if not self.transformed:
-                    raise _CannotTrain(f"step {step}: {type(error).__name__}: {first_line(error)}") from error
+                    raise _CannotTrain(f"step {step}: {type(error).__name__}: {one_line(error)}") from error
                 self.broken = True  # what trains from (B, A) and not from (BK, K⁻¹A) is not invariant
 
     def change_of_w(self) -> list[tuple[Tensor, Tensor]]:

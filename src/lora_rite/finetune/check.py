@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
+from ..inputs import one_line
 from ..models import configuration
 from .compare import HEADERS, SPLITS, Study, read_data
 from .optimizers import create_optimizer
@@ -112,7 +113,7 @@ def _state(study: Study, name: str, rank: int, shapes: Counter[tuple[int, int]])
             try:
                 each = measure("cpu", shape)
             except (TypeError, ValueError, RuntimeError) as error:
-                raise LoRARiteValueError(f"optimizers.{name}: {str(error).splitlines()[0]}") from error
+                raise LoRARiteValueError(f"optimizers.{name}: {one_line(error)}") from error
         total += count * each
     return total
 

@@ -31,7 +31,7 @@ from ..errors import (
     WriteError,
     warn,
 )
-from ..inputs import first_line
+from ..inputs import one_line, parse_json, suffix
 
 MANIFEST, LOCK, SETTINGS, RESULT, FAILED = "manifest.json", ".lock", "settings.json", "result.json", "failed.json"
 SCHEMA = 1
@@ -90,7 +90,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         LoRARiteValueError: it cannot be read, or something else is there.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
         if missing := [key for key in keys if key not in found]:
@@ -99,12 +99,12 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         raise LoRARiteValueError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         advice = "restore it, or remove it and run what wrote it again"
-        raise LoRARiteValueError(f"{path} is damaged ({first_line(error)}): {advice}") from None
+        raise LoRARiteValueError(f"{path} is damaged ({one_line(error)}): {advice}") from None
     return found
 
 
-def prepare_folder(option: str, folder: Path) -> None:
-    """Makes the folder that an option names, and checks that it can be written, before the work begins.
+def check_folder(option: str, folder: Path) -> None:
+    """Checks that the folder that an option names can be made and written, before the work begins, and leaves nothing.
 
     Raises:
         LoRARiteValueError: it is a file.
@@ -113,9 +113,18 @@ def prepare_folder(option: str, folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise LoRARiteValueError(f"{option}: {folder} is not a folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+        with tempfile.TemporaryFile(dir=there):
             pass
+    except OSError as error:
+        raise WriteError(f"{option}: cannot write into {folder}: {error.strerror or error}") from None
+
+
+def prepare_folder(option: str, folder: Path) -> None:
+    """Makes the folder, after :func:`check_folder`, whose errors it has."""
+    check_folder(option, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteError(f"{option}: cannot write into {folder}: {error.strerror or error}") from None
 
@@ -124,7 +133,7 @@ def prepare_file(option: str, path: Path, suffixes: Sequence[str] = ()) -> None:
     """As :func:`prepare_folder`, for the file that an option names; any suffix will do where none are given."""
     if path.is_dir():
         raise LoRARiteValueError(f"{option}: {path} is a folder; name a file")
-    if suffixes and path.suffix.lower() not in suffixes:
+    if suffixes and suffix(path) not in suffixes:
         raise LoRARiteValueError(f"{option}: {path} must end in {' or '.join(suffixes)}")
     prepare_folder(option, path.parent)
 
@@ -240,7 +249,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_file():
         raise ValueError("no manifest: half-written")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         schema, files = manifest["schema"], manifest["files"]
         entries = [(Path(name), entry["size"], entry["sha256"]) for name, entry in files.items()]
         if not {"run", "step", "state"} <= manifest.keys():
@@ -401,7 +410,7 @@ def read_settings(out: Path) -> dict[str, Any] | None:
             return None
         raise LoRARiteValueError(f"{out} holds no run to resume (no {SETTINGS})")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = parse_json(path.read_text(encoding="utf-8"))
         parts = [stored["id"], stored["changes"], *(stored[part] for part in PARTS)]
         if [type(part) for part in parts] != [str, list, dict, dict, dict]:
             raise ValueError

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame
+from ..models import refuse_adapter
 from .data import Example, read_examples
 from .optimizers import OptimizerFactory
 from .train import (
@@ -84,6 +85,7 @@ def train_choices(
     logging.disable_progress_bar()
     questions, held_out = (_questions(path) for path in (data, validation))
     with blame(f"cannot load model {model}"):
+        refuse_adapter(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
         encoder = AutoModel.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
     set_seed(seed)

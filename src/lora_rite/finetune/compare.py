@@ -46,7 +46,7 @@ from .checkpoint import (
 from .data import Example, read_examples, read_text, split
 from .optimizers import find_optimizer
 from .tasks import examples, find_task, read_rows, read_task
-from .train import train, versions
+from .train import load_model, train, versions
 from .untrusted import forbid_imports, read_config
 
 #: Learning rates tried beyond the recipe's grid where the best lies on its edge.
@@ -406,10 +406,12 @@ def compare(
 
             evaluate(task.evaluate, data_dir=data_dir, dry_run=True, progress=False)
     _check_folder(out, study.recipe)  # nothing is written into a folder that is not ours
+    found = read_new_data(study.recipe, out / "data", data_dir)
+    _check_models(study, found)
     try:
         with FileLock(out / LOCK, timeout=0):
             _check_folder(out, study.recipe)
-            found = read_new_data(study.recipe, out / "data", data_dir)
+            found = {name: parts for name, parts in found.items() if not (out / "data" / name).is_dir()}
             write_json(out / RECIPE, _plain(asdict(study.recipe)))  # from here on, the folder is this study's
             data = write_data(study.recipe, out / "data", found)
             result = _run_all(study, out, data, data_dir, max(jobs, len(devices or ())), devices, progress)
@@ -474,6 +476,27 @@ def read_data(task: Data, data_dir: Path | None) -> dict[str, list[Example]]:
 def read_new_data(recipe: Recipe, folder: Path, data_dir: Path | None) -> dict[str, dict[str, list[Example]]]:
     """:func:`read_data` of each task that the study's folder of data does not have yet."""
     return {name: read_data(task, data_dir) for name, task in recipe.tasks.items() if not (folder / name).is_dir()}
+
+
+def _check_models(study: Study, found: dict[str, dict[str, list[Example]]]) -> None:
+    """Loads the models of new tasks, and checks them and the tasks' texts as ``lora-rite train`` does, one model at a
+    time. Where a recipe's function trains, it is the one that knows what it takes."""
+    from .limits import prepare_windows
+
+    if study.recipe.function is not None:
+        return
+    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
+    options = {name: {**defaults, **study.train_options(name)} for name in found}
+    choices = lambda name: tuple(options[name][key] for key in ("model", "bf16", "trust_remote_code"))
+    for (model, bf16, code), names in itertools.groupby(sorted(found, key=choices), choices):
+        try:
+            network, tokenizer = load_model(model, bf16=bf16, trust_remote_code=code)
+            for name in names:
+                length, packing = options[name]["max_length"], options[name]["packing"]
+                parts = [found[name][part] for part in SPLITS]
+                prepare_windows(parts, network, tokenizer, model, length, packing=packing)
+        except LoRARiteValueError as error:
+            raise LoRARiteValueError(f"train: {_in_words_of_a_study(str(error))}") from error
 
 
 def missing_files(recipe: Recipe, folder: Path) -> list[tuple[str, Path]]:

@@ -13,9 +13,9 @@ from typing import Any
 
 from ..errors import LoRARiteValueError, warn
 from ..inputs import blame
-from ..models import TINY
+from ..models import TINY, refuse_adapter
 from . import checkpoint
-from .data import IGNORED, Split, label_count, read_examples, split, windows
+from .data import IGNORED, Split, label_count, read_examples, split
 from .optimizers import OptimizerFactory, find_optimizer
 from .tasks import examples, read_rows, read_task
 from .untrusted import check_adapter
@@ -70,7 +70,7 @@ def train(
     Args:
         out: folder for the results; must be new or empty, except with --resume.
         data: training text: a .jsonl file with {"text": …} or {"prompt": …, "completion": …} a line (loss on the
-            completion alone), or any other text file.
+            completion alone; not both), a .json or .parquet file with such records, or any other text file.
         task: instead of data, the training split of a task by its name, in lm_eval's format, loss on the answer alone:
             hellaswag, arc_challenge, arc_easy, openbookqa, gsm8k, natural_instructions or natural_instructions:TASK.
         data_dir: folder with the task's rows as local files; without it, they come from the hub.
@@ -89,7 +89,8 @@ def train(
         steps: optimizer steps.
         batch_size: windows in a batch, on each device.
         accumulation: batches in a step.
-        max_length: tokens in a window; for an encoder-decoder model, of a prompt and of a completion, each.
+        max_length: tokens in a window, at most the model's positions; for an encoder-decoder model, of a prompt and of
+            a completion, each.
         packing: put several prompts with their completions into a window, each seeing itself alone: saves the padding
             where they are much shorter than max_length; a batch then has more of them.
         warmup: share of the steps in which lr rises linearly.
@@ -128,16 +129,13 @@ def train(
     from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
 
     from .. import LoRARiteCallback
+    from .limits import prepare_windows
 
     network, tokenizer = load_model(model, bf16=bf16, trust_remote_code=trust_remote_code)
     encoder_decoder = network.config.is_encoder_decoder
-    if packing and encoder_decoder:
-        raise LoRARiteValueError("--packing is for causal models; an encoder-decoder model takes a prompt at a time")
-    cut_up = lambda part, packing: windows(
-        part, tokenizer, max_length, encoder_decoder=encoder_decoder, packing=packing
+    (train_rows, train_cut), (held_out_rows, held_out_cut) = prepare_windows(
+        parts, network, tokenizer, model, max_length, packing=packing
     )
-    (train_rows, train_cut), (held_out_rows, held_out_cut) = cut_up(parts[0], packing), cut_up(parts[1], False)
-    _check_tokens(train_rows + held_out_rows, network)
     inputs = {
         "base_weights": checkpoint.digest_tensors(sorted(network.state_dict().items())),
         "tokens": checkpoint.digest_rows(train_rows, held_out_rows),
@@ -176,8 +174,6 @@ def train(
             optimizer_cls_and_kwargs=(OptimizerFactory, optimizer_kwargs),  # type: ignore[arg-type]
         )
     is_lora_rite = create_optimizer(trainer, f"--optimizer_args {optimizer_args}")
-    if packing:
-        _check_packing(network, train_rows)
     measure = lambda: held_out_loss(network, held_out_rows, collator, batch_size)
     reporter = LoRARiteCallback(out / "layers.jsonl" if layers_every else None, layers_every or 1)
     add_callbacks(trainer, reporter if is_lora_rite else None, progress, measure, eval_every)
@@ -299,7 +295,9 @@ def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False
 
     logging.disable_progress_bar()
     source = str(TINY) if name == "tiny" else name
-    with blame(f"cannot load --model {name}"):
+    nowhere = "" if Path(source).exists() else " (a hub id: there is no such folder)"
+    with blame(f"cannot load --model {name}{nowhere}"):
+        refuse_adapter(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -309,8 +307,8 @@ def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:  # what it is does not matter: it is neither attended to nor learnt
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"  # on the left (Gemma), padding would be what predicts a window's first token
     return network, tokenizer
 
@@ -358,27 +356,6 @@ def summary(result: dict[str, Any]) -> str:
         + (f"{cut} examples are longer than --max_length and were cut\n" if cut else "")
         + f"adapter and result.json in {result['settings']['out']}"
     )
-
-
-def _check_packing(network: Any, rows: list[dict[str, list[int]]]) -> None:
-    """Checks that the model keeps the examples of a window apart: the second one alone has the same logits."""
-    import torch
-
-    row = next((row for row in rows if 0 in row["position_ids"][1:]), None)
-    if row is None:
-        return
-    begin = row["position_ids"].index(0, 1)
-    end = row["position_ids"].index(0, begin + 1) if 0 in row["position_ids"][begin + 1 :] else len(row["input_ids"])
-    ids, positions = (torch.tensor([row[key]], device=network.device) for key in ("input_ids", "position_ids"))
-    training = network.training
-    network.eval()
-    with torch.inference_mode():
-        packed = network(input_ids=ids, position_ids=positions).logits[0, begin:end]
-        alone = network(input_ids=ids[:, begin:end]).logits[0]
-        first = network(input_ids=ids[:, :end]).logits[0, begin:]
-    network.train(training)
-    if (packed - alone).abs().max() > 0.1 * (first - alone).abs().max():
-        raise LoRARiteValueError("--packing: this model does not keep the examples of a window apart")
 
 
 def held_out_loss(
@@ -469,12 +446,6 @@ def _check(settings: dict[str, Any]) -> None:
         raise LoRARiteValueError("--model must be a hub id or a local folder, not a URL")
     if "lr" in (settings["optimizer_args"] or {}):
         raise LoRARiteValueError("--optimizer_args.lr: give the learning rate by --lr")
-
-
-def _check_tokens(rows: list[dict[str, list[int]]], network: Any) -> None:
-    size, largest = network.get_input_embeddings().num_embeddings, max(max(row["input_ids"]) for row in rows)
-    if largest >= size:
-        raise LoRARiteValueError(f"the tokenizer of --model gives token {largest}, and the model knows {size} tokens")
 
 
 def _check_folder(

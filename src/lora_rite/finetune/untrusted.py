@@ -1,13 +1,13 @@
 """Files that may come from strangers, looked at before any library reads them: YAML configs and PEFT adapters."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
-from ..inputs import is_path
+from ..inputs import DuplicateKeyError, is_path, one_line, parse_json, suffix
+from ..models import ADAPTER_CONFIG
 from .data import read_text
 
 MAX_CONFIG_BYTES = 2**20
@@ -57,7 +57,7 @@ def read_config(path: Path) -> Config:
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, LoRARiteValueError):
             raise
-        raise LoRARiteValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise LoRARiteValueError(f"{path}: {one_line(error)}") from None
     if not_text := [key for key in config if not isinstance(key, str)]:
         raise LoRARiteValueError(f"{path}: {not_text[0]!r} is no name of an option")
     config.lines = {key.value: f"{path}:{key.start_mark.line + 1}" for key, _ in node.value}
@@ -118,6 +118,17 @@ def _loader() -> type:
     return Loader
 
 
+def _what_else(folder: Path) -> str:
+    """What a folder is that is no adapter."""
+    if not folder.is_dir():
+        return "it is a file, not a folder" if folder.exists() else "there is no such folder"
+    if (folder / "adapter" / ADAPTER_CONFIG).is_file():
+        return f"{folder} has no {ADAPTER_CONFIG}; its adapter is {folder / 'adapter'}"
+    if (folder / "config.json").is_file():
+        return f"{folder} is a model (config.json), not an adapter ({ADAPTER_CONFIG}): give it as --model"
+    return f"{folder} has no {ADAPTER_CONFIG}"
+
+
 def check_adapter(folder: Path) -> None:
     """Looks at a PEFT adapter before PEFT does: tensors in safetensors alone, whole, finite, of the rank it claims.
 
@@ -127,15 +138,16 @@ def check_adapter(folder: Path) -> None:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config_path, path = folder / ADAPTER_CONFIG, folder / "adapter_model.safetensors"
     if not config_path.is_file():
-        raise LoRARiteValueError(f"{folder} has no adapter_config.json")
+        raise LoRARiteValueError(_what_else(folder))
     try:
-        config = json.loads(_read_text(config_path))
+        config = parse_json(_read_text(config_path))
         kind, megatron = config.get("peft_type"), config.get("megatron_config")
         rank, pattern = config.get("r"), config.get("rank_pattern") or {}
     except (ValueError, AttributeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, LoRARiteValueError) else "not a JSON object"
+        told = isinstance(error, (LoRARiteValueError, DuplicateKeyError))
+        reason = str(error) if told else "not a JSON object"
         raise LoRARiteValueError(f"{config_path} is damaged: {reason}") from None
     if kind not in PEFT_TYPES:
         raise LoRARiteValueError(f"{config_path}: peft_type {kind!r} is not supported (only {', '.join(PEFT_TYPES)})")
@@ -144,7 +156,7 @@ def check_adapter(folder: Path) -> None:
     if megatron:  # PEFT would import the module that megatron_core names
         raise LoRARiteValueError(f"{config_path}: megatron_config is not supported")
     if not path.is_file():
-        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+        pickles = sorted(p.name for p in folder.glob("*") if suffix(p) in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
         why = f" ({pickles[0]} is a pickle, which can run code: convert it where you trust it)" if pickles else ""
         raise LoRARiteValueError(f"{folder} has no adapter_model.safetensors{why}")
     try:
