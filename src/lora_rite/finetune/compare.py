@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,7 +32,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError
-from ..inputs import resolve
+from ..inputs import blame, resolve
+from ..output import tolerate
 from .checkpoint import (
     ALLOW_CHANGED,
     LOCK,
@@ -743,6 +745,8 @@ def _interrupt(*_: Any) -> None:
 
 def _start_worker(queue: Any, threads: int) -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C reaches the whole group: go without a traceback
+    for stream in (sys.stdout, sys.stderr):
+        tolerate(stream)
     device = queue.get()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
