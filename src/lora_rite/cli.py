@@ -333,8 +333,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reader_is_gone() -> bool:
-    """Whether a BrokenPipeError is of stdout or stderr. An empty line tells: what failed may be in no buffer any more."""
-    return any([isinstance(flush(stream, "\n"), BrokenPipeError) for stream in (sys.stdout, sys.stderr)])
+    """Whether a BrokenPipeError is of stdout or stderr: an empty line tells, what failed may be in no buffer now."""
+    errors = [flush(stream, "\n") for stream in (sys.stdout, sys.stderr)]
+    return any(isinstance(error, BrokenPipeError) for error in errors)
 
 
 def _main(argv: Sequence[str] | None) -> int:

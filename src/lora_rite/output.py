@@ -40,8 +40,8 @@ codecs.register_error(_NAME, _replace)
 
 def tolerate(stream: Any) -> str | None:
     """Has a text stream write what its encoding lacks in ASCII, lone surrogates (of file names that are not UTF-8) as
-    ``\\udc..``, instead of raising. Returns how it did before; None where it is no such stream, or already loses what it
-    cannot write as its user has said (``PYTHONIOENCODING=ascii:replace``)."""
+    ``\\udc..``, instead of raising. Returns how it did before; None where it is no such stream, or already does with
+    those what its user has said (``PYTHONIOENCODING=ascii:replace``)."""
     before = getattr(stream, "errors", None)
     if before not in ("strict", "surrogateescape", "backslashreplace") or not hasattr(stream, "reconfigure"):
         return None
@@ -52,7 +52,7 @@ def tolerate(stream: Any) -> str | None:
 @contextmanager
 def tolerant_output() -> Iterator[None]:
     """Within, stdout and stderr write whatever they are given (:func:`tolerate`)."""
-    streams = sys.stdout, sys.stderr
+    streams: tuple[Any, ...] = sys.stdout, sys.stderr
     before = [tolerate(stream) for stream in streams]
     try:
         yield
@@ -63,12 +63,14 @@ def tolerant_output() -> Iterator[None]:
 
 
 def flush(stream: Any, text: str = "") -> OSError | None:
-    """Writes text to a stream and flushes it. Where that fails (its reader has gone, as in ``… | head -1``; the disk is full), the rest goes to
-    the null device, so that the interpreter does not fail on it at its end; returns the error."""
+    """Writes text to a stream and flushes it. Where that fails (its reader has gone, as in ``… | head -1``; the disk is
+    full), the rest goes to the null device, so that the interpreter does not fail on it at its end; returns the error.
+    """
+    if stream is None:
+        return None
     try:
-        if stream is not None:
-            stream.write(text)
-            stream.flush()
+        stream.write(text)
+        stream.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return error

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError
-from ..inputs import blame, resolve
+from ..inputs import resolve
 from ..output import tolerate
 from .checkpoint import (
     ALLOW_CHANGED,
@@ -47,9 +47,10 @@ from .checkpoint import (
     write_json,
 )
 from .data import Example, read_examples, read_text, split
-from .optimizers import find_optimizer
+from .optimizers import check_optimizer, find_optimizer
+from .schedules import check_schedule
 from .tasks import examples, find_task, read_rows, read_task
-from .train import train, versions
+from .train import check_processes, train, versions
 from .untrusted import forbid_imports, read_config
 
 #: Learning rates tried beyond the recipe's grid where the best lies on its edge.
@@ -227,7 +228,24 @@ def load_recipe(path: Path) -> Recipe:
         if not grid or len(set(grid)) < len(grid) or not all(0 < lr < math.inf for lr in grid):
             raise LoRARiteValueError(f"{path}: optimizers.{name}.lr: at least one, each once, positive")
         find_optimizer(contender.optimizer)
+    _check_schedules(path, recipe, options)
     return recipe
+
+
+def _check_schedules(path: Path, recipe: Recipe, parser: Any) -> None:
+    """Checks the schedule of each task's runs, at the learning rates of all optimizers; ``parser`` has the options."""
+    if not {"scheduler", "scheduler_args"} <= {action.dest for action in parser._actions}:
+        return  # a function with other options
+    default = {key: parser.get_default(key) for key in ("scheduler", "scheduler_args", "steps", "warmup")}
+    for name, task in recipe.tasks.items():
+        key = "train" if "scheduler" not in task.train and "scheduler_args" not in task.train else f"tasks.{name}.train"
+        given = {**default, **recipe.train, **task.train}
+        for lr in {lr for contender in recipe.optimizers.values() for lr in contender.lr}:
+            try:
+                check_schedule(given["scheduler"], given["scheduler_args"], lr, given["steps"], given["warmup"])
+            except LoRARiteValueError as error:
+                words = _in_words_of_a_study(str(error))
+                raise LoRARiteValueError(f"{path}: {key}.scheduler {given['scheduler']}: {words}") from error
 
 
 def _check_parts(parts: Any, kind: type, where: str) -> None:
@@ -400,7 +418,14 @@ def compare(
     from .report import report, require_packages
 
     require_packages()
+    check_processes()
     _check_devices(devices or [])
+    decay = max(study.train_options(task).get("weight_decay", 0.0) for task in study.recipe.tasks)
+    for name, contender in study.recipe.optimizers.items():
+        try:
+            check_optimizer(None, contender.optimizer, min(contender.lr), decay, contender.optimizer_args)
+        except LoRARiteValueError as error:
+            raise LoRARiteValueError(f"{recipe}: optimizers.{name}: {_in_words_of_a_study(str(error))}") from error
     from filelock import FileLock, Timeout
 
     for task in study.recipe.tasks.values():
