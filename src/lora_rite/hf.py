@@ -98,7 +98,8 @@ def evaluating(optimizer: Any) -> Iterator[None]:
     """Within, the parameters are those to evaluate, save and export, of an optimizer with two modes
     (:func:`two_modes`); afterwards it is in training, and they are bitwise what they were: its own way there and back
     rounds. Of any other optimizer, they stay as they are."""
-    if (inner := two_modes(optimizer)) is None:
+    inner = two_modes(optimizer)
+    if inner is None or not any(inner.state.values()):  # before the first step there is no other mode
         yield
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
