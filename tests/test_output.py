@@ -105,7 +105,7 @@ def test_streams_of_the_c_locale_and_stderr_are_tolerant_too(encoding, errors, r
     """Python's stdout in the C locale raises at what is no surrogate; its stderr spells out what has a plain form."""
     code, out, _ = run(encoding, "audit", "--help", errors=errors)
     assert code == 0
-    assert "K-1" in out
+    assert "K-" in out  # (cp1252 has the ¹ of K⁻¹)
 
 
 def test_what_the_user_said_about_errors_stays(run):
@@ -182,8 +182,9 @@ def on_closed_pipe(body, *words, stderr=subprocess.PIPE):
     ],
 )
 def test_a_closed_pipe_ends_quietly(body, words):
+    """(argparse says nothing of a help text that nobody reads.)"""
     code, errors = on_closed_pipe(body, *words)
-    assert code == cli.READER_GONE
+    assert code == (0 if "--help" in words else cli.READER_GONE)
     assert errors.strip() in ("", "y")
 
 

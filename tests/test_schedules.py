@@ -1,4 +1,4 @@
-"""``--scheduler`` and ``--scheduler_args``, the optimizers that a Trainer cannot step, and errors that name their cause."""
+"""``--scheduler`` and its arguments, optimizers that a Trainer cannot step, and errors that name their cause."""
 
 import json
 import math
@@ -152,7 +152,9 @@ def test_recipes_have_schedules_with_arguments(function, data, tmp_path):
         bad = {where: "scheduler: warmup_stable_decay" + model, "function": function}
         with pytest.raises(LoRARiteValueError) as caught:
             load_recipe(recipe(data, tmp_path, **bad))
-        assert f"study.yaml: {key}.scheduler warmup_stable_decay: it needs scheduler_args.num_decay" in str(caught.value)
+        assert f"study.yaml: {key}.scheduler warmup_stable_decay: it needs scheduler_args.num_decay" in str(
+            caught.value
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- optimizers
@@ -274,7 +276,10 @@ def test_compare_refuses_them_before_anything_is_there(name, args, data, tmp_pat
     ("variables", "message"),
     [
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 is set, .* without RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
-        ({"LOCAL_RANK": "1", "WORLD_SIZE": "1", "RANK": "0"}, "LOCAL_RANK=1 is set, .* without MASTER_ADDR, MASTER_PORT"),
+        (
+            {"LOCAL_RANK": "1", "WORLD_SIZE": "1", "RANK": "0"},
+            "LOCAL_RANK=1 is set, .* without MASTER_ADDR, MASTER_PORT",
+        ),
         ({"WORLD_SIZE": "2"}, r"there are 2 \(WORLD_SIZE"),
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, r"there are 4 \(OMPI_COMM_WORLD_SIZE"),
         ({"PMI_SIZE": "3"}, r"there are 3 \(PMI_SIZE"),

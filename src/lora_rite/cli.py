@@ -326,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lost = flush(sys.stdout)
         if isinstance(lost, BrokenPipeError):
             return READER_GONE
-        if lost is not None:
+        if lost is not None and code == 0:  # else it has been said
             print(f"lora-rite: error: cannot write the output: {lost.strerror}", file=sys.stderr)
             return WriteError.exit_code
         return code

@@ -81,13 +81,20 @@ def unwrap(optimizer: Any) -> Any:
     return optimizer
 
 
+def without_accelerate(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrappers, which may wrap another one itself (Lookahead, …)."""
+    while type(optimizer).__module__.startswith("accelerate."):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def two_modes(optimizer: Any) -> Any:
     """The optimizer that has a mode to train in and one to evaluate in, ``train()`` and ``eval()``, which change the
     parameters (schedule-free ones train at one point and evaluate an average): this one, or the outermost inside it
     that has them; None where there is none."""
+    optimizer = without_accelerate(optimizer)  # whose wrapper has both for any optimizer
     while optimizer is not None:
-        of_accelerate = type(optimizer).__module__.startswith("accelerate.")  # its wrapper has both for any optimizer
-        if not of_accelerate and all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):
+        if all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):
             return optimizer
         optimizer = getattr(optimizer, "optimizer", None)
     return None

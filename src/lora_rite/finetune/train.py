@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
-from ..hf import evaluating, unwrap
+from ..hf import evaluating, without_accelerate
 from ..inputs import blame
 from ..models import TINY
 from . import checkpoint
@@ -425,7 +425,7 @@ def describe_optimizer(optimizer: Any) -> dict[str, Any]:
     """Name, settings of the first group, bytes of state, and LoRARite's report."""
     from ..optimizer import LoRARite, state_bytes
 
-    optimizer = unwrap(optimizer)
+    optimizer = without_accelerate(optimizer)
     options = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
     return {
         "name": type(optimizer).__name__,
