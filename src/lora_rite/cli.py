@@ -17,6 +17,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from . import __version__
 from .errors import InterruptedRunError, LoRARiteError, LoRARiteValueError, WriteError
+from .output import flush, tolerant_output
+
+#: The exit code where whoever read the output has gone: that of SIGPIPE.
+READER_GONE = 141
 
 
 def demo(out: Path = Path("demo"), seeds: int = 2, progress: bool = True) -> None:
@@ -308,7 +312,33 @@ def report(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of ``lora-rite``. Returns the exit code: 0, 2 for wrong usage, 3 where an audit does not pass,
-    128 + n for signal n, and 1 or the code of the error's class (:mod:`lora_rite.errors`) otherwise."""
+    128 + n for signal n, 141 where whoever read the output has gone, and 1 or the code of the error's class
+    (:mod:`lora_rite.errors`) otherwise."""
+    with tolerant_output():
+        try:
+            code = _main(argv)
+        except SystemExit as stop:  # of --help
+            code = int(stop.code or 0)
+        except BrokenPipeError:
+            if not _reader_is_gone():
+                raise
+            code = READER_GONE
+        lost = flush(sys.stdout)
+        if isinstance(lost, BrokenPipeError):
+            return READER_GONE
+        if lost is not None and code == 0:  # else it has been said
+            print(f"lora-rite: error: cannot write the output: {lost.strerror}", file=sys.stderr)
+            return WriteError.exit_code
+        return code
+
+
+def _reader_is_gone() -> bool:
+    """Whether a BrokenPipeError is of stdout or stderr: an empty line tells, what failed may be in no buffer now."""
+    errors = [flush(stream, "\n") for stream in (sys.stdout, sys.stderr)]
+    return any(isinstance(error, BrokenPipeError) for error in errors)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         from argparse import ArgumentError
 
@@ -415,6 +445,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("lora-rite: interrupted", file=sys.stderr)
             return 130
         except (LoRARiteError, OSError, ImportError) as error:
+            if isinstance(error, BrokenPipeError) and _reader_is_gone():
+                return READER_GONE
             if debug:
                 raise
             what = "" if isinstance(error, InterruptedRunError) else "error: "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import LoRARiteError, LoRARiteValueError
+from .hf import evaluating, two_modes
 from .inputs import one_line, resolve
 from .optimizer import LoRARite
 from .pairs import find_pairs
@@ -245,6 +246,8 @@ class _Run:
         if self.broken:
             return
         self.optimizer.zero_grad()
+        if (inner := two_modes(self.optimizer)) is not None:
+            inner.train()
         with torch.random.fork_rng():
             torch.manual_seed(seed + step)
             loss(self.model, step).backward()
@@ -258,10 +261,11 @@ class _Run:
     def change_of_w(self) -> list[tuple[Tensor, Tensor]]:
         """B·A − B₀·A₀ of each pair as one product [B −B₀]·[A; A₀], in float64 on the CPU; NaN after a failed step."""
         factor = math.nan if self.broken else 1.0
-        return [
-            (torch.cat([_matrix(b), -b_0], 1) * factor, torch.cat([_matrix(a), a_0]))
-            for (_, a, b), (a_0, b_0) in zip(self.pairs, self.start, strict=True)
-        ]
+        with evaluating(None if self.broken else self.optimizer):
+            return [
+                (torch.cat([_matrix(b), -b_0], 1) * factor, torch.cat([_matrix(a), a_0]))
+                for (_, a, b), (a_0, b_0) in zip(self.pairs, self.start, strict=True)
+            ]
 
 
 def _matrix(p: Tensor) -> Tensor:

@@ -188,6 +188,7 @@ class LoRARite(torch.optim.Optimizer):
         """What is counted and said since this optimizer was made or loaded."""
         self._statistics, self._skipped_in_a_row, self._warned_one_sided = _Statistics(), 0, False
         self._idle_in_a_row, self._warned_idle = 0, False
+        self._last_lr: list[float | Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_adamw": self._adamw}
@@ -316,10 +317,24 @@ class LoRARite(torch.optim.Optimizer):
                 if group["kind"] == "adamw":
                     _adamw_step(group, self.state, offset, ok)
                 offset += len(group["params"])
+            lrs = (group["lr"] for group in self.param_groups)  # a tensor is changed in place by schedulers
+            self._last_lr = [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
         return loss
 
     def _full_precision(self) -> AbstractContextManager[None]:
         return full_precision({p.device.type for group in self.param_groups for p in group["params"]})
+
+    @contextmanager
+    def _at_last_lr(self) -> Iterator[None]:
+        """Within, each group has the lr of the last step: when that is reported, the scheduler has moved on."""
+        present = [group["lr"] for group in self.param_groups]
+        for group, lr in zip(self.param_groups, self._last_lr, strict=False):  # (groups may have been added)
+            group["lr"] = lr
+        try:
+            yield
+        finally:
+            for group, lr in zip(self.param_groups, present, strict=True):
+                group["lr"] = lr
 
     def _check_settings(self) -> None:
         """What schedulers and callers may have made of the groups since they were checked, as far as the host knows."""
@@ -544,7 +559,7 @@ class LoRARite(torch.optim.Optimizer):
         ``damped_share``            share of singular directions of B·A with σ < δ in the last step
         ``sigma_over_delta``        median of σ/δ over pairs and directions in the last step (None without damping)
         ``update_norm``             Frobenius norm, to first order, of the change of W = B·A that the present first
-                                    moments make in one step at the present lr
+                                    moments make in one step at the lr of the last one
         ==========================  ==========================================================================
         """
         self._settle()
@@ -556,7 +571,7 @@ class LoRARite(torch.optim.Optimizer):
             for _ in range(group.get("blocks", 1))
         ]
         states = [state for state in self.state.values() if "matrices" in state]
-        with self._full_precision():
+        with self._full_precision(), self._at_last_lr():
             batches = make_batches(self._alike(self._with_state), self.state, {})
             update_norm = sum(float(batch.update_square()) for batch in batches) ** 0.5
         return {

@@ -34,6 +34,8 @@ from ..errors import (
 from ..inputs import one_line, parse_json, suffix
 
 MANIFEST, LOCK, SETTINGS, RESULT, FAILED = "manifest.json", ".lock", "settings.json", "result.json", "failed.json"
+#: In a checkpoint of an optimizer with two modes, whose adapter is the one to evaluate: the parameters that it trains.
+TRAINING = "training_parameters.safetensors"
 SCHEMA = 1
 #: Verified checkpoints that rotation keeps.
 KEPT = 2
@@ -380,13 +382,16 @@ def digest_rows(*parts: list[dict[str, list[int]]]) -> str:
 
 
 def digest_state(model: Any, optimizer: Any) -> str:
-    """sha256 of the trainable parameters and of the optimizer's state."""
-    from ..hf import unwrap
+    """sha256 of the trainable parameters and of the tensors in the optimizer's state."""
+    from torch.utils._pytree import keystr, tree_flatten_with_path
 
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    for i, state in sorted(unwrap(optimizer).state_dict()["state"].items()):
-        named += [(f"{i}.{key}", value) for key, value in sorted(state.items()) if hasattr(value, "dtype")]
+    state, _ = tree_flatten_with_path(optimizer.state_dict())  # that of a wrapper (Lookahead, …) has a form of its own
+    named = [*_trained(model), *((keystr(path), value) for path, value in state if hasattr(value, "dtype"))]
     return digest_tensors(named)
+
+
+def _trained(model: Any) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def environment(versions: dict[str, Any]) -> dict[str, Any]:
@@ -545,14 +550,26 @@ class Run:
         trainer.create_scheduler(num_training_steps=steps)
         trainer._load_optimizer_and_scheduler(folder)
         trainer.state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
-        self._compare(trainer)
+        self._go_on(trainer)
 
-    def _compare(self, trainer: Any) -> None:
-        """Adapter and optimizer in memory are those that were saved: nothing was silently left out in loading."""
+    def _go_on(self, trainer: Any) -> None:
+        """Checks that adapter and optimizer in memory are those that were saved (nothing was silently left out in
+        loading), and has an optimizer with two modes train where it did."""
+        import torch
+        from safetensors.torch import load_file
+
+        from ..hf import two_modes
+
         if self.checkpoint is None:
             return
         if digest_state(trainer.model, trainer.optimizer) != read_manifest(self.checkpoint)["state"]:
             raise CheckpointError(f"{self.checkpoint} does not give back the adapter and the optimizer that were saved")
+        if (saved := self.checkpoint / TRAINING).is_file():
+            two_modes(trainer.optimizer).train()
+            values = load_file(saved)
+            with torch.no_grad():
+                for name, p in _trained(trainer.model):
+                    p.copy_(values[name])
 
     def _checks(self, trainer: Any) -> Any:
         from transformers import TrainerCallback
@@ -569,7 +586,7 @@ class Run:
             optimizer has NaN in its state by now."""
 
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                run._compare(trainer)
+                run._go_on(trainer)
 
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
                 loss = (logs or {}).get("loss", 0.0)
@@ -586,16 +603,25 @@ class Run:
             NonFiniteError: the adapter is not finite; nothing is written.
             WriteError: it cannot be written; what was written of it is removed.
         """
+        from safetensors.torch import save_file
+
+        from ..hf import evaluating, two_modes
+
         step = trainer.state.global_step
-        for name, p in trainer.model.named_parameters():
-            if p.requires_grad and not p.isfinite().all():
+        for name, p in _trained(trainer.model):
+            if not p.isfinite().all():
                 raise NonFiniteError(f"{name} contains NaN or Inf at step {step}: lower --lr")
         checkpoint = self.folder / f"checkpoint-{step}"
         with writing(checkpoint, f"the checkpoint of step {step}", self._where_to_go_on):
             failpoint("checkpoint begins")
-            write()
+            with evaluating(trainer.optimizer):
+                write()
+                state = digest_state(trainer.model, trainer.optimizer)
+            if two_modes(trainer.optimizer) is not None:
+                training = {name: p.detach().contiguous() for name, p in _trained(trainer.model)}
+                save_file(training, checkpoint / TRAINING)
             failpoint("checkpoint written")
-            seal(checkpoint, self.record["id"], digest_state(trainer.model, trainer.optimizer))
+            seal(checkpoint, self.record["id"], state)
         self.last_saved = step
         rotate(self.folder, self.record["id"])
 

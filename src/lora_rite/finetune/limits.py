@@ -5,7 +5,6 @@ generators of random numbers are what they were before; in several processes, ea
 """
 
 import statistics
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import LoRARiteValueError
+from ..errors import LoRARiteValueError, warn
 from ..inputs import blame, one_line
 from .data import Example, Row, Windows, windows
 
@@ -146,10 +145,9 @@ def check_rows(rows: list[Row], limits: Limits, network: Any, tokenizer: Any) ->
             )
         if limit is None and limits.declared is not None and longest > limits.declared:
             _try_beyond(network, row, limits.declared)
-            warnings.warn(
+            warn(
                 f"--max_length: a window has {longest} tokens, and --model was made for {limits.declared} "
-                "(max_position_embeddings): beyond, it may be much worse",
-                stacklevel=3,
+                "(max_position_embeddings): beyond, it may be much worse"
             )
 
 

@@ -1,12 +1,14 @@
 """The optimizers that ``lora-rite train`` and ``compare`` know by name, and any other by its import path."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from ..errors import LoRARiteValueError
-from ..inputs import resolve, resolve_values
+from ..hf import evaluating, two_modes
+from ..inputs import blame, resolve, resolve_values
 
 
 class Preset(NamedTuple):
@@ -75,10 +77,64 @@ def create_optimizer(
     if any(p.name == preset.weight_decay or p.kind is p.VAR_KEYWORD for p in taken):
         arguments.setdefault(preset.weight_decay, weight_decay)
     elif weight_decay:
-        raise LoRARiteValueError(f"{name} takes no weight_decay")
+        raise LoRARiteValueError(f"it takes no weight_decay, and --weight_decay is {weight_decay}")
     is_class = isinstance(target, type) and issubclass(target, torch.optim.Optimizer)
     target = cast("Any", target)
-    return target([p for p in model.parameters() if p.requires_grad] if is_class else model, **arguments)
+    made = target([p for p in model.parameters() if p.requires_grad] if is_class else model, **arguments)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise LoRARiteValueError(f"it gives a {type(made).__name__}, which is no torch.optim.Optimizer")
+    return made
+
+
+def option(name: str, options: dict[str, Any] | None) -> str:
+    """What an error of an optimizer is blamed on."""
+    return f"--optimizer {name}" + (f" with --optimizer_args {options}" if options else "")
+
+
+def check_optimizer(
+    model: Any, name: str, lr: float, weight_decay: float = 0.0, options: dict[str, Any] | None = None
+) -> None:
+    """Checks that an optimizer can be made, and that a training loop can step it: by two steps on a small adapter, with
+    dense gradients, no closure and a schedule of its lr.
+
+    Args:
+        model: to make it for, without a step; None makes it for the small adapter alone.
+        name, lr, weight_decay, options: as :func:`create_optimizer` takes them.
+
+    Raises:
+        LoRARiteValueError: what is wrong, by the option. (What cannot be made for the small adapter is not judged by it
+            where it is a factory, which may want a real model.)
+    """
+    import torch
+
+    from ..bench import Adapter
+
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself says it
+        if model is not None:
+            with blame(option(name, options)):
+                create_optimizer(model, name, lr, weight_decay, options)
+        adapter = Adapter([(48, 32)], 4, torch.float32, str(device))
+        try:
+            optimizer = create_optimizer(adapter, name, lr, weight_decay, options)
+        except Exception as error:
+            if model is None and isinstance(find_optimizer(name)[0], type):
+                with blame(option(name, options)):
+                    raise error
+            return
+        with blame(f"{option(name, options)}: no schedule can set its lr"):
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        with blame(f"{option(name, options)} cannot be stepped with dense gradients and no closure"):
+            for _ in range(2):
+                if (inner := two_modes(optimizer)) is not None:
+                    inner.train()
+                for p in adapter.parameters():
+                    p.grad = torch.full_like(p, 1e-3).uniform_(-1, 1)
+                optimizer.step()
+                schedule.step()
+            with evaluating(optimizer):
+                optimizer.state_dict()
 
 
 def published(model: Any, **options: Any) -> Any:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError, warn
+from ..hf import evaluating, without_accelerate
 from ..inputs import blame
 from ..models import TINY, refuse_adapter
 from . import checkpoint
 from .data import IGNORED, Split, label_count, read_examples, split
-from .optimizers import OptimizerFactory, find_optimizer
+from .optimizers import OptimizerFactory, check_optimizer, find_optimizer, option
+from .schedules import check_schedule
 from .tasks import examples, read_rows, read_task
 from .untrusted import check_adapter
 
@@ -47,6 +49,7 @@ def train(
     packing: bool = False,
     warmup: float = 0.1,
     scheduler: str = "cosine",
+    scheduler_args: dict[str, Any] | None = None,
     weight_decay: float = 0.0,
     holdout: float = 0.1,
     seed: int = 0,
@@ -95,6 +98,7 @@ def train(
             where they are much shorter than max_length; a batch then has more of them.
         warmup: share of the steps in which lr rises linearly.
         scheduler: transformers' name of the schedule after the warm-up (cosine, linear, constant_with_warmup, …).
+        scheduler_args: further arguments of the schedule, as min_lr_rate of cosine_with_min_lr.
         weight_decay: decoupled weight decay.
         holdout: share of the data to hold out where no validation file is given.
         seed: of the adapter's initialisation, the split and the order of batches.
@@ -119,6 +123,9 @@ def train(
         raise LoRARiteValueError(f"--lr is needed for --optimizer {optimizer}")
     settings["lr"] = lr = DEFAULT_LR[optimizer] if lr is None else lr
     settings["alpha"] = alpha = rank if alpha is None else alpha
+    with blame(f"--scheduler {scheduler}"):
+        check_schedule(scheduler, scheduler_args, lr, steps, warmup)
+    _check_reporter(report_to)
     parts, sources = _read(data, task, data_dir, validation, holdout, seed, progress, skip_bad_lines)
     contaminated = len(set(parts[0]) & set(parts[1]))
     if contaminated:
@@ -142,39 +149,43 @@ def train(
     }
     set_seed(seed)
     network = attach_adapter(network, rank=rank, alpha=alpha, target_modules=target_modules, dropout=dropout)
+    optimizer_kwargs = {"name": optimizer, "lr": lr, "weight_decay": weight_decay, "options": optimizer_args}
+    check_optimizer(network, **optimizer_kwargs)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     with checkpoint.locked(out):
         pass  # the Trainer makes folders: from here on, the folder is known as one of ours
-    with blame(f"--scheduler {scheduler}"):
-        arguments = training_arguments(
-            out,
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            warmup=warmup,
-            scheduler=scheduler,
-            seed=seed,
-            log_every=log_every,
-            gradient_accumulation_steps=accumulation,
-            weight_decay=weight_decay,
-            bf16=bf16,
-            include_num_input_tokens_seen="non_padding",
-            save_strategy="steps" if save_every else "no",
-            save_steps=save_every or 500,
-            save_total_limit=None,  # rotation is ours: it counts checkpoints that verify
-            report_to=report_to,
-        )
-    optimizer_kwargs = {"name": optimizer, "lr": lr, "weight_decay": weight_decay, "options": optimizer_args}
-    with blame(f"--report_to {report_to}"):
-        trainer = checkpoint.crash_safe(Trainer)(
-            network,
-            arguments,
-            data_collator=collator,
-            train_dataset=train_rows,  # type: ignore[arg-type]
-            optimizer_cls_and_kwargs=(OptimizerFactory, optimizer_kwargs),  # type: ignore[arg-type]
-        )
-    is_lora_rite = create_optimizer(trainer, f"--optimizer_args {optimizer_args}")
-    measure = lambda: held_out_loss(network, held_out_rows, collator, batch_size)
+    arguments = training_arguments(
+        out,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        warmup=warmup,
+        scheduler=scheduler,
+        scheduler_args=scheduler_args,
+        seed=seed,
+        log_every=log_every,
+        gradient_accumulation_steps=accumulation,
+        weight_decay=weight_decay,
+        bf16=bf16,
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="steps" if save_every else "no",
+        save_steps=save_every or 500,
+        save_total_limit=None,  # rotation is ours: it counts checkpoints that verify
+        report_to=report_to,
+    )
+    trainer = checkpoint.crash_safe(Trainer)(
+        network,
+        arguments,
+        data_collator=collator,
+        train_dataset=train_rows,  # type: ignore[arg-type]
+        optimizer_cls_and_kwargs=(OptimizerFactory, optimizer_kwargs),  # type: ignore[arg-type]
+    )
+    is_lora_rite = create_optimizer(trainer, option(optimizer, optimizer_args))
+
+    def measure() -> float:
+        with evaluating(trainer.optimizer):
+            return held_out_loss(network, held_out_rows, collator, batch_size)
+
     reporter = LoRARiteCallback(out / "layers.jsonl" if layers_every else None, layers_every or 1)
     add_callbacks(trainer, reporter if is_lora_rite else None, progress, measure, eval_every)
     with checkpoint.locked(out):
@@ -214,7 +225,8 @@ def train(
             },
             "versions": versions(),
         }
-        run.finish(lambda folder: network.save_pretrained(str(folder), safe_serialization=True), result)
+        with evaluating(trainer.optimizer):
+            run.finish(lambda folder: network.save_pretrained(str(folder), safe_serialization=True), result)
     return result
 
 
@@ -226,6 +238,7 @@ def training_arguments(
     lr: float,
     warmup: float,
     scheduler: str,
+    scheduler_args: dict[str, Any] | None,
     seed: int,
     log_every: int,
     **more: Any,
@@ -234,29 +247,31 @@ def training_arguments(
     import torch
     from transformers import TrainingArguments
 
-    return TrainingArguments(
-        output_dir=str(out / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=lr,
-        lr_scheduler_type=scheduler,
-        warmup_steps=round(warmup * steps),
-        use_cpu=not torch.accelerator.is_available(),
-        seed=seed,
-        logging_steps=log_every,
-        logging_nan_inf_filter=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-        **more,
-    )
+    with blame("the Trainer's arguments"):  # what options are to blame for was found before
+        return TrainingArguments(
+            output_dir=str(out / "checkpoints"),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=lr,
+            lr_scheduler_type=scheduler,
+            lr_scheduler_kwargs=scheduler_args or {},
+            warmup_steps=round(warmup * steps),
+            use_cpu=not torch.accelerator.is_available(),
+            seed=seed,
+            logging_steps=log_every,
+            logging_nan_inf_filter=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            **more,
+        )
 
 
-def create_optimizer(trainer: Any, option: str) -> bool:
-    """Has the Trainer make its optimizer, an error blamed on ``option``, and sets its clipping. Returns whether it is
+def create_optimizer(trainer: Any, what: str) -> bool:
+    """Has the Trainer make its optimizer, an error blamed on ``what``, and sets its clipping. Returns whether it is
     LoRARite."""
     from .. import LoRARite
 
-    with blame(option):
+    with blame(what):
         is_lora_rite = isinstance(trainer.create_optimizer(), LoRARite)
     trainer.args.max_grad_norm = 0.0 if is_lora_rite else 1.0  # LoRA-RITE clips by itself, invariantly
     return is_lora_rite
@@ -382,10 +397,9 @@ def held_out_loss(
 
 def describe_optimizer(optimizer: Any) -> dict[str, Any]:
     """Name, settings of the first group, bytes of state, and LoRARite's report."""
-    from ..hf import unwrap
     from ..optimizer import LoRARite, state_bytes
 
-    optimizer = unwrap(optimizer)
+    optimizer = without_accelerate(optimizer)
     options = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
     return {
         "name": type(optimizer).__name__,
@@ -412,12 +426,36 @@ def versions(*more: str) -> dict[str, Any]:
     }
 
 
-def _check(settings: dict[str, Any]) -> None:
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+def check_processes() -> None:
+    """Raises LoRARiteValueError where the environment says that this process is one of several, as accelerate (so the
+    Trainer) reads it, or says so by halves."""
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun, mpirun, srun
+    for key in sizes:
+        if (processes := os.environ.get(key, "1")) != "1":
+            raise LoRARiteValueError(
+                f"lora-rite train is one process, and there are {processes} ({key}, as a launcher sets it): on several "
+                "GPUs use a script of the Trainer or of Accelerate (docs/scaling.md), or compare --devices, a run on "
+                "each"
+            )
+    missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
+    if (rank := os.environ.get("LOCAL_RANK", "-1")) != "-1" and missing:
         raise LoRARiteValueError(
-            f"lora-rite train is one process, and there are {processes} (WORLD_SIZE, as torchrun sets it): on several "
-            "GPUs use a script of the Trainer or of Accelerate (docs/scaling.md), or compare --devices, a run on each"
+            f"LOCAL_RANK={rank} is set, as a launcher of several processes sets it, without {', '.join(missing)}: "
+            "unset it, lora-rite train is one process"
         )
+
+
+def _check_reporter(report_to: str) -> None:
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    names = {"none": [], "all": get_available_reporting_integrations()}.get(report_to, [report_to])
+    with blame(f"--report_to {report_to}"):
+        for callback in get_reporting_integration_callbacks(names):
+            callback()  # raises where its package is missing
+
+
+def _check(settings: dict[str, Any]) -> None:
+    check_processes()
     least = {
         "rank": 1,
         "steps": 1,
