@@ -332,7 +332,7 @@ def attach_adapter(
 
     if adapter is not None:
         with blame(f"--adapter {adapter}"), warnings.catch_warnings():
-            check_adapter(adapter)
+            check_adapter(adapter, network)
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
     kind = "SEQ_2_SEQ_LM" if network.config.is_encoder_decoder else "CAUSAL_LM"

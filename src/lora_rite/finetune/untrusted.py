@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import LoRARiteValueError
 from ..inputs import is_path
+from ..pairs import layout_by_shapes
 from .data import read_text
 
 MAX_CONFIG_BYTES = 2**20
@@ -118,8 +119,13 @@ def _loader() -> type:
     return Loader
 
 
-def check_adapter(folder: Path) -> None:
+def check_adapter(folder: Path, network: Any) -> None:
     """Looks at a PEFT adapter before PEFT does: tensors in safetensors alone, whole, finite, of the rank it claims.
+
+    Args:
+        folder: of the adapter.
+        network: the model that it is for. A factor of PEFT's for experts holds so many of the rank as the model's layer
+            has experts.
 
     Raises:
         LoRARiteValueError: what is wrong; nothing was loaded, run, imported or downloaded.
@@ -155,11 +161,25 @@ def check_adapter(folder: Path) -> None:
         raise LoRARiteValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None
     if not tensors:
         raise LoRARiteValueError(f"{path} has no tensors")
-    ranks = [rank, *pattern.values()]
+    ranks = [r for r in (rank, *pattern.values()) if isinstance(r, int)]
+    weights: dict[str, list[Any]] = {}
+    for name, p in network.named_parameters():
+        weights.setdefault(name.rpartition(".")[0], []).append(p)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise LoRARiteValueError(f"{path}: {name} is of {tensor.dtype}, factors are floating-point numbers")
         if not torch.isfinite(tensor).all():
             raise LoRARiteValueError(f"{path}: {name} contains NaN or Inf")
-        if kind == "LORA" and name.endswith("lora_A.weight") and tensor.shape[0] not in ranks:
-            raise LoRARiteValueError(f"{path}: {name} has rank {tensor.shape[0]}, adapter_config.json has r={rank}")
+        if kind == "LORA" and name.endswith("lora_A.weight"):
+            experts = _experts(name, tensors, weights)
+            if tensor.shape[0] not in [r * experts for r in ranks]:
+                of = f"{tensor.shape[0]} rows for {experts} experts" if experts > 1 else f"rank {tensor.shape[0]}"
+                raise LoRARiteValueError(f"{path}: {name} has {of}, adapter_config.json has r={rank}")
+
+
+def _experts(name: str, tensors: dict[str, Any], weights: dict[str, list[Any]]) -> int:
+    """How many experts an adapter's factor A holds, as the model's weights tell, by layer; 1 where it is none's."""
+    layer = name.removesuffix(".lora_A.weight").replace(".base_layer", "").removeprefix("base_model.model.")
+    partner = tensors.get(name.removesuffix("lora_A.weight") + "lora_B.weight")
+    found = None if partner is None else layout_by_shapes(tensors[name], partner, weights.get(layer, ()))
+    return found[0] if found is not None and found[1] == "interleaved" else 1
