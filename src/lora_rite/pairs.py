@@ -78,6 +78,18 @@ class Shape(NamedTuple):
         """Of the parameter that holds B."""
         return (self.m, self.rank * self.blocks) if self.columns else (self.blocks * self.m, self.rank)
 
+    @property
+    def weight(self) -> tuple[int, ...]:
+        """Of the weights that the pairs are for."""
+        if self.columns == "interleaved":
+            return self.blocks, self.m, self.n
+        return (self.m, self.blocks * self.n) if self.columns else (self.blocks * self.m, self.n)
+
+    @property
+    def elements(self) -> int:
+        """Of the factors of all pairs."""
+        return self.blocks * self.rank * (self.n + self.m)
+
 
 @dataclass(frozen=True)
 class Pair:
