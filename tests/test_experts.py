@@ -25,26 +25,22 @@ from lora_rite.models import TINY  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 SIZES = {
-    "vocab_size": 1024, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "vocab_size": 8192, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "num_experts_per_tok": 2,
 }  # fmt: skip
 CONFIGS = {
-    "qwen3_moe": lambda experts: transformers.Qwen3MoeConfig(
-        num_experts=experts, moe_intermediate_size=20, **SIZES, experts_implementation="eager"
-    ),
-    "mixtral": lambda experts: transformers.MixtralConfig(
-        num_local_experts=experts, **SIZES, experts_implementation="eager"
-    ),
+    "qwen3_moe": lambda experts: transformers.Qwen3MoeConfig(num_experts=experts, moe_intermediate_size=20, **SIZES),
+    "mixtral": lambda experts: transformers.MixtralConfig(num_local_experts=experts, **SIZES),
     # whose experts are transposed and have biases
     "gpt_oss": lambda experts: transformers.GptOssConfig(
-        num_local_experts=experts, layer_types=["full_attention"], **SIZES, experts_implementation="eager"
+        num_local_experts=experts, layer_types=["full_attention"], **SIZES
     ),
 }
 #: Beside experts, a layer of rank 3 in one adapter.
 MIXED = {
     "target_modules": ["q_proj", "v_proj"],
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    "rank_pattern": {"v_proj": 3, "down_proj": 5},
+    "rank_pattern": {"v_proj": 3},
     "r": 2,
 }
 
@@ -68,7 +64,9 @@ def run(*words):
 def mixed(folder):
     """The model with an adapter of ordinary pairs, another rank and experts; random factors."""
     torch.manual_seed(0)
-    model = peft.get_peft_model(load_model(str(folder))[0], peft.LoraConfig(**MIXED))
+    network = load_model(str(folder))[0]
+    network.set_experts_implementation("eager")  # which knows float64
+    model = peft.get_peft_model(network, peft.LoraConfig(**MIXED))
     adapters.randomise(model)
     return model
 
@@ -81,7 +79,7 @@ def test_what_train_writes_every_command_reads(kind, pairs, folders, tmp_path, c
         texts = [f"line {i}, {i * i} is a number." for i in range(first, first + 20)]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["--model", folders[kind], "--data", data, "--validation", held_out, "--rank", 2, "--max_length", 32]
-    assert run("train", *words, "--steps", 2, "--batch_size", 4, "--out", out, "--no_progress") == 0
+    assert run("train", *words, "--lr", 1e-3, "--steps", 2, "--batch_size", 4, "--out", out, "--no_progress") == 0
     result = json.loads((out / "result.json").read_text())
     assert result["optimizer"]["report"]["pairs"] == result["optimizer"]["report"]["pairs_preconditioned"] == pairs
     capsys.readouterr()
@@ -119,7 +117,7 @@ def test_ordinary_pairs_a_rank_pattern_and_experts_in_one_adapter(kind, folders,
     back = attach_adapter(load_model(str(folders[kind]))[0], adapter=folder)
     pairing = find_pairs(back)
     shapes = sorted((pair.shape.rank, pair.blocks) for pair in pairing.pairs)
-    assert shapes == [(2, 1), (2, 4), (3, 1), (5, 4)]
+    assert shapes == [(2, 1), (2, 4), (2, 4), (3, 1)]
     assert pairing.count == 10
     for one, other in zip(pairing.pairs, find_pairs(model).pairs, strict=True):
         assert one.a_name == other.a_name
@@ -131,7 +129,7 @@ def test_ordinary_pairs_a_rank_pattern_and_experts_in_one_adapter(kind, folders,
     assert len(a_names) == 4
     for name in a_names:
         partner, experts = name.replace("lora_A", "lora_B"), 4 if "experts" in name else 1
-        rows = 4 * experts  # ranks are 2, 3 and 5
+        rows = 4 * experts  # ranks are 2 and 3
         save_file({**sound, name: torch.zeros(rows, 16), partner: torch.zeros(len(sound[partner]), rows)}, file)
         with pytest.raises(lora_rite.LoRARiteValueError, match=re.escape(name.removeprefix("base_model."))):
             attach_adapter(load_model(str(folders[kind]))[0], adapter=folder)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .errors import LoRARiteValueError
 from .hf import create_lora_rite
 from .inputs import blame
-from .models import SHORT, configuration
+from .models import SHORT, configuration, fused_experts
 from .optimizer import state_bytes
 from .pairs import Shape, find_pairs
 
@@ -56,7 +56,7 @@ def network(model: str, layers: int | None, rank: int, device: str, dtype: torch
 
     config = shallow(model, layers)
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device(device), blame(f"--models {model}"):
+    with torch.device(device), blame(f"--models {model}"), fused_experts():
         base = kind.from_config(config, dtype=dtype)
         return get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
 
@@ -290,7 +290,8 @@ def bench_train(
     for model in models:
         torch.manual_seed(0)
         trained = network(model, layers, rank, device, DTYPES[dtype]).train()
-        trained.add_adapter("second", trained.peft_config["default"])
+        with fused_experts():
+            trained.add_adapter("second", trained.peft_config["default"])
         config = trained.config.get_text_config()
         tokens = torch.randint(config.vocab_size, (batch_size, length), device=device)
         made = {}

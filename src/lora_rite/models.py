@@ -1,5 +1,8 @@
 """Models that are known without a network: the one inside this package, and the configurations of the paper's."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +47,12 @@ def configuration(model: str, option: str, trust_remote_code: bool = False) -> A
             kind, sizes = CONFIGS[model]
             return AutoConfig.for_model(kind, **sizes)
         return AutoConfig.from_pretrained(TINY if model == "tiny" else model, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def fused_experts() -> Iterator[None]:
+    """Where PEFT attaches an adapter: it gives experts' maps that share a parameter a rank pattern of its own, follows
+    it, and warns that it matches no module."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+        yield
