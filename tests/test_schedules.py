@@ -17,6 +17,7 @@ from lora_rite.finetune import train as train_module
 from lora_rite.finetune.compare import load_recipe
 from lora_rite.finetune.optimizers import PRESETS, check_optimizer
 from lora_rite.finetune.schedules import check_schedule
+from lora_rite.pairs import Shape
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "default::UserWarning")
 SMALL = ["--batch_size", 2, "--max_length", 32, "--rank", 2, "--no_progress"]
@@ -225,7 +226,9 @@ def test_optimizers_that_a_trainer_cannot_step_are_one_line(name, args, message,
     from lora_rite.bench import Adapter
 
     with pytest.raises(LoRARiteValueError) as caught:
-        check_optimizer(Adapter([(12, 8)], 2, torch.float32, "cpu"), name, 1e-2, float(name == "torch.nn:Linear"), args)
+        check_optimizer(
+            Adapter([Shape(12, 8, 2)], torch.float32, "cpu"), name, 1e-2, float(name == "torch.nn:Linear"), args
+        )
     assert f"--optimizer {name}" in str(caught.value)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -236,7 +239,7 @@ def test_optimizers_that_train_pass_and_nothing_is_drawn_or_moved(name):
     from lora_rite.bench import Adapter
 
     pytest.importorskip("pytorch_optimizer")
-    adapter = Adapter([(12, 8)], 2, torch.float32, "cpu")
+    adapter = Adapter([Shape(12, 8, 2)], torch.float32, "cpu")
     before, state = [p.detach().clone() for p in adapter.parameters()], torch.get_rng_state()
     check_optimizer(adapter, name, 1e-2)
     check_optimizer(None, name, 1e-2)

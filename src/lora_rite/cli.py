@@ -192,7 +192,7 @@ def audit_verb(
         lr: its learning rate.
         optimizer_args: its further keyword arguments.
         takes: what it is called with, the list of parameters, (name, parameter) pairs, or the model; by default a class
-            gets parameters (LoRARite pairs), and a function the model unless its first parameter is called params.
+            gets parameters (LoRARite groups), and a function the model unless its first parameter is called params.
         model: hub id or local folder of a causal language model, or "tiny", the one inside this package; without it,
             synthetic problems (linear maps, embeddings, convolutions).
         adapter: folder of a PEFT adapter of the model; without it, a new LoRA adapter is attached.

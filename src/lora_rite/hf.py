@@ -21,8 +21,9 @@ RAW_CLIPPING = (
 def create_lora_rite(model: nn.Module, lr: float | Tensor = 2e-4, **options: Any) -> LoRARite:
     """LoRARite for the trainable parameters of a model with LoRA layers (PEFT's, or others with the same names).
 
-    Unlike ``LoRARite(model.named_parameters())``, it also recognises layers whose parameters hold several pairs
-    (stacked experts, grouped convolutions, block-diagonal factors).
+    It recognises layers whose parameters hold several pairs (stacked experts, grouped convolutions, block-diagonal
+    factors) by their classes; ``LoRARite(model.named_parameters())`` by the shapes of the frozen weights alone, see
+    :func:`lora_rite.find_pairs`.
 
     Args:
         model: the model, after ``get_peft_model``.

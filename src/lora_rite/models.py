@@ -1,5 +1,8 @@
 """Models that are known without a network: the one inside this package, and the configurations of the paper's."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +87,12 @@ def _base(folder: Path) -> str:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return ""
     return f" ({found})" if isinstance(found, str) and found and found.isprintable() else ""
+
+
+@contextmanager
+def fused_experts() -> Iterator[None]:
+    """Where PEFT attaches an adapter: it gives experts' maps that share a parameter a rank pattern of its own, follows
+    it, and warns that it matches no module."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+        yield

@@ -79,9 +79,10 @@ class LoRARite(torch.optim.Optimizer):
 
     Args:
         params: ``model.named_parameters()`` (pairs by name: ``lora_A``/``lora_B`` of PEFT, also ``lora_embedding_…``,
-            ``lora_down``/``lora_up``, ``lora_a``/``lora_b``), a flat list A, B, A, B, … with A (r, n) and B (m, r), or
-            groups from :func:`lora_rite.param_groups`. Frozen parameters are left out, but where they are the partner
-            of a trained factor (LoRA-FA, MiCA): that one then moves alone, undamped, in a basis that does not change.
+            ``lora_down``/``lora_up``, ``lora_a``/``lora_b``; experts by the frozen weights among them), a flat list A,
+            B, A, B, … with A (r, n) and B (m, r), or groups from :func:`lora_rite.param_groups`. Frozen parameters are
+            left out, but where they are the partner of a trained factor (LoRA-FA, MiCA): that one then moves alone,
+            undamped, in a basis that does not change.
         lr: the learning rate, a float or a tensor of one element. A step changes W by about lr·√(rows·r) in Frobenius
             norm. All hyperparameters are per group and read at each step.
         betas: decays of the first and the second moment. A second of 1 sums V over all steps (Algorithm 1 of the paper,

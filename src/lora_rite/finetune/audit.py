@@ -66,6 +66,7 @@ def audit_command(
     network = loss = None
     if model is not None:
         network, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
+        network.set_experts_implementation("eager")  # grouped products know no float64
         torch.manual_seed(seed)
         network = attach_adapter(network, adapter=adapter, rank=rank, target_modules=target_modules).train()
         loss = _loss_on(data, tokenizer) if data else None

@@ -20,7 +20,7 @@ from .checkpoint import changes, check_folder, digest_file, list_changes, prepar
 from .data import IGNORED, RECORDS, Example, Windows, label_count, read_examples, windows
 from .tasks import TASKS, Row, Rows, Task, examples, find_task, require_rows
 from .train import attach_adapter, held_out_loss, load_model, versions
-from .untrusted import check_adapter
+from .untrusted import find_adapter
 
 #: Of what a model and its tokenizer are made.
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
@@ -206,8 +206,7 @@ def _file_name(name: str) -> str:
 
 def _digest(adapter: Path) -> str:
     with blame(f"--adapter {adapter}"):
-        check_adapter(adapter)
-    return digest_file(adapter / "adapter_model.safetensors")
+        return digest_file(find_adapter(adapter)[1])
 
 
 def _model_digest(model: str) -> str | None:

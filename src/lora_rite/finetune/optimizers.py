@@ -61,14 +61,17 @@ def create_optimizer(
 
     Args:
         model: the model, after its adapter is attached.
-        name: as :func:`find_optimizer` takes it. A class gets the trainable parameters; anything else is a factory and
-            gets the model. Both get ``lr`` and the options by keyword.
+        name: as :func:`find_optimizer` takes it. A class gets the trainable parameters, LoRARite the groups of
+            ``param_groups(model)``; anything else is a factory and gets the model. All get ``lr`` and the options by
+            keyword.
         lr: the learning rate.
         weight_decay: passed on where the signature takes it; else it must be 0.
         options: further keyword arguments, over those of the preset; a string ``package.module:attribute`` among them
             stands for what it names.
     """
     import torch
+
+    from .. import LoRARite, param_groups
 
     target: Any
     target, preset = find_optimizer(name)
@@ -79,6 +82,8 @@ def create_optimizer(
     elif weight_decay:
         raise LoRARiteValueError(f"it takes no weight_decay, and --weight_decay is {weight_decay}")
     is_class = isinstance(target, type) and issubclass(target, torch.optim.Optimizer)
+    if is_class and issubclass(target, LoRARite):
+        return target(param_groups(model), **arguments)
     target = cast("Any", target)
     made = target([p for p in model.parameters() if p.requires_grad] if is_class else model, **arguments)
     if not isinstance(made, torch.optim.Optimizer):
@@ -108,6 +113,7 @@ def check_optimizer(
     import torch
 
     from ..bench import Adapter
+    from ..pairs import Shape
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -115,7 +121,7 @@ def check_optimizer(
         if model is not None:
             with blame(option(name, options)):
                 create_optimizer(model, name, lr, weight_decay, options)
-        adapter = Adapter([(48, 32)], 4, torch.float32, str(device))
+        adapter = Adapter([Shape(48, 32, 4)], torch.float32, str(device))
         try:
             optimizer = create_optimizer(adapter, name, lr, weight_decay, options)
         except Exception as error:

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import LoRARiteValueError, warn
 from ..hf import evaluating, without_accelerate
 from ..inputs import blame
-from ..models import TINY, refuse_adapter
+from ..models import TINY, fused_experts, refuse_adapter
 from . import checkpoint
 from .data import IGNORED, Split, label_count, read_examples, split
 from .optimizers import OptimizerFactory, check_optimizer, find_optimizer, option
@@ -341,14 +341,14 @@ def attach_adapter(
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter is not None:
-        with blame(f"--adapter {adapter}"), warnings.catch_warnings():
-            check_adapter(adapter)
+        with blame(f"--adapter {adapter}"), fused_experts():
+            check_adapter(adapter, network)
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
     kind = "SEQ_2_SEQ_LM" if network.config.is_encoder_decoder else "CAUSAL_LM"
     if not network.can_generate():
         kind = "FEATURE_EXTRACTION"
-    with blame(f"--target_modules {target_modules}"):
+    with blame(f"--target_modules {target_modules}"), fused_experts():
         config = LoraConfig(
             r=rank,
             lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
