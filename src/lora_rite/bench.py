@@ -23,13 +23,10 @@ from .inputs import blame
 from .models import SHORT, configuration
 from .optimizer import LoRARite, state_bytes
 from .rivals import LoRAMuon, PoLoRA, Shampoo
-from .rivals.base import PairOptimizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASELINE = "AdamW (fused)"
 BOTH = (BASELINE, "LoRARite")
-#: Our transcriptions, beside what is installed.
-RIVALS: dict[str, type[PairOptimizer]] = {"PoLoRA": PoLoRA, "LoRA-Muon": LoRAMuon, "Shampoo": Shampoo}
 WARM_UP = 3
 Shapes = list[tuple[int, int]]
 
@@ -116,7 +113,9 @@ def optimizers(adapter: nn.Module, device: str) -> dict[str, Callable[[], torch.
         "pytorch_optimizer.LoRARite": pytorch_optimizer,
         "peft Riemannian (AdamW)": riemannian,
         "torch Muon": lambda: torch.optim.Muon(params, lr=1e-4),
-        **{name: lambda rival=rival: rival(named, lr=1e-4) for name, rival in RIVALS.items()},
+        "PoLoRA": lambda: PoLoRA(named, lr=1e-4),
+        "LoRA-Muon": lambda: LoRAMuon(named, lr=1e-4),
+        "Shampoo": lambda: Shampoo(named, lr=1e-4),
     }
 
 

@@ -137,11 +137,15 @@ class PairOptimizer(torch.optim.Optimizer, ABC):
 
 
 def _check_hyperparameter(key: str, value: Any) -> None:
-    values = list(value) if isinstance(value, (tuple, list)) else [value]
-    most = 1.0 if key == "betas" else math.inf
-    for number in values:
-        number = number.item() if key == "lr" and isinstance(number, Tensor) and number.numel() == 1 else number
-        real = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if not real or not 0 <= number < most or (key == "betas" and len(values) != 2):
-            what = "two numbers in [0, 1)" if key == "betas" else "a finite number ≥ 0"
-            raise LoRARiteValueError(f"{key} must be {what}, got {value!r}")
+    if key == "lr" and isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    numbers = list(value) if key == "betas" and isinstance(value, (tuple, list)) else [value]
+    decays = key.startswith("beta")
+    real = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
+    if (
+        not real
+        or len(numbers) != 1 + (key == "betas")
+        or not all(0 <= n < (1 if decays else math.inf) for n in numbers)
+    ):
+        what = {"betas": "two numbers in [0, 1)", "beta": "a number in [0, 1)"}.get(key, "a finite number ≥ 0")
+        raise LoRARiteValueError(f"{key} must be {what}, got {value!r}")
