@@ -24,6 +24,7 @@ from .inputs import blame
 from .models import SHORT, configuration, fused_experts
 from .optimizer import state_bytes
 from .pairs import Shape, find_pairs
+from .rivals import LoRAMuon, PoLoRA, Shampoo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASELINE = "AdamW (fused)"
@@ -118,6 +119,9 @@ def optimizers(adapter: nn.Module, device: str) -> dict[str, Callable[[], torch.
         "pytorch_optimizer.LoRARite": pytorch_optimizer,
         "peft Riemannian (AdamW)": riemannian,
         "torch Muon": lambda: torch.optim.Muon(params, lr=1e-4),
+        "PoLoRA": lambda: PoLoRA(adapter, lr=1e-4),
+        "LoRA-Muon": lambda: LoRAMuon(adapter, lr=1e-4),
+        "Shampoo": lambda: Shampoo(adapter, lr=1e-4),
     }
 
 

@@ -205,7 +205,8 @@ def audit_verb(
         steps: optimizer steps of each run.
         tolerance: largest relative difference of the changes of W that passes; by default 1e-4 in float64, 1e-2 in
             float32, 0.3 in bfloat16, 0.1 in float16.
-        peers: show other optimizers beside it (AdamW, LoRA+, Riemannian, Muon, Shampoo, Lamb, the published step).
+        peers: show other optimizers beside it (AdamW, LoRA+, Riemannian, Muon, LoRA-Muon, PoLoRA, Shampoo, Lamb, the
+            published step).
         seed: of the problems, the transformations and the adapter.
         out: folder for audit.json and audit.png.
         trust_remote_code: allow the model's own code to run.

@@ -22,7 +22,9 @@ PEERS: list[tuple[str, str, dict[str, Any]]] = [
     ("Riemannian (SGD)", "peft.optimizers:create_riemannian_optimizer", {"optimizer_cls": "torch.optim:SGD"}),
     ("Riemannian (AdamW)", "peft.optimizers:create_riemannian_optimizer", {"optimizer_cls": "torch.optim:AdamW"}),
     ("Muon, a factor each", "torch.optim:Muon", {}),
-    ("Shampoo", "pytorch_optimizer:Shampoo", {}),
+    ("LoRA-Muon", "lora_rite.rivals:LoRAMuon.for_model", {}),
+    ("PoLoRA", "lora_rite.rivals:PoLoRA.for_model", {}),
+    ("Shampoo", "lora_rite.rivals:Shampoo.for_model", {}),
     ("Lamb", "pytorch_optimizer:Lamb", {}),
 ]  # fmt: skip
 #: The mark of a table's cell: of the worst verdict in it.

@@ -21,7 +21,7 @@ class Preset(NamedTuple):
 
 _ADAMW = {"optimizer_cls": "torch.optim:AdamW"}
 #: LoRA+ has the ratio of the LoRA-RITE paper's baseline; Muon's rate is in AdamW's units; SOAP leaves sides above 1,024
-#: alone, whose square matrices would outgrow the model.
+#: alone, whose square matrices would outgrow the model, as our Shampoo does (``pytorch_optimizer``'s keeps them all).
 PRESETS = {
     "lora-rite": Preset("lora_rite:create_lora_rite"),
     "lora-rite-published": Preset("lora_rite.finetune.optimizers:published"),
@@ -33,6 +33,9 @@ PRESETS = {
     "muon": Preset("torch.optim:Muon", {"adjust_lr_fn": "match_rms_adamw"}),
     "lamb": Preset("pytorch_optimizer:Lamb"),
     "soap": Preset("pytorch_optimizer:SOAP", {"max_precondition_dim": 1024}),
+    "shampoo": Preset("lora_rite.rivals:Shampoo.for_model"),
+    "polora": Preset("lora_rite.rivals:PoLoRA.for_model"),
+    "lora-muon": Preset("lora_rite.rivals:LoRAMuon.for_model"),
 }
 
 

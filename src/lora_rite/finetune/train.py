@@ -81,8 +81,9 @@ def train(
             this package.
         validation: held-out text in the formats of data; without it, the task's validation split is held out, and
             where there is none, a share of the data.
-        optimizer: lora-rite, lora-rite-published, adamw, lora-plus, riemannian, muon, lamb, soap, or the import path
-            package.module:attribute of an optimizer class, or of a factory that is called with the model.
+        optimizer: lora-rite, lora-rite-published, adamw, lora-plus, riemannian, muon, lamb, soap, shampoo, polora,
+            lora-muon, or the import path package.module:attribute of an optimizer class, or of a factory that is called
+            with the model.
         lr: peak learning rate; by default 5e-4 for lora-rite and 2e-4 for adamw.
         optimizer_args: further keyword arguments of the optimizer.
         rank: rank of the adapter.
