@@ -35,7 +35,10 @@ def run(monkeypatch):
         streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors) for _ in range(2)]
         monkeypatch.setattr(sys, "stdout", streams[0])
         monkeypatch.setattr(sys, "stderr", streams[1])
-        code = main([str(word) for word in words])
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:  # of --help
+            code = stop.code
         monkeypatch.undo()
         assert [stream.errors for stream in streams] == [errors] * 2  # as they were
         for stream in streams:

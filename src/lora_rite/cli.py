@@ -318,8 +318,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tolerant_output():
         try:
             code = _main(argv)
-        except SystemExit as stop:  # of --help
-            code = int(stop.code or 0)
+        except SystemExit:  # of --help
+            if isinstance(flush(sys.stdout), BrokenPipeError):
+                return READER_GONE
+            raise
         except BrokenPipeError:
             if not _reader_is_gone():
                 raise
