@@ -8,6 +8,7 @@ import torch
 
 from lora_rite import LoRARite, bench
 from lora_rite.bench import BASELINE, Adapter, Watch
+from lora_rite.pairs import Shape
 
 pytest.importorskip("jsonargparse")
 pytest.importorskip("peft")
@@ -30,6 +31,7 @@ def run(*words):
 @pytest.mark.parametrize("model", SHAPES)
 def test_shapes_of_the_known_models(model):
     layer, depth = SHAPES[model]
+    layer = [Shape(*maps, 1) for maps in layer]
     assert bench.linear_maps(model, 1) == layer
     assert sorted(bench.linear_maps(model)) == sorted(layer * depth)
 
@@ -41,7 +43,8 @@ def test_shapes_of_a_configuration_file(tmp_path):
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=64,
     ).save_pretrained(tmp_path)  # fmt: skip
-    layer = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    maps = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    layer = [Shape(*shape, 1) for shape in maps]
     assert bench.linear_maps(str(tmp_path / "config.json")) == layer * 3
     assert bench.linear_maps(str(tmp_path), layers=1) == layer
 
@@ -99,7 +102,7 @@ def test_step_of_small_cases(tmp_path, capsys):
     assert [(c["rank"], c["dtype"]) for c in result["cases"]] == [
         (rank, dtype) for rank in (2, 3) for dtype in ("float32", "bfloat16")
     ]
-    maps = sum(n + m for n, m in bench.linear_maps("tiny", 1))
+    maps = sum(shape.n + shape.m for shape in bench.linear_maps("tiny", 1))
     for case in result["cases"]:
         rows = {row["optimizer"]: row for row in case["rows"]}
         assert set(rows) | set(case["left_out"]) == set(bench.optimizers(torch.nn.Module(), "cpu"))
@@ -149,8 +152,9 @@ def test_each_optimizer_trains_its_own_adapter(monkeypatch):
 def test_exponents(tmp_path, capsys, monkeypatch):
     """On times that are known: 3·x^1.5 a step for LoRARite, and a constant for AdamW."""
 
-    def measure(names, shapes, rank, dtype, device, rounds):
-        x = rank if len(shapes) == 8 and shapes[0][0] == 2048 else shapes[0][0] if len(shapes) == 8 else len(shapes)
+    def measure(names, shapes, dtype, device, rounds):
+        n, _, rank, *_ = shapes[0]
+        x = rank if len(shapes) == 8 and n == 2048 else n if len(shapes) == 8 else len(shapes)
         return {"rows": [{"seconds": 1.0 if name == BASELINE else 3 * x**1.5} for name in names]}
 
     monkeypatch.setattr(bench, "measure", measure)
@@ -179,7 +183,7 @@ def test_scaling_measures_every_point(monkeypatch):
 
 
 def test_the_adapter_has_the_names_of_peft():
-    optimizer = LoRARite(Adapter([(6, 5), (4, 3)], 2, torch.float32, "cpu").named_parameters())
+    optimizer = LoRARite(Adapter([Shape(6, 5, 2), Shape(4, 3, 2)], torch.float32, "cpu").named_parameters())
     assert optimizer.report()["pairs"] == 2
 
 

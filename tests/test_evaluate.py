@@ -471,7 +471,7 @@ def test_the_command_line(folder, tmp_path, capsys):
         (["--num_fewshot", "-1"], "--num_fewshot must be at least 0"),
         (["--batch_size", "0"], "--batch_size must be at least 1"),
         (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
-        (["--adapter", "nowhere"], "--adapter nowhere has no adapter_model.safetensors"),
+        (["--adapter", "nowhere"], "--adapter nowhere: there is no such folder"),
         (["--model", "no/such-model"], "cannot load --model no/such-model"),
         (["--device", "abacus"], "--device abacus"),
         (["--data_dir", "nowhere"], "--data_dir nowhere is not a folder"),

@@ -1,5 +1,6 @@
 """LoRARite on PEFT models and under transformers' Trainer, on a random model of two layers."""
 
+import json
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from lora_rite import LoRARite, LoRARiteCallback, LoRARiteFactory, create_lora_rite, find_pairs  # noqa: E402
+from lora_rite.hf import unwrap  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
@@ -127,6 +129,32 @@ def test_callback_is_silent_where_all_is_well(tmp_path):
         warnings.simplefilter("always")
         run.train()
     assert not [w for w in caught if "LoRARiteCallback" in str(w.message)]
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_callback_logs_the_update_of_the_step_that_was_made(tensor, tmp_path):
+    """The schedule falls to 0 after the last step, and rises after the first ones; the figures, the layers' too, are
+    those of each step's own lr, whether a number or a tensor that the schedule fills in place."""
+    own = []
+
+    class Own(transformers.TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            report = unwrap(optimizer).report()  # the schedule has not moved on yet
+            own.append((report["update_norm"], report["sigma_over_delta"]))
+
+    file = tmp_path / "layers.jsonl"
+    run = trainer(tmp_path, steps=4, save_strategy="no", callbacks=[Own()], warmup_steps=2)
+    run.callback_handler.callbacks.insert(0, LoRARiteCallback(file, 1))
+    run.create_optimizer()
+    for group in run.optimizer.param_groups if tensor else ():
+        group["lr"] = torch.tensor(group["lr"])
+    run.train()
+    logged = [entry["lora_rite/update_norm"] for entry in run.state.log_history if "loss" in entry]
+    assert logged == [norm for norm, _ in own]
+    assert logged[0] == 0 < min(logged[1:])  # the warm-up's first step has lr 0
+    for line, (norm, _) in zip(map(json.loads, file.read_text().splitlines()), own, strict=True):
+        assert sum(row["update_norm"] ** 2 for row in line["layers"]) ** 0.5 == pytest.approx(norm, rel=1e-5)
+    assert run.optimizer.param_groups[0]["lr"] == 0  # as the schedule has left it
 
 
 def test_update_norm_is_that_of_the_next_step_without_gradients():

@@ -16,6 +16,7 @@ from lora_rite.algebra.linalg import eigh, trace
 from lora_rite.algebra.rounding import stochastic_round
 from lora_rite.bench import Watch, formula
 from lora_rite.optimizer import state_bytes
+from lora_rite.pairs import Shape
 
 
 def start(*, zero_b=False, dtype=torch.float32, pairs=2, **options):
@@ -533,7 +534,7 @@ def test_state_is_small(r, dtype):
     )
     assert ours == optimizers[0].report()["state_bytes"]
     assert ours == sum(4 * (m + n) * (r + 1) + 40 * r**2 + 2 * (4 + 4 + 4 + 1) + 8 * r for n, m in shapes)
-    assert ours == formula(shapes, r)
+    assert ours == formula([Shape(n, m, r) for n, m in shapes])
     if (r, dtype) == (16, torch.float32):
         assert ours <= 0.55 * adamw
 

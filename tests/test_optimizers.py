@@ -11,6 +11,7 @@ import torch
 import lora_rite
 from lora_rite.bench import Adapter
 from lora_rite.finetune.optimizers import PRESETS, create_optimizer
+from lora_rite.pairs import Shape
 
 NAMES = [
     pytest.param(n, marks=pytest.mark.filterwarnings("ignore")) if p.path.startswith("pytorch_optimizer") else n
@@ -27,7 +28,7 @@ def test_every_name_trains_both_factors_and_decays_as_told(name):
 
     def factors():
         torch.manual_seed(0)
-        adapter = Adapter([(12, 8)], 4, torch.float32, "cpu")
+        adapter = Adapter([Shape(12, 8, 4)], torch.float32, "cpu")
         return adapter, list(adapter.parameters())
 
     adapter, (a, b) = factors()
@@ -55,14 +56,14 @@ def test_every_name_trains_both_factors_and_decays_as_told(name):
 
 
 def test_published_is_the_authors_step_and_options_go_over_it():
-    adapter = Adapter([(12, 8)], 4, torch.float32, "cpu")
+    adapter = Adapter([Shape(12, 8, 4)], torch.float32, "cpu")
     group = create_optimizer(adapter, "lora-rite-published", 1e-2, options={"update_capping": 1.0}).param_groups[0]
     assert {key: group[key] for key in lora_rite.PUBLISHED} == lora_rite.PUBLISHED
     assert group["update_capping"] == 1.0
 
 
 def test_lora_plus_gives_b_the_larger_rate():
-    adapter = Adapter([(12, 8)], 4, torch.float32, "cpu")
+    adapter = Adapter([Shape(12, 8, 4)], torch.float32, "cpu")
     optimizer = create_optimizer(adapter, "lora-plus", 1e-2, options={"loraplus_lr_ratio": 16.0})
     (a, b) = adapter.parameters()
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -74,7 +75,7 @@ def test_state_in_lists_counts():
     pytest.importorskip("pytorch_optimizer")
     from lora_rite.optimizer import state_bytes
 
-    adapter = Adapter([(12, 8)], 4, torch.float32, "cpu")
+    adapter = Adapter([Shape(12, 8, 4)], torch.float32, "cpu")
     optimizer = create_optimizer(adapter, "soap", 1e-2)
     for p in adapter.parameters():
         p.grad = torch.randn_like(p)
@@ -96,15 +97,15 @@ def test_state_in_lists_counts():
 )
 def test_what_is_not_there_is_named(name, error, message):
     with pytest.raises(error, match=message):
-        create_optimizer(Adapter([(12, 8)], 4, torch.float32, "cpu"), name, 1e-2)
+        create_optimizer(Adapter([Shape(12, 8, 4)], torch.float32, "cpu"), name, 1e-2)
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(ImportError, match=r'soap needs pytorch_optimizer: pip install "lora-rite\[study\]"'):
-        create_optimizer(Adapter([(12, 8)], 4, torch.float32, "cpu"), "soap", 1e-2)
+        create_optimizer(Adapter([Shape(12, 8, 4)], torch.float32, "cpu"), "soap", 1e-2)
 
 
 def test_weight_decay_that_cannot_be_passed_on_is_an_error():
     with pytest.raises(lora_rite.LoRARiteValueError, match="takes no weight_decay"):
-        create_optimizer(Adapter([(12, 8)], 4, torch.float32, "cpu"), "torch.optim:Rprop", 1e-2, 0.1)
+        create_optimizer(Adapter([Shape(12, 8, 4)], torch.float32, "cpu"), "torch.optim:Rprop", 1e-2, 0.1)

@@ -166,6 +166,26 @@ def test_lightning_callback_numbers_several_optimizers(fit):
     assert "lora_rite/update_norm" not in run.callback_metrics
 
 
+def test_lightning_logs_the_update_of_the_step_that_was_made(fit, monkeypatch):
+    """A schedule that falls by half at each step: at its end the figure is of the lr of the step, not of the next."""
+    own, step = [], LoRARite.step
+
+    def stepping(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        own.append(self.report()["update_norm"])
+
+    monkeypatch.setattr(LoRARite, "step", stepping)
+
+    def halving(model):
+        optimizer = create_lora_rite(model, lr=1e-2)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    run, _ = fit(halving, log_every_n_steps=1)
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 / 16)
+    assert float(run.callback_metrics["lora_rite/update_norm"]) == pytest.approx(own[-1], rel=1e-6)
+
+
 def test_layer_report_adds_up_to_the_report():
     model = network()
     optimizer = create_lora_rite(model, lr=1e-2, damping=5.0)

@@ -32,7 +32,7 @@ def main(layers: int = 1, rank: int = 16, steps: int = 5, out: Path | None = Non
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     n = dist.get_world_size()
-    adapter = Sharded(linear_maps("gemma-2b", layers), rank, torch.float32, "cpu")
+    adapter = Sharded(linear_maps("gemma-2b", layers, rank), torch.float32, "cpu")
     whole = sum(p.numel() for p in adapter.parameters()) * 4
     fully_shard(adapter, mesh=dist.init_device_mesh("cpu", (n,)))
     optimizer = LoRARite(adapter.named_parameters(), lr=1e-4)

@@ -19,15 +19,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import LoRARiteValueError
+from .hf import create_lora_rite
 from .inputs import blame
-from .models import SHORT, configuration
-from .optimizer import LoRARite, state_bytes
+from .models import SHORT, configuration, fused_experts
+from .optimizer import state_bytes
+from .pairs import Shape, find_pairs
+from .rivals import LoRAMuon, PoLoRA, Shampoo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASELINE = "AdamW (fused)"
 BOTH = (BASELINE, "LoRARite")
 WARM_UP = 3
-Shapes = list[tuple[int, int]]
+Shapes = list[Shape]
 
 
 # ------------------------------------------------------------------------------------------------ models and adapters
@@ -54,29 +57,32 @@ def network(model: str, layers: int | None, rank: int, device: str, dtype: torch
 
     config = shallow(model, layers)
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device(device), blame(f"--models {model}"):
+    with torch.device(device), blame(f"--models {model}"), fused_experts():
         base = kind.from_config(config, dtype=dtype)
         return get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
 
 
-def linear_maps(model: str, layers: int | None = None) -> Shapes:
-    """(in, out) of the linear maps that get an adapter; no weights are made."""
-    from .pairs import find_pairs
-
-    pairs = find_pairs(network(model, layers, 1, "meta").named_parameters()).pairs
-    return [(pair.a.shape[1], pair.b.shape[0]) for pair in pairs]
+def linear_maps(model: str, layers: int | None = None, rank: int = 1) -> Shapes:
+    """The pairs of an adapter on all linear maps, those of experts in one; no weights are made. (PEFT gives parameters
+    that two maps share twice the rank.)"""
+    return [pair.shape for pair in find_pairs(network(model, layers, rank, "meta")).pairs]
 
 
 class Adapter(nn.Module):
-    """The factors of a PEFT adapter (and their names), without a model."""
+    """The factors of a PEFT adapter (and their names), without a model: of what holds several pairs, the weights are on
+    the meta device, whose shape says so."""
 
-    def __init__(self, shapes: Shapes, rank: int, dtype: torch.dtype, device: str):
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, device: str):
         super().__init__()
         self.layers = nn.ModuleList()
-        for n, m in shapes:
+        for shape in shapes:
             layer = nn.Module()
-            layer.lora_A = nn.ModuleDict({"default": nn.Linear(n, rank, bias=False, dtype=dtype, device=device)})
-            layer.lora_B = nn.ModuleDict({"default": nn.Linear(rank, m, bias=False, dtype=dtype, device=device)})
+            for name, (rows, columns) in (("lora_A", shape.a), ("lora_B", shape.b)):
+                factor = nn.Linear(columns, rows, bias=False, dtype=dtype, device=device)
+                setattr(layer, name, nn.ModuleDict({"default": factor}))
+            if shape.blocks > 1:
+                layer.base_layer = nn.Module()
+                layer.base_layer.weight = nn.Parameter(torch.empty(shape.weight, device="meta"), requires_grad=False)
             self.layers.append(layer)
 
 
@@ -85,8 +91,7 @@ class Adapter(nn.Module):
 
 def optimizers(adapter: nn.Module, device: str) -> dict[str, Callable[[], torch.optim.Optimizer]]:
     """Makers of the optimizers to compare. On CUDA, those named so are replayed as a CUDA graph."""
-    named = [(name, p) for name, p in adapter.named_parameters() if p.requires_grad]
-    params = [p for _, p in named]
+    params = [p for p in adapter.parameters() if p.requires_grad]
 
     def pytorch_optimizer() -> torch.optim.Optimizer:
         from pytorch_optimizer import LoRARite as Other  # type: ignore[import-not-found]
@@ -100,27 +105,32 @@ def optimizers(adapter: nn.Module, device: str) -> dict[str, Callable[[], torch.
 
     cuda = device == "cuda"
     graphs: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "LoRARite (CUDA graph)" if cuda else "LoRARite (capturable)": lambda: LoRARite(named, 1e-4, capturable=True)
+        "LoRARite (CUDA graph)" if cuda else "LoRARite (capturable)": lambda: create_lora_rite(
+            adapter, 1e-4, capturable=True
+        )
     }
     if cuda:
         graphs["AdamW (fused, CUDA graph)"] = lambda: torch.optim.AdamW(params, 1e-4, fused=True, capturable=True)
     return {
-        "LoRARite": lambda: LoRARite(named, lr=1e-4),
+        "LoRARite": lambda: create_lora_rite(adapter, lr=1e-4),
         **graphs,
         BASELINE: lambda: torch.optim.AdamW(params, lr=1e-4, fused=True),
         "AdamW (foreach)": lambda: torch.optim.AdamW(params, lr=1e-4, foreach=True),
         "pytorch_optimizer.LoRARite": pytorch_optimizer,
         "peft Riemannian (AdamW)": riemannian,
         "torch Muon": lambda: torch.optim.Muon(params, lr=1e-4),
+        "PoLoRA": lambda: PoLoRA(adapter, lr=1e-4),
+        "LoRA-Muon": lambda: LoRAMuon(adapter, lr=1e-4),
+        "Shampoo": lambda: Shampoo(adapter, lr=1e-4),
     }
 
 
 class Contender:
     """An optimizer on an adapter of its own, warmed up."""
 
-    def __init__(self, name: str, shapes: Shapes, rank: int, dtype: torch.dtype, device: str):
-        adapter = Adapter(shapes, rank, dtype, device)
-        self.params, self.device = list(adapter.parameters()), device
+    def __init__(self, name: str, shapes: Shapes, dtype: torch.dtype, device: str):
+        adapter = Adapter(shapes, dtype, device)
+        self.params, self.device = [p for p in adapter.parameters() if p.requires_grad], device
         self.gradients = [torch.randn_like(p) * 1e-3 for p in self.params]
         self.optimizer = optimizers(adapter, device)[name]()
         self.step: Callable[[], Any] = self.optimizer.step
@@ -174,8 +184,8 @@ def seconds(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(names: Sequence[str], shapes: Shapes, rank: int, dtype: str, device: str, rounds: int) -> dict[str, Any]:
-    """Measures the optimizers of those names, each on an adapter of these maps.
+def measure(names: Sequence[str], shapes: Shapes, dtype: str, device: str, rounds: int) -> dict[str, Any]:
+    """Measures the optimizers of those names, each on an adapter of these pairs.
 
     Returns:
         ``rows``: for each optimizer ``ratio`` to fused AdamW (median of the ratios within rounds, and
@@ -188,7 +198,7 @@ def measure(names: Sequence[str], shapes: Shapes, rank: int, dtype: str, device:
     left_out: dict[str, str] = {}
     for name in names:
         try:
-            made[name] = Contender(name, shapes, rank, DTYPES[dtype], device)
+            made[name] = Contender(name, shapes, DTYPES[dtype], device)
         except ImportError as error:
             left_out[name] = f"not installed ({error})"
         except (RuntimeError, ValueError, TypeError) as error:
@@ -207,18 +217,18 @@ def measure(names: Sequence[str], shapes: Shapes, rank: int, dtype: str, device:
             "optimizer": name, "ratio": ratio, "ratio_quartiles": ratio_quartiles, "seconds": median,
             "quartiles": quartiles, "state_bytes": state_bytes(contender.optimizer), **contender.watch(),
         })  # fmt: skip
-    elements = rank * sum(n + m for n, m in shapes)
+    elements = sum(shape.elements for shape in shapes)
     return {
-        "rank": rank, "dtype": dtype, "pairs": len(shapes), "parameters": elements,
-        "parameter_bytes": elements * DTYPES[dtype].itemsize, "formula_bytes": formula(shapes, rank), "rows": rows,
+        "dtype": dtype, "pairs": sum(shape.blocks for shape in shapes), "parameters": elements,
+        "parameter_bytes": elements * DTYPES[dtype].itemsize, "formula_bytes": formula(shapes), "rows": rows,
         "left_out": left_out,
     }  # fmt: skip
 
 
-def formula(shapes: Shapes, rank: int) -> int:
+def formula(shapes: Shapes) -> int:
     """Bytes of LoRARite's state for float32, bfloat16 and float16 factors: the first moment and a number a row, five
     r×r matrices a factor, and a few numbers."""
-    return sum(4 * (n + m) * (rank + 1) + 40 * rank**2 + 8 * rank + 26 for n, m in shapes)
+    return sum(blocks * (4 * (n + m) * (r + 1) + 40 * r**2 + 8 * r + 26) for n, m, r, blocks, _ in shapes)
 
 
 def spread(values: list[float]) -> tuple[float, list[float]]:
@@ -253,11 +263,12 @@ def bench_step(
     names = [name for name in optimizers(nn.Module(), device) if capturable or "capturable" not in name]
     cases = []
     for model in models:
-        shapes = linear_maps(model, layers)
         depth = shallow(model, layers).get_text_config().num_hidden_layers
         for rank in ranks:
+            shapes = linear_maps(model, layers, rank)
             for dtype in dtypes:
-                cases.append({"model": model, "layers": depth, **measure(names, shapes, rank, dtype, device, rounds)})
+                of = {"model": model, "layers": depth, "rank": rank}
+                cases.append({**of, **measure(names, shapes, dtype, device, rounds)})
     return {"benchmark": "step", "device": device, "rounds": rounds, "cases": cases}
 
 
@@ -283,7 +294,8 @@ def bench_train(
     for model in models:
         torch.manual_seed(0)
         trained = network(model, layers, rank, device, DTYPES[dtype]).train()
-        trained.add_adapter("second", trained.peft_config["default"])
+        with fused_experts():
+            trained.add_adapter("second", trained.peft_config["default"])
         config = trained.config.get_text_config()
         tokens = torch.randint(config.vocab_size, (batch_size, length), device=device)
         made = {}
@@ -326,15 +338,15 @@ def bench_scaling(
     for name, values in sizes.items():
         if len(set(values)) < 3:
             raise LoRARiteValueError(f"--{name}: an exponent needs three different values, got {values}")
-    plans: dict[str, tuple[list[int], Callable[[int], tuple[Shapes, int]]]] = {
-        "pairs": (pairs, lambda x: ([(512, 512)] * x, 16)),
-        "width": (widths, lambda x: ([(x, x)] * 8, 16)),
-        "rank": (ranks, lambda x: ([(2048, 2048)] * 8, x)),
+    plans: dict[str, tuple[list[int], Callable[[int], Shapes]]] = {
+        "pairs": (pairs, lambda x: [Shape(512, 512, 16)] * x),
+        "width": (widths, lambda x: [Shape(x, x, 16)] * 8),
+        "rank": (ranks, lambda x: [Shape(2048, 2048, x)] * 8),
     }
     sweeps = {}
     for name, (values, plan) in plans.items():
         xs = sorted(set(values))
-        cases = [measure(BOTH, *plan(x), dtype, device, rounds) for x in xs]
+        cases = [{"rank": plan(x)[0].rank, **measure(BOTH, plan(x), dtype, device, rounds)} for x in xs]
         exponents = {}
         for i, optimizer in enumerate(BOTH):
             points = [(math.log(x), math.log(c["rows"][i]["seconds"])) for x, c in zip(xs, cases, strict=True)]

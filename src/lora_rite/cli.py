@@ -17,6 +17,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from . import __version__
 from .errors import InterruptedRunError, LoRARiteError, LoRARiteValueError, WriteError
+from .output import flush, tolerant_output
+
+#: The exit code where whoever read the output has gone: that of SIGPIPE.
+READER_GONE = 141
 
 
 def demo(out: Path = Path("demo"), seeds: int = 2, progress: bool = True) -> None:
@@ -188,7 +192,7 @@ def audit_verb(
         lr: its learning rate.
         optimizer_args: its further keyword arguments.
         takes: what it is called with, the list of parameters, (name, parameter) pairs, or the model; by default a class
-            gets parameters (LoRARite pairs), and a function the model unless its first parameter is called params.
+            gets parameters (LoRARite groups), and a function the model unless its first parameter is called params.
         model: hub id or local folder of a causal language model, or "tiny", the one inside this package; without it,
             synthetic problems (linear maps, embeddings, convolutions).
         adapter: folder of a PEFT adapter of the model; without it, a new LoRA adapter is attached.
@@ -201,7 +205,8 @@ def audit_verb(
         steps: optimizer steps of each run.
         tolerance: largest relative difference of the changes of W that passes; by default 1e-4 in float64, 1e-2 in
             float32, 0.3 in bfloat16, 0.1 in float16.
-        peers: show other optimizers beside it (AdamW, LoRA+, Riemannian, Muon, Shampoo, Lamb, the published step).
+        peers: show other optimizers beside it (AdamW, LoRA+, Riemannian, Muon, LoRA-Muon, PoLoRA, Shampoo, Lamb, the
+            published step).
         seed: of the problems, the transformations and the adapter.
         out: folder for audit.json and audit.png.
         trust_remote_code: allow the model's own code to run.
@@ -308,7 +313,35 @@ def report(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of ``lora-rite``. Returns the exit code: 0, 2 for wrong usage, 3 where an audit does not pass,
-    128 + n for signal n, and 1 or the code of the error's class (:mod:`lora_rite.errors`) otherwise."""
+    128 + n for signal n, 141 where whoever read the output has gone, and 1 or the code of the error's class
+    (:mod:`lora_rite.errors`) otherwise."""
+    with tolerant_output():
+        try:
+            code = _main(argv)
+        except SystemExit:  # of --help
+            if isinstance(flush(sys.stdout), BrokenPipeError):
+                return READER_GONE
+            raise
+        except BrokenPipeError:
+            if not _reader_is_gone():
+                raise
+            code = READER_GONE
+        lost = flush(sys.stdout)
+        if isinstance(lost, BrokenPipeError):
+            return READER_GONE
+        if lost is not None and code == 0:  # else it has been said
+            print(f"lora-rite: error: cannot write the output: {lost.strerror}", file=sys.stderr)
+            return WriteError.exit_code
+        return code
+
+
+def _reader_is_gone() -> bool:
+    """Whether a BrokenPipeError is of stdout or stderr: an empty line tells, what failed may be in no buffer now."""
+    errors = [flush(stream, "\n") for stream in (sys.stdout, sys.stderr)]
+    return any(isinstance(error, BrokenPipeError) for error in errors)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         from argparse import ArgumentError
 
@@ -415,6 +448,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("lora-rite: interrupted", file=sys.stderr)
             return 130
         except (LoRARiteError, OSError, ImportError) as error:
+            if isinstance(error, BrokenPipeError) and _reader_is_gone():
+                return READER_GONE
             if debug:
                 raise
             what = "" if isinstance(error, InterruptedRunError) else "error: "

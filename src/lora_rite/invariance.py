@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import LoRARiteError, LoRARiteValueError
-from .inputs import first_line, resolve
+from .hf import evaluating, two_modes
+from .inputs import one_line, resolve
 from .optimizer import LoRARite
-from .pairs import find_pairs
+from .pairs import Pair, find_pairs, param_groups
+from .plan.layout import layouts
 
 Loss = Callable[[Any, int], Tensor]
 Takes = Literal["params", "named", "model"]
@@ -104,8 +106,9 @@ def audit(
             causal language model predicts random tokens.
         options: keyword arguments of the optimizer (``{"lr": 1e-3}``).
         takes: what the optimizer is called with: "params", the list of trainable parameters, A before B; "named", the
-            pairs of name and parameter; or "model". By default a class gets "params" (LoRARite "named"), and a
-            function "model", unless its first parameter is called ``params``, ``parameters`` or ``named_parameters``.
+            pairs of name and parameter; or "model". By default a class gets "params" (LoRARite the groups of
+            ``param_groups(model)``), and a function "model", unless its first parameter is called ``params``,
+            ``parameters`` or ``named_parameters``.
         dtypes: names of torch dtypes to convert the model to, one audit each. By default float64 and float32 for the
             synthetic problems, and a model stays as it is.
         conditions: condition numbers of the random K.
@@ -183,7 +186,7 @@ def _audit_one(
 ) -> list[dict[str, Any]]:
     """Rows of one model and start. All runs go side by side, so that no trajectory has to be kept."""
     runs = [_Run(make, model)] + [_Run(make, model, change, seed) for change in changes]
-    kinds = [_layer_kind(name, a) for name, a, _ in runs[0].pairs]
+    kinds = [_layer_kind(pair) for pair in runs[0].pairs]
     errors: dict[tuple[str, int], list[float]] = {(kind, i): [] for kind in kinds for i in range(len(changes))}
     moved: dict[str, float] = {}
     for step in range(1, steps + 1):
@@ -193,12 +196,15 @@ def _audit_one(
         for kind in dict.fromkeys(kinds):
             own = [i for i, k in enumerate(kinds) if k == kind]
             moved[kind] = _norm([changes_of_w[0][i] for i in own])
-            still = 1e-14 * sum(float(left.norm() * right.norm()) for left, right in (changes_of_w[0][i] for i in own))
+            parts = [
+                (left.norm(dim=(1, 2)), right.norm(dim=(1, 2))) for left, right in (changes_of_w[0][i] for i in own)
+            ]
+            still = 1e-14 * sum(float((left * right).sum()) for left, right in parts)
             for j in range(len(changes)):
                 difference = _norm([_minus(changes_of_w[0][i], changes_of_w[j + 1][i]) for i in own])
                 error = difference / moved[kind] if moved[kind] > still else math.inf
                 errors[kind, j].append(error if math.isfinite(error) else math.inf)
-    dtype = runs[0].pairs[0][1].dtype
+    dtype = runs[0].pairs[0].a.dtype
     limit = TOLERANCE[dtype] if tolerance is None else tolerance
     rows = []
     for (kind, j), values in errors.items():
@@ -228,23 +234,22 @@ class _Run:
         shared = {id(p): p for p in model.parameters() if not p.requires_grad and id(p) not in factors}
         self.model = copy.deepcopy(model, shared)
         self.transformed, self.broken = change is not None, False
-        pairs = find_pairs(self.model).pairs
-        self.pairs = [(pair.a_name, pair.a, pair.b) for pair in pairs]
+        self.pairs = find_pairs(self.model).pairs
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for _, a, b in self.pairs if change else ():
-                for p, new in zip((a, b), change(a, b, generator), strict=True):
-                    p.copy_(new)
-        self.start = [(_matrix(a), _matrix(b)) for _, a, b in self.pairs]
+        for pair in self.pairs if change else ():
+            _refactorise(pair, change, generator)
+        self.start = [_products(pair) for pair in self.pairs]
         try:
             self.optimizer = make(self.model)
         except Exception as error:
-            raise _CannotTrain(f"{type(error).__name__}: {first_line(error)}") from error
+            raise _CannotTrain(f"{type(error).__name__}: {one_line(error)}") from error
 
     def step(self, loss: Loss, step: int, seed: int) -> None:
         if self.broken:
             return
         self.optimizer.zero_grad()
+        if (inner := two_modes(self.optimizer)) is not None:
+            inner.train()
         with torch.random.fork_rng():
             torch.manual_seed(seed + step)
             loss(self.model, step).backward()
@@ -252,42 +257,61 @@ class _Run:
                 self.optimizer.step()
             except Exception as error:
                 if not self.transformed:
-                    raise _CannotTrain(f"step {step}: {type(error).__name__}: {first_line(error)}") from error
+                    raise _CannotTrain(f"step {step}: {type(error).__name__}: {one_line(error)}") from error
                 self.broken = True  # what trains from (B, A) and not from (BK, K⁻¹A) is not invariant
 
     def change_of_w(self) -> list[tuple[Tensor, Tensor]]:
-        """B·A − B₀·A₀ of each pair as one product [B −B₀]·[A; A₀], in float64 on the CPU; NaN after a failed step."""
+        """B·A − B₀·A₀ of each pair as one product [B −B₀]·[A; A₀] of :func:`_products`; NaN after a failed step."""
         factor = math.nan if self.broken else 1.0
-        return [
-            (torch.cat([_matrix(b), -b_0], 1) * factor, torch.cat([_matrix(a), a_0]))
-            for (_, a, b), (a_0, b_0) in zip(self.pairs, self.start, strict=True)
-        ]
+        with evaluating(None if self.broken else self.optimizer):
+            return [
+                (torch.cat([b, -b_0], 2) * factor, torch.cat([a, a_0], 1))
+                for (a, b), (a_0, b_0) in zip(map(_products, self.pairs), self.start, strict=True)
+            ]
 
 
-def _matrix(p: Tensor) -> Tensor:
-    """A (r, n) or B (m, r), of convolutions too, as a float64 copy on the CPU."""
-    return p.detach().flatten(1).to("cpu", torch.float64, copy=True)
+def _products(pair: Pair) -> tuple[Tensor, Tensor]:
+    """A (p, r, n) and B (p, m, r) of the p pairs that the parameters hold, as float64 copies on the CPU."""
+    tall = [
+        layout.tall([p.detach()], torch.float64).to("cpu", copy=True)
+        for layout, p in zip(layouts({"blocks": pair.blocks, "columns": pair.columns}), (pair.a, pair.b), strict=True)
+    ]
+    return tall[0].mT, tall[1]
+
+
+def _refactorise(pair: Pair, change: Transform, generator: torch.Generator) -> None:
+    """Each of the pairs that the parameters hold from (B, A) to (B·K, K⁻¹·A), with a K of its own."""
+    dtype = pair.a.dtype
+    a, b = (x.to(dtype) for x in _products(pair))
+    changed = [change(*product, generator) for product in zip(a, b, strict=True)]
+    tall = torch.stack([x.mT for x, _ in changed]), torch.stack([x for _, x in changed])
+    sides = layouts({"blocks": pair.blocks, "columns": pair.columns})
+    for layout, p, x in zip(sides, (pair.a, pair.b), tall, strict=True):
+        p.data.copy_(layout.flat(x).reshape(p.shape))
 
 
 def _minus(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.cat([x[0], -y[0]], 1), torch.cat([x[1], y[1]])
+    return torch.cat([x[0], -y[0]], -1), torch.cat([x[1], y[1]], -2)
 
 
 def _norm(products: list[tuple[Tensor, Tensor]]) -> float:
-    """The Frobenius norm of all left·right together, from r×r matrices (left and right are tall and wide)."""
+    """The Frobenius norm of all left·right together, from r×r matrices (left and right are tall and wide, or stacks of
+    such)."""
     square = 0.0
     for left, right in products:
         if not (left.isfinite().all() and right.isfinite().all()):
             return math.nan  # LAPACK is not asked
-        factors = [torch.linalg.qr(x, mode="r")[1] if x.shape[0] > x.shape[1] else x for x in (left, right.mT)]
+        factors = [torch.linalg.qr(x, mode="r")[1] if x.shape[-2] > x.shape[-1] else x for x in (left, right.mT)]
         square += float((factors[0] @ factors[1].mT).square().sum())
     return math.sqrt(square)
 
 
-def _layer_kind(name: str, a: Tensor) -> str:
-    if "lora_embedding" in name:
+def _layer_kind(pair: Pair) -> str:
+    if "lora_embedding" in pair.a_name:
         return "embedding"
-    return "linear" if a.ndim == 2 else "convolution"
+    if pair.columns == "interleaved":
+        return "experts"
+    return "linear" if pair.a.ndim == 2 else "convolution"
 
 
 def _maker(
@@ -297,6 +321,8 @@ def _maker(
     target: Any = resolve(optimizer) if isinstance(optimizer, str) else optimizer
     if not callable(target):
         raise LoRARiteValueError(f"optimizer must be a class, a function or an import path, got {target!r}")
+    if takes is None and isinstance(target, type) and issubclass(target, LoRARite):
+        return lambda model: target(param_groups(model), **options)
     if takes is None:
         takes = _what_it_takes(target)
 
@@ -312,7 +338,7 @@ def _maker(
 
 def _what_it_takes(target: Any) -> Takes:
     if isinstance(target, type):
-        return "named" if issubclass(target, LoRARite) else "params"
+        return "params"
     first = next(iter(inspect.signature(target).parameters), "")
     if first == "named_parameters":
         return "named"

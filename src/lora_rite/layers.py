@@ -31,7 +31,7 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
     every step.
     """
     names, rows = plain_names(optimizer._names_by_position()), []
-    with optimizer._full_precision():
+    with optimizer._full_precision(), optimizer._at_last_lr():
         for group, pairs in optimizer._alike(optimizer._with_state):
             for pair in pairs:
                 plan = make_plan([(group, [pair])], optimizer.state, optimizer._limits)

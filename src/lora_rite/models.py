@@ -1,9 +1,13 @@
 """Models that are known without a network: the one inside this package, and the configurations of the paper's."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .inputs import blame
+from .errors import LoRARiteValueError
+from .inputs import blame, parse_json
 
 #: The folder of the embedded model.
 TINY = Path(__file__).parent / "finetune" / "tiny"
@@ -43,4 +47,52 @@ def configuration(model: str, option: str, trust_remote_code: bool = False) -> A
         if model in CONFIGS:
             kind, sizes = CONFIGS[model]
             return AutoConfig.for_model(kind, **sizes)
+        refuse_adapter(model)
         return AutoConfig.from_pretrained(TINY if model == "tiny" else model, trust_remote_code=trust_remote_code)
+
+
+#: The file that makes a folder one of PEFT.
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def refuse_adapter(model: str) -> None:
+    """Checks that a model's name is not that of a folder with an adapter, of which transformers would load the base
+    model that the adapter names, nor of a folder that is not there or holds no model.
+
+    Raises:
+        LoRARiteValueError: what it is, and what to give instead.
+    """
+    folder = Path(model)
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise LoRARiteValueError(
+            f"it is an adapter ({ADAPTER_CONFIG}), not a model: give its base model{_base(folder)} as --model, and the "
+            "folder as --adapter to lora-rite eval, pairs or audit; lora-rite train begins a new adapter, on a model "
+            "that has the old one in it where PEFT's merge_and_unload and save_pretrained have made it"
+        )
+    adapter = folder / "adapter"
+    if (adapter / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        base = _base(adapter)
+        raise LoRARiteValueError(f"it is the folder of a run, whose adapter is {adapter}: give the base model{base}")
+    path_like = folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or "\\" in model
+    if path_like and not folder.exists():
+        raise LoRARiteValueError("there is no such folder")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise LoRARiteValueError("the folder has no config.json, so that it is no model of transformers")
+
+
+def _base(folder: Path) -> str:
+    """The base model that an adapter names, in brackets; nothing where it names none that can be shown."""
+    try:
+        found = parse_json((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""
+    return f" ({found})" if isinstance(found, str) and found and found.isprintable() else ""
+
+
+@contextmanager
+def fused_experts() -> Iterator[None]:
+    """Where PEFT attaches an adapter: it gives experts' maps that share a parameter a rank pattern of its own, follows
+    it, and warns that it matches no module."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+        yield

@@ -69,9 +69,10 @@ class LoRARite(torch.optim.Optimizer):
 
     Args:
         params: ``model.named_parameters()`` (pairs by name: ``lora_A``/``lora_B`` of PEFT, also ``lora_embedding_…``,
-            ``lora_down``/``lora_up``, ``lora_a``/``lora_b``), a flat list A, B, A, B, … with A (r, n) and B (m, r), or
-            groups from :func:`lora_rite.param_groups`. Frozen parameters are left out, but where they are the partner
-            of a trained factor (LoRA-FA, MiCA): that one then moves alone, undamped, in a basis that does not change.
+            ``lora_down``/``lora_up``, ``lora_a``/``lora_b``; experts by the frozen weights among them), a flat list A,
+            B, A, B, … with A (r, n) and B (m, r), or groups from :func:`lora_rite.param_groups`. Frozen parameters are
+            left out, but where they are the partner of a trained factor (LoRA-FA, MiCA): that one then moves alone,
+            undamped, in a basis that does not change.
         lr: the learning rate, a float or a tensor of one element. A step changes W by about lr·√(rows·r) in Frobenius
             norm. All hyperparameters are per group and read at each step.
         betas: decays of the first and the second moment. A second of 1 sums V over all steps (Algorithm 1 of the paper,
@@ -181,6 +182,7 @@ class LoRARite(torch.optim.Optimizer):
         self._statistics, self._skipped_in_a_row, self._warned_one_sided = _Statistics(), 0, False
         self._idle_in_a_row, self._warned_idle = 0, False
         self._plan: Plan | None = None
+        self._last_lr: list[float | Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_adamw": self._adamw}
@@ -312,6 +314,8 @@ class LoRARite(torch.optim.Optimizer):
                 offset += len(group["params"])
             if plan.marks is None:  # not before AdamW has made its states
                 plan.marks, self._plan = Marks(self.param_groups, self.state), plan
+            lrs = (group["lr"] for group in self.param_groups)  # a tensor is changed in place by schedulers
+            self._last_lr = [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
         return loss
 
     def _current_plan(self) -> Plan:
@@ -332,6 +336,18 @@ class LoRARite(torch.optim.Optimizer):
 
     def _full_precision(self) -> AbstractContextManager[None]:
         return full_precision({p.device.type for group in self.param_groups for p in group["params"]})
+
+    @contextmanager
+    def _at_last_lr(self) -> Iterator[None]:
+        """Within, each group has the lr of the last step: when that is reported, the scheduler has moved on."""
+        present = [group["lr"] for group in self.param_groups]
+        for group, lr in zip(self.param_groups, self._last_lr, strict=False):  # (groups may have been added)
+            group["lr"] = lr
+        try:
+            yield
+        finally:
+            for group, lr in zip(self.param_groups, present, strict=True):
+                group["lr"] = lr
 
     def _check_settings(self) -> None:
         """What schedulers and callers may have made of the groups since they were checked, as far as the host knows."""
@@ -557,7 +573,7 @@ class LoRARite(torch.optim.Optimizer):
         ``damped_share``            share of singular directions of B·A with σ < δ in the last step
         ``sigma_over_delta``        median of σ/δ over pairs and directions in the last step (None without damping)
         ``update_norm``             Frobenius norm, to first order, of the change of W = B·A that the present first
-                                    moments make in one step at the present lr
+                                    moments make in one step at the lr of the last one
         ==========================  ==========================================================================
         """
         self._settle()
@@ -569,7 +585,7 @@ class LoRARite(torch.optim.Optimizer):
             for _ in range(group.get("blocks", 1))
         ]
         states = [state for state in self.state.values() if "matrices" in state]
-        with self._full_precision():
+        with self._full_precision(), self._at_last_lr():
             plan = self._plan_of_states()
             of_buckets = zip(plan.buckets, plan.workspaces(), strict=True)
             squares = [eager.update_square(bucket, workspace)[0] for bucket, workspace in of_buckets]

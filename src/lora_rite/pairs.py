@@ -5,14 +5,15 @@ step, so that it survives every exchange of parameters (FSDP2, ``deepcopy``, ``l
 parameters belong to a group of ``"kind": "adamw"``.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .errors import LoRARiteTypeError, LoRARiteValueError
+from .errors import LoRARiteTypeError, LoRARiteValueError, warn
 from .names import plain_names
 from .plan.sharding import is_sharded, local
 
@@ -39,6 +40,8 @@ REFUSED_DEVICES = {"mps": "there is no float64 on Apple's MPS, and no eigenvalue
 #: Where a B that holds several pairs has them: one below the other, or in its columns.
 COLUMNS = ("", "interleaved", "side by side")
 NO_FACTOR = "not a LoRA factor"
+#: Names of layers (as PEFT gives them) that are likely to hold the experts of a layer in one parameter.
+EXPERTS = re.compile(r"(^|\.)(base_layer|\w*experts?|\w*moe\.(in|out)put_linear)$")
 #: Begin of a segment of a name → why a parameter of that name is no factor of a pair.
 REASONS = {
     "lora_magnitude_vector": "DoRA's magnitudes, a vector",
@@ -58,6 +61,39 @@ REASONS = {
 }
 
 
+class Shape(NamedTuple):
+    """Of a pair: B·A is (m, n) (of a convolution, n counts the elements of its kernel too), of rank ``rank``. Where two
+    parameters hold several such pairs, ``blocks`` and ``columns`` as in :class:`Pair`."""
+
+    n: int
+    m: int
+    rank: int
+    blocks: int = 1
+    columns: str = ""
+
+    @property
+    def a(self) -> tuple[int, int]:
+        """Of the parameter that holds A."""
+        return self.blocks * self.rank, self.n
+
+    @property
+    def b(self) -> tuple[int, int]:
+        """Of the parameter that holds B."""
+        return (self.m, self.rank * self.blocks) if self.columns else (self.blocks * self.m, self.rank)
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        """Of the weights that the pairs are for."""
+        if self.columns == "interleaved":
+            return self.blocks, self.m, self.n
+        return (self.m, self.blocks * self.n) if self.columns else (self.blocks * self.m, self.n)
+
+    @property
+    def elements(self) -> int:
+        """Of the factors of all pairs."""
+        return self.blocks * self.rank * (self.n + self.m)
+
+
 @dataclass(frozen=True)
 class Pair:
     """One product B·A: A is (r, n) and B is (m, r), or convolutions (r, n, …) and (m, r, 1, …). Or several, ``blocks``:
@@ -74,6 +110,12 @@ class Pair:
     @property
     def rank(self) -> int:
         return self.a.shape[0] // self.blocks
+
+    @property
+    def shape(self) -> Shape:
+        """Of each of its pairs."""
+        m = self.b.shape[0] // (1 if self.columns else self.blocks)
+        return Shape(self.a.shape[1:].numel(), m, self.rank, self.blocks, self.columns)
 
     def __str__(self) -> str:
         several = f": {self.blocks} pairs of rank {self.rank}" if self.blocks > 1 else ""
@@ -99,8 +141,13 @@ class Pairing:
     left_out: list[LeftOut] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
 
+    @property
+    def count(self) -> int:
+        """The number of pairs: two parameters may hold several."""
+        return sum(pair.blocks for pair in self.pairs)
+
     def __str__(self) -> str:
-        lines = [f"{sum(p.blocks for p in self.pairs)} pairs"]
+        lines = [f"{self.count} pairs"]
         lines += [f"  {pair}" for pair in self.pairs]
         lines += [f"{len(self.left_out)} other trainable parameters (AdamW)"] if self.left_out else []
         lines += [f"  {o.name} {tuple(o.parameter.shape)}: {o.reason}" for o in self.left_out]
@@ -114,8 +161,10 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
     ``lora_embedding_A``/``lora_embedding_B``, ``lora_down``/``lora_up``, ``lora_a``/``lora_b``, and those of HiRA, LoHa
     and LoKr.
 
-    Given a model, layers whose parameters hold several pairs are recognised too (stacked experts, grouped
-    convolutions, block-diagonal factors); given names alone, they cannot be.
+    Layers whose parameters hold several pairs (stacked experts, grouped convolutions, block-diagonal factors) are
+    recognised in a model, and among ``named_parameters()`` by the shapes of the frozen weights that PEFT has beside
+    their factors. Where these are missing (trainable parameters alone) or tell nothing (quantised ones), factors whose
+    names speak of experts are one pair, with a warning: pass the model.
 
     One factor of a pair may be frozen (``requires_grad=False``), as in LoRA-FA and MiCA; it must be given too.
 
@@ -125,13 +174,12 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
         LoRARiteValueError: a trainable factor without its partner, two factors that cannot be multiplied, or two
             parameters of one name.
     """
-    if isinstance(model, nn.Module):
-        stacked, named = _stacked_layers(model), list(model.named_parameters())
-    else:
-        stacked, named = {}, _check_named(model)
+    named = list(model.named_parameters()) if isinstance(model, nn.Module) else _check_named(model)
+    stacked = _stacked_layers(model) if isinstance(model, nn.Module) else {}
     given = dict(zip(plain_names([name for name, _ in named]), (name for name, _ in named), strict=True))
     named = list(zip(given, (p for _, p in named), strict=True))
     everything = dict(named)
+    weights = _base_weights(named)
     trainable = {name: p for name, p in named if p.requires_grad}
     pairing, excluded = Pairing(), {}
     for name in everything:
@@ -157,9 +205,18 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
         else:
             partners[partner] = name
     for a_name, b_name in partners.items():
-        layout = stacked.get(_layer(given[a_name]), (1, ""))
-        pair = Pair(given[a_name], given[b_name], everything[a_name], everything[b_name], *layout)
-        check_pair(pair.a, pair.b, pair.a_name, pair.b_name, *layout)
+        a, b, layer = everything[a_name], everything[b_name], _layer(a_name)
+        layout = stacked.get(given[a_name])
+        if layout is None and "lora_A" in a_name:
+            layout = layout_by_shapes(a, b, weights.get(layer, []))
+            if layout is None and EXPERTS.search(layer) and not isinstance(model, nn.Module):
+                warn(
+                    f"{given[a_name]} {tuple(a.shape)} may hold a pair for each expert, and is taken for one pair of "
+                    f"rank {a.shape[0]}: the layer's weights are not among the parameters. Pass the model "
+                    "(create_lora_rite(model), param_groups(model)), or all of model.named_parameters()"
+                )
+        pair = Pair(given[a_name], given[b_name], a, b, *(layout or (1, "")))
+        check_pair(a, b, pair.a_name, pair.b_name, pair.blocks, pair.columns)
         pairing.pairs.append(pair)
     paired = {name for names in partners.items() for name in names}
     frozen = [name for name, p in named if not p.requires_grad and _partner(name) and name not in paired]
@@ -207,12 +264,17 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, 
         or b.shape[2:].numel() != 1
         or (not columns and b.shape[0] % blocks)
     ):
+        several = a.shape[0] // b.shape[1]
         hint = ""
-        if a.ndim > 2 and a.shape[0] % b.shape[1] == 0:
-            hint = " (a grouped convolution is not one product B·A and not supported)"
+        if blocks == 1 and several > 1 and (a.shape[0] % b.shape[1], b.shape[0] % several) == (0, 0):
+            hint = (
+                f". If these are {several} pairs, one below the other (a grouped convolution, loralib's MergedLinear), "
+                f'pass the model to create_lora_rite, or a group {{"params": [A, B], "kind": "lora", '
+                f'"blocks": {several}}}'
+            )
         raise LoRARiteValueError(
             f"rank mismatch {a.shape[0]} vs {b.shape[1]}: {a_name} has shape {tuple(a.shape)}, {b_name} "
-            f"{tuple(b.shape)}, and should have (r, n) and (m, r){hint}{f', {blocks} times' * (blocks > 1)}"
+            f"{tuple(b.shape)}, and should have (r, n) and (m, r){f', {blocks} times' * (blocks > 1)}{hint}"
         )
     plain = plain_names([a_name, b_name])
     if _partner(plain[0]) == plain[1] and not _is_a(plain[0]):
@@ -301,23 +363,58 @@ def _why_not(name: str) -> str:
 
 
 def _stacked_layers(model: nn.Module) -> dict[str, tuple[int, str]]:
-    """Layers (by name) whose factors hold several pairs, with ``blocks`` and ``columns`` of :class:`Pair`."""
+    """By name of A, where it and its B hold several pairs: ``blocks`` and ``columns`` of :class:`Pair`."""
     stacked = {}
     for name, module in model.named_modules():
-        diagonal = {
-            side: [f for f in getattr(module, side, {}).values() if type(f).__name__ == "BlockDiagonalLinear"]
-            for side in ("lora_A", "lora_B")
-            if isinstance(getattr(module, side, None), nn.ModuleDict)
-        }
-        if type(module).__name__ == "ParamWrapper" and getattr(module, "num_experts", 1) > 1:
-            stacked[name] = module.num_experts, "interleaved"
-        elif hasattr(module, "lora_A") and (groups := getattr(getattr(module, "base_layer", None), "groups", 1)) > 1:
-            stacked[name] = groups, ""
-        elif diagonal.get("lora_B"):
-            stacked[name] = diagonal["lora_B"][0].nblocks, ""
-        elif diagonal.get("lora_A"):
-            stacked[name] = diagonal["lora_A"][0].nblocks, "side by side"
-    return stacked
+        sides = [getattr(module, side, None) for side in ("lora_A", "lora_B")]
+        if not all(isinstance(side, nn.ModuleDict) for side in sides):
+            continue
+        experts = getattr(module, "num_experts", 1) if type(module).__name__ == "ParamWrapper" else 1
+        groups = getattr(getattr(module, "base_layer", None), "groups", 1)
+        a_factors, b_factors = (dict(side.items()) for side in sides)  # type: ignore[union-attr]
+        for adapter, a in a_factors.items():
+            b: Any = b_factors.get(adapter)
+            a_name = f"{name}.lora_A.{adapter}.weight".removeprefix(".")
+            if experts > 1:
+                stacked[a_name] = experts, "interleaved"
+            elif groups > 1:
+                stacked[a_name] = groups, ""
+            elif type(b).__name__ == "BlockDiagonalLinear":
+                stacked[a_name] = b.nblocks, ""
+            elif type(a).__name__ == "BlockDiagonalLinear":
+                stacked[a_name] = a.nblocks, "side by side"
+    return {a_name: layout for a_name, layout in stacked.items() if layout[0] > 1}
+
+
+def _base_weights(named: Sequence[tuple[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """By layer of PEFT, the parameters of the module that it wraps, also through further layers."""
+    weights: dict[str, list[Tensor]] = {}
+    for name, p in named:
+        segments = name.split(".")
+        for i in range(len(segments) - 1):
+            if segments[i] == "base_layer" and set(segments[i:-1]) == {"base_layer"}:
+                weights.setdefault(".".join(segments[:i]), []).append(p)
+    return weights
+
+
+def layout_by_shapes(a: Tensor, b: Tensor, weights: Iterable[Tensor]) -> tuple[int, str] | None:
+    """``blocks`` and ``columns`` of a :class:`Pair` of PEFT, as the shapes of the weights tell that it is for: of a
+    linear map or convolution (m, n, …), or of experts (experts, m, n) or (experts, n, m). None where they do not."""
+    if min(a.ndim, b.ndim) < 2 or not a.numel() or not b.numel():
+        return None
+    (rows, n), (m, r), found = a.shape[:2], b.shape[:2], set()
+    above = rows // r if rows % r == 0 else 0  # so many factors one above the other
+    for w in weights:
+        if a.ndim == 2 and w.ndim == 3 and sorted(w.shape[1:]) == sorted((m, n)):
+            found.update([(len(w), "interleaved")] * (rows == r and rows % len(w) == 0))
+        elif a.ndim == 2 and w.ndim == 2 and sorted(w.shape) == sorted((m, n)):
+            found.update([(above, "")] * (above > 0 and m % above == 0))
+        elif a.ndim == 2 and w.ndim == 2 and w.shape[0] == m and w.shape[1] % n == 0:
+            beside = w.shape[1] // n
+            found.update([(beside, "side by side")] * (rows == r and beside > 0 and rows % beside == 0))
+        elif a.ndim > 2 and w.ndim == a.ndim and w.shape[0] == m and w.shape[2:] == a.shape[2:]:
+            found.update([(above, "")] * (above > 0 and m % above == 0 and n in (w.shape[1], w.shape[1] * above)))
+    return found.pop() if len(found) == 1 else None
 
 
 def overlapping_storage(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:

@@ -22,7 +22,9 @@ PEERS: list[tuple[str, str, dict[str, Any]]] = [
     ("Riemannian (SGD)", "peft.optimizers:create_riemannian_optimizer", {"optimizer_cls": "torch.optim:SGD"}),
     ("Riemannian (AdamW)", "peft.optimizers:create_riemannian_optimizer", {"optimizer_cls": "torch.optim:AdamW"}),
     ("Muon, a factor each", "torch.optim:Muon", {}),
-    ("Shampoo", "pytorch_optimizer:Shampoo", {}),
+    ("LoRA-Muon", "lora_rite.rivals:LoRAMuon.for_model", {}),
+    ("PoLoRA", "lora_rite.rivals:PoLoRA.for_model", {}),
+    ("Shampoo", "lora_rite.rivals:Shampoo.for_model", {}),
     ("Lamb", "pytorch_optimizer:Lamb", {}),
 ]  # fmt: skip
 #: The mark of a table's cell: of the worst verdict in it.
@@ -54,7 +56,7 @@ def audit_command(
     import torch
 
     from ..invariance import audit
-    from .checkpoint import prepare_folder, write_json
+    from .checkpoint import check_folder, prepare_folder, write_json
     from .train import attach_adapter, load_model, versions
 
     if model is None and (adapter or data):
@@ -62,13 +64,16 @@ def audit_command(
     if "lr" in (optimizer_args or {}):
         raise LoRARiteValueError("--optimizer_args.lr: give the learning rate by --lr")
     if out is not None:
-        prepare_folder("--out", out)
+        check_folder("--out", out)
     network = loss = None
     if model is not None:
         network, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
+        network.set_experts_implementation("eager")  # grouped products know no float64
         torch.manual_seed(seed)
         network = attach_adapter(network, adapter=adapter, rank=rank, target_modules=target_modules).train()
         loss = _loss_on(data, tokenizer) if data else None
+    if out is not None:
+        prepare_folder("--out", out)
     shared = {"dtypes": dtypes, "conditions": conditions, "steps": steps, "tolerance": tolerance, "seed": seed}
     result = audit(optimizer, network, loss, options={"lr": lr, **(optimizer_args or {})}, takes=takes, **shared)
     result["label"] = optimizer.rpartition(":")[2]

@@ -1,11 +1,14 @@
 """``lora-rite compare --check``: what a study needs, from shapes alone. Nothing is trained, no weights are loaded."""
 
+import math
 import statistics
 from collections import Counter
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
+from ..inputs import one_line
 from ..models import configuration
+from ..pairs import Shape
 from .compare import HEADERS, SPLITS, Study, read_data
 from .optimizers import create_optimizer
 from .tasks import find_task
@@ -45,8 +48,9 @@ def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
 
     The state is that after a step on the adapter's factors, on the meta device too, or where the optimizer needs values
     (LoRARite), on the CPU with one pair of each shape. Activations are a rough estimate: what a layer keeps for the
-    backward pass (about 16 tensors as wide as the model and 4 as the feed-forward) and the logits, without
-    checkpointing.
+    backward pass (about 16 tensors as wide as the model and 4 as the feed-forward, of experts those that a token goes
+    to) and the logits, without checkpointing; and the weights of adapted experts once more, since PEFT adds B·A to a
+    copy of them.
     """
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -69,25 +73,27 @@ def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
         raise LoRARiteValueError(
             f"train.target_modules: {len(pairing.left_out)} trainable parameters are in no pair: {names}"
         )
-    shapes = Counter((pair.a.shape[1], pair.b.shape[0]) for pair in pairing.pairs)
-    factors = sum(rank * (n + m) * count for (n, m), count in shapes.items())
+    shapes = Counter(pair.shape for pair in pairing.pairs)
+    factors = sum(shape.elements * count for shape, count in shapes.items())
     bytes_each = 2 if options.get("bf16") else 4
     tokens = options.get("batch_size", 8) * options.get("max_length", 256)
     layers = config.num_hidden_layers * (2 if config.is_encoder_decoder else 1)
-    inner = getattr(config, "intermediate_size", None) or config.d_ff
+    inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or config.d_ff
+    inner *= getattr(config, "num_experts_per_tok", None) or 1
+    experts = sum(math.prod(s.weight) * count for s, count in shapes.items() if s.columns == "interleaved")
     kept = layers * (16 * config.hidden_size + 4 * inner) * bytes_each + config.vocab_size * (bytes_each + 8)
     return Needs(
         model=model,
-        pairs=len(pairing.pairs),
+        pairs=pairing.count,
         parameters=parameters,
         weights=parameters * bytes_each,
         adapter=factors * (4 + 4),
-        state={name: _state(study, name, rank, shapes) for name in study.recipe.optimizers},
-        activations=tokens * kept,
+        state={name: _state(study, name, shapes) for name in study.recipe.optimizers},
+        activations=tokens * kept + experts * bytes_each,
     )
 
 
-def _state(study: Study, name: str, rank: int, shapes: Counter[tuple[int, int]]) -> int:
+def _state(study: Study, name: str, shapes: Counter[Shape]) -> int:
     """Bytes of an optimizer's state after a step, for pairs of these shapes in float32."""
     import torch
 
@@ -96,11 +102,11 @@ def _state(study: Study, name: str, rank: int, shapes: Counter[tuple[int, int]])
 
     contender = study.recipe.optimizers[name]
 
-    def measure(device: str, shape: tuple[int, int]) -> int:
-        adapter = Adapter([shape], rank, torch.float32, device)
+    def measure(device: str, shape: Shape) -> int:
+        adapter = Adapter([shape], torch.float32, device)
         optimizer = create_optimizer(adapter, contender.optimizer, contender.lr[0], options=contender.optimizer_args)
         for p in adapter.parameters():
-            p.grad = torch.full_like(p, 1e-3)
+            p.grad = torch.full_like(p, 1e-3) if p.requires_grad else None
         optimizer.step()
         return state_bytes(optimizer)
 
@@ -112,7 +118,7 @@ def _state(study: Study, name: str, rank: int, shapes: Counter[tuple[int, int]])
             try:
                 each = measure("cpu", shape)
             except (TypeError, ValueError, RuntimeError) as error:
-                raise LoRARiteValueError(f"optimizers.{name}: {str(error).splitlines()[0]}") from error
+                raise LoRARiteValueError(f"optimizers.{name}: {one_line(error)}") from error
         total += count * each
     return total
 

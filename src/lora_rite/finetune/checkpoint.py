@@ -31,9 +31,11 @@ from ..errors import (
     WriteError,
     warn,
 )
-from ..inputs import first_line
+from ..inputs import one_line, parse_json, suffix
 
 MANIFEST, LOCK, SETTINGS, RESULT, FAILED = "manifest.json", ".lock", "settings.json", "result.json", "failed.json"
+#: In a checkpoint of an optimizer with two modes, whose adapter is the one to evaluate: the parameters that it trains.
+TRAINING = "training_parameters.safetensors"
 SCHEMA = 1
 #: Verified checkpoints that rotation keeps.
 KEPT = 2
@@ -90,7 +92,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         LoRARiteValueError: it cannot be read, or something else is there.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
         if missing := [key for key in keys if key not in found]:
@@ -99,12 +101,12 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         raise LoRARiteValueError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         advice = "restore it, or remove it and run what wrote it again"
-        raise LoRARiteValueError(f"{path} is damaged ({first_line(error)}): {advice}") from None
+        raise LoRARiteValueError(f"{path} is damaged ({one_line(error)}): {advice}") from None
     return found
 
 
-def prepare_folder(option: str, folder: Path) -> None:
-    """Makes the folder that an option names, and checks that it can be written, before the work begins.
+def check_folder(option: str, folder: Path) -> None:
+    """Checks that the folder that an option names can be made and written, before the work begins, and leaves nothing.
 
     Raises:
         LoRARiteValueError: it is a file.
@@ -113,9 +115,18 @@ def prepare_folder(option: str, folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise LoRARiteValueError(f"{option}: {folder} is not a folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+        with tempfile.TemporaryFile(dir=there):
             pass
+    except OSError as error:
+        raise WriteError(f"{option}: cannot write into {folder}: {error.strerror or error}") from None
+
+
+def prepare_folder(option: str, folder: Path) -> None:
+    """Makes the folder, after :func:`check_folder`, whose errors it has."""
+    check_folder(option, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteError(f"{option}: cannot write into {folder}: {error.strerror or error}") from None
 
@@ -124,7 +135,7 @@ def prepare_file(option: str, path: Path, suffixes: Sequence[str] = ()) -> None:
     """As :func:`prepare_folder`, for the file that an option names; any suffix will do where none are given."""
     if path.is_dir():
         raise LoRARiteValueError(f"{option}: {path} is a folder; name a file")
-    if suffixes and path.suffix.lower() not in suffixes:
+    if suffixes and suffix(path) not in suffixes:
         raise LoRARiteValueError(f"{option}: {path} must end in {' or '.join(suffixes)}")
     prepare_folder(option, path.parent)
 
@@ -240,7 +251,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_file():
         raise ValueError("no manifest: half-written")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         schema, files = manifest["schema"], manifest["files"]
         entries = [(Path(name), entry["size"], entry["sha256"]) for name, entry in files.items()]
         if not {"run", "step", "state"} <= manifest.keys():
@@ -371,13 +382,16 @@ def digest_rows(*parts: list[dict[str, list[int]]]) -> str:
 
 
 def digest_state(model: Any, optimizer: Any) -> str:
-    """sha256 of the trainable parameters and of the optimizer's state."""
-    from ..hf import unwrap
+    """sha256 of the trainable parameters and of the tensors in the optimizer's state."""
+    from torch.utils._pytree import keystr, tree_flatten_with_path
 
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    for i, state in sorted(unwrap(optimizer).state_dict()["state"].items()):
-        named += [(f"{i}.{key}", value) for key, value in sorted(state.items()) if hasattr(value, "dtype")]
+    state, _ = tree_flatten_with_path(optimizer.state_dict())  # that of a wrapper (Lookahead, …) has a form of its own
+    named = [*_trained(model), *((keystr(path), value) for path, value in state if hasattr(value, "dtype"))]
     return digest_tensors(named)
+
+
+def _trained(model: Any) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def environment(versions: dict[str, Any]) -> dict[str, Any]:
@@ -401,7 +415,7 @@ def read_settings(out: Path) -> dict[str, Any] | None:
             return None
         raise LoRARiteValueError(f"{out} holds no run to resume (no {SETTINGS})")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = parse_json(path.read_text(encoding="utf-8"))
         parts = [stored["id"], stored["changes"], *(stored[part] for part in PARTS)]
         if [type(part) for part in parts] != [str, list, dict, dict, dict]:
             raise ValueError
@@ -536,14 +550,26 @@ class Run:
         trainer.create_scheduler(num_training_steps=steps)
         trainer._load_optimizer_and_scheduler(folder)
         trainer.state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
-        self._compare(trainer)
+        self._go_on(trainer)
 
-    def _compare(self, trainer: Any) -> None:
-        """Adapter and optimizer in memory are those that were saved: nothing was silently left out in loading."""
+    def _go_on(self, trainer: Any) -> None:
+        """Checks that adapter and optimizer in memory are those that were saved (nothing was silently left out in
+        loading), and has an optimizer with two modes train where it did."""
+        import torch
+        from safetensors.torch import load_file
+
+        from ..hf import two_modes
+
         if self.checkpoint is None:
             return
         if digest_state(trainer.model, trainer.optimizer) != read_manifest(self.checkpoint)["state"]:
             raise CheckpointError(f"{self.checkpoint} does not give back the adapter and the optimizer that were saved")
+        if (saved := self.checkpoint / TRAINING).is_file():
+            two_modes(trainer.optimizer).train()
+            values = load_file(saved)
+            with torch.no_grad():
+                for name, p in _trained(trainer.model):
+                    p.copy_(values[name])
 
     def _checks(self, trainer: Any) -> Any:
         from transformers import TrainerCallback
@@ -560,7 +586,7 @@ class Run:
             optimizer has NaN in its state by now."""
 
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                run._compare(trainer)
+                run._go_on(trainer)
 
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
                 loss = (logs or {}).get("loss", 0.0)
@@ -577,16 +603,25 @@ class Run:
             NonFiniteError: the adapter is not finite; nothing is written.
             WriteError: it cannot be written; what was written of it is removed.
         """
+        from safetensors.torch import save_file
+
+        from ..hf import evaluating, two_modes
+
         step = trainer.state.global_step
-        for name, p in trainer.model.named_parameters():
-            if p.requires_grad and not p.isfinite().all():
+        for name, p in _trained(trainer.model):
+            if not p.isfinite().all():
                 raise NonFiniteError(f"{name} contains NaN or Inf at step {step}: lower --lr")
         checkpoint = self.folder / f"checkpoint-{step}"
         with writing(checkpoint, f"the checkpoint of step {step}", self._where_to_go_on):
             failpoint("checkpoint begins")
-            write()
+            with evaluating(trainer.optimizer):
+                write()
+                state = digest_state(trainer.model, trainer.optimizer)
+            if two_modes(trainer.optimizer) is not None:
+                training = {name: p.detach().contiguous() for name, p in _trained(trainer.model)}
+                save_file(training, checkpoint / TRAINING)
             failpoint("checkpoint written")
-            seal(checkpoint, self.record["id"], digest_state(trainer.model, trainer.optimizer))
+            seal(checkpoint, self.record["id"], state)
         self.last_saved = step
         rotate(self.folder, self.record["id"])
 

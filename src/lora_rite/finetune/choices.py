@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRARiteValueError
+from ..hf import evaluating
 from ..inputs import blame
+from ..models import refuse_adapter
 from .data import Example, read_examples
-from .optimizers import OptimizerFactory
+from .optimizers import OptimizerFactory, check_optimizer, option
+from .schedules import check_schedule
 from .train import (
     add_callbacks,
     attach_adapter,
+    check_processes,
     create_optimizer,
     describe_optimizer,
     log_entries,
@@ -42,6 +46,7 @@ def train_choices(
     max_length: int = 64,
     warmup: float = 0.1,
     scheduler: str = "cosine",
+    scheduler_args: dict[str, Any] | None = None,
     scale: float = 20.0,
     seed: int = 0,
     log_every: int = 1,
@@ -63,6 +68,7 @@ def train_choices(
         max_length: tokens of a text; longer ones are cut.
         warmup: share of the steps in which lr rises linearly.
         scheduler: transformers' name of the schedule after it.
+        scheduler_args: further arguments of the schedule.
         scale: the scores are so many times the cosine.
         seed: of the adapter's initialisation and the order of batches.
         log_every: steps between logged training losses.
@@ -74,7 +80,8 @@ def train_choices(
         ``lora-rite train``.
 
     Raises:
-        LoRARiteValueError: a question without wrong answers, or a model that cannot be loaded.
+        LoRARiteValueError: a question without wrong answers, a model that cannot be loaded, an optimizer or a schedule
+            that cannot train it.
     """
     from transformers import AutoModel, AutoTokenizer, Trainer, set_seed
     from transformers.utils import logging
@@ -82,8 +89,12 @@ def train_choices(
     from .. import LoRARiteCallback
 
     logging.disable_progress_bar()
+    check_processes()
+    with blame(f"scheduler {scheduler}"):
+        check_schedule(scheduler, scheduler_args, lr, steps, warmup)
     questions, held_out = (_questions(path) for path in (data, validation))
     with blame(f"cannot load model {model}"):
+        refuse_adapter(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
         encoder = AutoModel.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
     set_seed(seed)
@@ -100,7 +111,7 @@ def train_choices(
     def measure() -> tuple[float, float]:
         total, right = 0.0, 0
         network.eval()
-        with torch.inference_mode():
+        with evaluating(trainer.optimizer), torch.inference_mode():
             for i in range(0, len(held_out), 4 * batch_size):
                 part = held_out[i : i + 4 * batch_size]
                 scores = network(**trainer._prepare_inputs(collate(part)))["scores"]
@@ -109,11 +120,13 @@ def train_choices(
         network.train()
         return total / len(held_out), right / len(held_out)
 
-    arguments = training_arguments(
-        out, steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, scheduler=scheduler, seed=seed,
-        log_every=log_every, save_strategy="no", report_to="none", remove_unused_columns=False,
-    )  # fmt: skip
     kwargs = {"name": optimizer, "lr": lr, "weight_decay": 0.0, "options": optimizer_args}
+    check_optimizer(network, **kwargs)
+    arguments = training_arguments(
+        out, steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, scheduler=scheduler,
+        scheduler_args=scheduler_args, seed=seed, log_every=log_every, save_strategy="no", report_to="none",
+        remove_unused_columns=False,
+    )  # fmt: skip
     trainer = Trainer(
         network,
         arguments,
@@ -121,7 +134,7 @@ def train_choices(
         train_dataset=questions,  # type: ignore[arg-type]
         optimizer_cls_and_kwargs=(OptimizerFactory, kwargs),  # type: ignore[arg-type]
     )
-    is_lora_rite = create_optimizer(trainer, f"optimizer_args {optimizer_args}")
+    is_lora_rite = create_optimizer(trainer, option(optimizer, optimizer_args))
     add_callbacks(trainer, LoRARiteCallback() if is_lora_rite else None, False, lambda: measure()[0], eval_every)
     before = measure()
     trainer.train()

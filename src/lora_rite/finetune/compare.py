@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError, warn
 from ..inputs import resolve
+from ..output import tolerate
 from .checkpoint import (
     ALLOW_CHANGED,
     LOCK,
@@ -44,9 +46,10 @@ from .checkpoint import (
     write_json,
 )
 from .data import Example, read_examples, read_text, split
-from .optimizers import find_optimizer
+from .optimizers import check_optimizer, find_optimizer
+from .schedules import check_schedule
 from .tasks import examples, find_task, read_rows, read_task
-from .train import train, versions
+from .train import check_processes, load_model, train, versions
 from .untrusted import forbid_imports, read_config
 
 #: Learning rates tried beyond the recipe's grid where the best lies on its edge.
@@ -224,7 +227,24 @@ def load_recipe(path: Path) -> Recipe:
         if not grid or len(set(grid)) < len(grid) or not all(0 < lr < math.inf for lr in grid):
             raise LoRARiteValueError(f"{path}: optimizers.{name}.lr: at least one, each once, positive")
         find_optimizer(contender.optimizer)
+    _check_schedules(path, recipe, options)
     return recipe
+
+
+def _check_schedules(path: Path, recipe: Recipe, parser: Any) -> None:
+    """Checks the schedule of each task's runs, at the learning rates of all optimizers; ``parser`` has the options."""
+    if not {"scheduler", "scheduler_args"} <= {action.dest for action in parser._actions}:
+        return  # a function with other options
+    default = {key: parser.get_default(key) for key in ("scheduler", "scheduler_args", "steps", "warmup")}
+    for name, task in recipe.tasks.items():
+        key = "train" if "scheduler" not in task.train and "scheduler_args" not in task.train else f"tasks.{name}.train"
+        given = {**default, **recipe.train, **task.train}
+        for lr in {lr for contender in recipe.optimizers.values() for lr in contender.lr}:
+            try:
+                check_schedule(given["scheduler"], given["scheduler_args"], lr, given["steps"], given["warmup"])
+            except LoRARiteValueError as error:
+                words = _in_words_of_a_study(str(error))
+                raise LoRARiteValueError(f"{path}: {key}.scheduler {given['scheduler']}: {words}") from error
 
 
 def _check_parts(parts: Any, kind: type, where: str) -> None:
@@ -397,7 +417,14 @@ def compare(
     from .report import report, require_packages
 
     require_packages()
+    check_processes()
     _check_devices(devices or [])
+    decay = max(study.train_options(task).get("weight_decay", 0.0) for task in study.recipe.tasks)
+    for name, contender in study.recipe.optimizers.items():
+        try:
+            check_optimizer(None, contender.optimizer, min(contender.lr), decay, contender.optimizer_args)
+        except LoRARiteValueError as error:
+            raise LoRARiteValueError(f"{recipe}: optimizers.{name}: {_in_words_of_a_study(str(error))}") from error
     from filelock import FileLock, Timeout
 
     for task in study.recipe.tasks.values():
@@ -406,10 +433,12 @@ def compare(
 
             evaluate(task.evaluate, data_dir=data_dir, dry_run=True, progress=False)
     _check_folder(out, study.recipe)  # nothing is written into a folder that is not ours
+    found = read_new_data(study.recipe, out / "data", data_dir)
+    _check_models(study, found)
     try:
         with FileLock(out / LOCK, timeout=0):
             _check_folder(out, study.recipe)
-            found = read_new_data(study.recipe, out / "data", data_dir)
+            found = {name: parts for name, parts in found.items() if not (out / "data" / name).is_dir()}
             write_json(out / RECIPE, _plain(asdict(study.recipe)))  # from here on, the folder is this study's
             data = write_data(study.recipe, out / "data", found)
             result = _run_all(study, out, data, data_dir, max(jobs, len(devices or ())), devices, progress)
@@ -474,6 +503,27 @@ def read_data(task: Data, data_dir: Path | None) -> dict[str, list[Example]]:
 def read_new_data(recipe: Recipe, folder: Path, data_dir: Path | None) -> dict[str, dict[str, list[Example]]]:
     """:func:`read_data` of each task that the study's folder of data does not have yet."""
     return {name: read_data(task, data_dir) for name, task in recipe.tasks.items() if not (folder / name).is_dir()}
+
+
+def _check_models(study: Study, found: dict[str, dict[str, list[Example]]]) -> None:
+    """Loads the models of new tasks, and checks them and the tasks' texts as ``lora-rite train`` does, one model at a
+    time. Where a recipe's function trains, it is the one that knows what it takes."""
+    from .limits import prepare_windows
+
+    if study.recipe.function is not None:
+        return
+    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
+    options = {name: {**defaults, **study.train_options(name)} for name in found}
+    choices = lambda name: tuple(options[name][key] for key in ("model", "bf16", "trust_remote_code"))
+    for (model, bf16, code), names in itertools.groupby(sorted(found, key=choices), choices):
+        try:
+            network, tokenizer = load_model(model, bf16=bf16, trust_remote_code=code)
+            for name in names:
+                length, packing = options[name]["max_length"], options[name]["packing"]
+                parts = [found[name][part] for part in SPLITS]
+                prepare_windows(parts, network, tokenizer, model, length, packing=packing)
+        except LoRARiteValueError as error:
+            raise LoRARiteValueError(f"train: {_in_words_of_a_study(str(error))}") from error
 
 
 def missing_files(recipe: Recipe, folder: Path) -> list[tuple[str, Path]]:
@@ -739,6 +789,8 @@ def _interrupt(*_: Any) -> None:
 
 def _start_worker(queue: Any, threads: int) -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C reaches the whole group: go without a traceback
+    for stream in (sys.stdout, sys.stderr):
+        tolerate(stream)
     device = queue.get()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(device)

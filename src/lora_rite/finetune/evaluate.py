@@ -9,17 +9,18 @@ import string
 import sys
 import time
 from collections import Counter
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
-from ..inputs import blame
+from ..inputs import blame, parse_json, suffix
 from ..models import TINY
-from .checkpoint import changes, digest_file, list_changes, prepare_folder, write_json
-from .data import IGNORED, RECORDS, Example, label_count, read_examples, windows
+from .checkpoint import changes, check_folder, digest_file, list_changes, prepare_folder, write_json
+from .data import IGNORED, RECORDS, Example, Windows, label_count, read_examples, windows
 from .tasks import TASKS, Row, Rows, Task, examples, find_task, require_rows
 from .train import attach_adapter, held_out_loss, load_model, versions
+from .untrusted import find_adapter
 
 #: Of what a model and its tokenizer are made.
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
@@ -128,7 +129,7 @@ def evaluate(
     }
     _check(names, settings)
     if out is not None and not dry_run:
-        prepare_folder("--out", out)
+        check_folder("--out", out)
     settings["adapter_sha256"] = None if adapter is None else _digest(adapter)
     settings["model_digest"] = _model_digest(model)
     plans = [_plan(name, data_dir, settings, progress) for name in names]
@@ -137,7 +138,9 @@ def evaluate(
     if dry_run:
         _print_plans(plans, list(records), settings)
         return {"results": records}
-    evaluator = _Evaluator(settings, device, trust_remote_code, progress) if plans else None
+    evaluator = _Evaluator(settings, plans, device, trust_remote_code, progress) if plans else None
+    if out is not None:
+        prepare_folder("--out", out)
     for plan in plans:
         assert evaluator is not None
         records[plan.name], samples = evaluator(plan)
@@ -202,10 +205,8 @@ def _file_name(name: str) -> str:
 
 
 def _digest(adapter: Path) -> str:
-    file = adapter / "adapter_model.safetensors"
-    if not file.is_file():
-        raise LoRARiteValueError(f"--adapter {adapter} has no {file.name}")
-    return digest_file(file)
+    with blame(f"--adapter {adapter}"):
+        return digest_file(find_adapter(adapter)[1])
 
 
 def _model_digest(model: str) -> str | None:
@@ -214,7 +215,7 @@ def _model_digest(model: str) -> str | None:
     folder = TINY if model == "tiny" else Path(model)
     if folder.is_dir():
         digest = hashlib.sha256()
-        for file in sorted(p for p in folder.iterdir() if p.suffix in MODEL_FILES):
+        for file in sorted(p for p in folder.iterdir() if suffix(p) in MODEL_FILES):
             digest.update(f"{file.name} {digest_file(file)}\n".encode())
         return digest.hexdigest()
     from huggingface_hub import try_to_load_from_cache
@@ -237,7 +238,7 @@ def _finished(out: Path | None, plan: Plan, settings: dict[str, Any]) -> dict[st
     if out is None or not (file := out / _file_name(plan.name)).exists():
         return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = parse_json(file.read_text(encoding="utf-8"))
         before = {"task": record["task"], **record["settings"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise LoRARiteValueError(f"{file} is not an evaluation; choose another --out") from None
@@ -270,7 +271,7 @@ def _plan(name: str, data_dir: Path | None, settings: dict[str, Any], progress: 
                 judge, shown = _judge(name, task, rows, data_dir, settings["num_fewshot"])
         sha256 = _rows_digest([rows.rows, shown])
         return Plan(name, task.evaluation, rows.source, examples(name, rows), rows.rows, judge, sha256)
-    if path.suffix in RECORDS or (path.is_file() and path.suffix not in (".yaml", ".yml")):
+    if suffix(path) in RECORDS or (path.is_file() and suffix(path) not in (".yaml", ".yml")):
         texts = read_examples(path)[:limit]
         return Plan(name, "text", name, texts, [], None, _rows_digest(texts))
     if loss_only:
@@ -363,16 +364,35 @@ def _print_plans(plans: list[Plan], finished: list[str], settings: dict[str, Any
 
 
 class _Evaluator:
-    """The model, and what evaluates it on a plan."""
+    """The model, and what evaluates it on a plan.
 
-    def __init__(self, settings: dict[str, Any], device: str | None, trust_remote_code: bool, progress: bool) -> None:
+    Raises:
+        LoRARiteValueError: the model cannot be evaluated so; nothing has been measured then.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        plans: list[Plan],
+        device: str | None,
+        trust_remote_code: bool,
+        progress: bool,
+    ) -> None:
         import torch
+
+        from .limits import find_limits
 
         self.progress = progress
         network, self.tokenizer = load_model(
             settings["model"], bf16=settings["bf16"], trust_remote_code=trust_remote_code
         )
         self.settings = {**settings, "model_digest": settings["model_digest"] or _model_digest(settings["model"])}
+        self.limits = find_limits(network, self.tokenizer, settings["model"])
+        if (size := self.tokenizer.vocab_size) > self.limits.tokens and any(plan.kind != "text" for plan in plans):
+            raise LoRARiteValueError(
+                f"the tokenizer of --model has {size} tokens, and the model knows {self.limits.tokens}"
+            )
+        self.windows = {plan.name: self._windows(plan.texts, network) for plan in plans if plan.texts}
         if settings["adapter"] is not None:
             network = attach_adapter(network, adapter=Path(settings["adapter"]))
         if device is None:
@@ -380,13 +400,15 @@ class _Evaluator:
             device = "cpu" if accelerator is None else accelerator.type
         with blame(f"--device {device}"):
             self.network = network.to(device).eval()
+        for plan in plans:  # what is wrong with one must not be found out after hours at another
+            self._answer_tokens(plan)
 
     def __call__(self, plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Figures, settings and versions of a task; and its answers."""
         begin = time.perf_counter()
         figures: dict[str, Any] = {}
         samples: list[dict[str, Any]] = []
-        loss = {"loss": self._loss(plan.texts)} if plan.texts else {}
+        loss = {"loss": self._loss(plan)} if plan.texts else {}
         if plan.judge is not None:
             figures, samples = self._by_lm_eval(plan)
         elif plan.kind == "instructions" and not self.settings["loss_only"]:
@@ -409,50 +431,73 @@ class _Evaluator:
         }
         return record, samples
 
-    def _loss(self, texts: list[Example]) -> dict[str, Any]:
+    def _windows(self, texts: list[Example], network: Any) -> tuple[Windows, int]:
+        """The windows in which the loss of texts is measured, and their length: that of the model at most."""
+        from .limits import check_rows
+
+        limits, encoder_decoder = self.limits, network.config.is_encoder_decoder
+        most = (self.settings["max_length"], limits.positions, limits.answer_positions, limits.declared)
+        length = min(limit for limit in most if limit is not None)
+        found = windows(texts, self.tokenizer, length, encoder_decoder=encoder_decoder)
+        check_rows(found.rows, limits, network, self.tokenizer)
+        return found, length
+
+    def _loss(self, plan: Plan) -> dict[str, Any]:
         from transformers import DataCollatorForSeq2Seq
 
-        encoder_decoder = self.network.config.is_encoder_decoder
-        length = min(self.settings["max_length"], getattr(self.network.config, "max_position_embeddings", math.inf))
-        rows, cut = windows(texts, self.tokenizer, int(length), encoder_decoder=encoder_decoder)
+        (rows, cut), length = self.windows[plan.name]
         collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
         loss = held_out_loss(self.network, rows, collator, self.settings["batch_size"], progress=self.progress)
         return {
             "nat_per_token": loss,
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "tokens": label_count(rows, encoder_decoder),
-            "examples": len(texts),
+            "tokens": label_count(rows, self.network.config.is_encoder_decoder),
+            "examples": len(plan.texts),
             "cut": cut,
             "window": length,
         }
 
+    @cached_property
     def _lm(self) -> Any:
         """The model as lm_eval's."""
         _lm_eval_tasks()
         from lm_eval.models.huggingface import HFLM
 
-        lm: Any = HFLM(self.network, tokenizer=self.tokenizer, batch_size=self.settings["batch_size"])  # type: ignore[call-arg]
+        options = {"batch_size": self.settings["batch_size"], "max_length": self.limits.positions}
+        lm: Any = HFLM(self.network, tokenizer=self.tokenizer, **options)  # type: ignore[call-arg]
         for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
             setattr(lm, request, partial(getattr(lm, request), disable_tqdm=not self.progress))
         return lm
 
+    def _answer_tokens(self, plan: Plan) -> int:
+        """Tokens that are generated for an answer; 0 where none is.
+
+        Raises:
+            LoRARiteValueError: they leave no room for a prompt.
+        """
+        tokens = self.settings["max_new_tokens"]
+        if plan.judge is not None and plan.judge.OUTPUT_TYPE == "generate_until":
+            tokens = tokens or plan.judge.get_config("generation_kwargs").get("max_gen_toks", self._lm.max_gen_toks)
+        elif plan.kind == "instructions" and not self.settings["loss_only"]:
+            tokens = tokens or INSTRUCTION_TOKENS
+        else:
+            return 0
+        if not self.network.config.is_encoder_decoder and tokens >= self._lm.max_length:
+            raise LoRARiteValueError(
+                f"{plan.name}: answers of {tokens} tokens leave no room for a prompt in the model's "
+                f"{self._lm.max_length}; give --max_new_tokens"
+            )
+        return tokens
+
     def _by_lm_eval(self, plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         import lm_eval
 
-        lm = self._lm()
+        lm = self._lm
         name, judge = plan.judge.task_name, plan.judge
-        generated = judge.OUTPUT_TYPE == "generate_until"
-        room = 0
-        if generated:
-            if self.settings["max_new_tokens"] is not None:
-                changed = {"max_gen_toks": self.settings["max_new_tokens"]}
-                judge.set_config(key="generation_kwargs", value=changed, update=True)
-            room = judge.get_config("generation_kwargs").get("max_gen_toks", lm.max_gen_toks)
-            if not self.network.config.is_encoder_decoder and room >= lm.max_length:
-                raise LoRARiteValueError(
-                    f"{plan.name}: answers of {room} tokens leave no room for a prompt in the model's {lm.max_length}; "
-                    "give --max_new_tokens"
-                )
+        room = self._answer_tokens(plan)
+        generated = room > 0
+        if generated and self.settings["max_new_tokens"] is not None:
+            judge.set_config(key="generation_kwargs", value={"max_gen_toks": room}, update=True)
         tasks: Any = {"tasks": {name: judge}}
         output: Any = lm_eval.evaluate(lm, tasks, limit=self.settings["limit"])
         metrics: dict[str, float] = {}
@@ -489,15 +534,9 @@ class _Evaluator:
         """
         from lm_eval.api.instance import Instance
 
-        lm = self._lm()
-        tokens = self.settings["max_new_tokens"] or INSTRUCTION_TOKENS
+        lm, tokens = self._lm, self._answer_tokens(plan)
         encoder_decoder = self.network.config.is_encoder_decoder
         room = min(self.settings["max_length"], lm.max_length - (0 if encoder_decoder else tokens))
-        if room < 1:
-            raise LoRARiteValueError(
-                f"answers of {tokens} tokens leave no room for a prompt in the model's {lm.max_length}; give "
-                "--max_new_tokens"
-            )
         how = {"max_length": tokens} if encoder_decoder else {"max_gen_toks": tokens, "until": ["\n\n"]}
         requests, cut = [], 0
         for n, (prompt, _, shorter, _) in enumerate(plan.texts):

@@ -1,12 +1,14 @@
 """The optimizers that ``lora-rite train`` and ``compare`` know by name, and any other by its import path."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from ..errors import LoRARiteValueError
-from ..inputs import resolve, resolve_values
+from ..hf import evaluating, two_modes
+from ..inputs import blame, resolve, resolve_values
 
 
 class Preset(NamedTuple):
@@ -19,7 +21,7 @@ class Preset(NamedTuple):
 
 _ADAMW = {"optimizer_cls": "torch.optim:AdamW"}
 #: LoRA+ has the ratio of the LoRA-RITE paper's baseline; Muon's rate is in AdamW's units; SOAP leaves sides above 1,024
-#: alone, whose square matrices would outgrow the model.
+#: alone, whose square matrices would outgrow the model, as our Shampoo does (``pytorch_optimizer``'s keeps them all).
 PRESETS = {
     "lora-rite": Preset("lora_rite:create_lora_rite"),
     "lora-rite-published": Preset("lora_rite.finetune.optimizers:published"),
@@ -31,6 +33,9 @@ PRESETS = {
     "muon": Preset("torch.optim:Muon", {"adjust_lr_fn": "match_rms_adamw"}),
     "lamb": Preset("pytorch_optimizer:Lamb"),
     "soap": Preset("pytorch_optimizer:SOAP", {"max_precondition_dim": 1024}),
+    "shampoo": Preset("lora_rite.rivals:Shampoo.for_model"),
+    "polora": Preset("lora_rite.rivals:PoLoRA.for_model"),
+    "lora-muon": Preset("lora_rite.rivals:LoRAMuon.for_model"),
 }
 
 
@@ -59,14 +64,17 @@ def create_optimizer(
 
     Args:
         model: the model, after its adapter is attached.
-        name: as :func:`find_optimizer` takes it. A class gets the trainable parameters; anything else is a factory and
-            gets the model. Both get ``lr`` and the options by keyword.
+        name: as :func:`find_optimizer` takes it. A class gets the trainable parameters, LoRARite the groups of
+            ``param_groups(model)``; anything else is a factory and gets the model. All get ``lr`` and the options by
+            keyword.
         lr: the learning rate.
         weight_decay: passed on where the signature takes it; else it must be 0.
         options: further keyword arguments, over those of the preset; a string ``package.module:attribute`` among them
             stands for what it names.
     """
     import torch
+
+    from .. import LoRARite, param_groups
 
     target: Any
     target, preset = find_optimizer(name)
@@ -75,10 +83,67 @@ def create_optimizer(
     if any(p.name == preset.weight_decay or p.kind is p.VAR_KEYWORD for p in taken):
         arguments.setdefault(preset.weight_decay, weight_decay)
     elif weight_decay:
-        raise LoRARiteValueError(f"{name} takes no weight_decay")
+        raise LoRARiteValueError(f"it takes no weight_decay, and --weight_decay is {weight_decay}")
     is_class = isinstance(target, type) and issubclass(target, torch.optim.Optimizer)
+    if is_class and issubclass(target, LoRARite):
+        return target(param_groups(model), **arguments)
     target = cast("Any", target)
-    return target([p for p in model.parameters() if p.requires_grad] if is_class else model, **arguments)
+    made = target([p for p in model.parameters() if p.requires_grad] if is_class else model, **arguments)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise LoRARiteValueError(f"it gives a {type(made).__name__}, which is no torch.optim.Optimizer")
+    return made
+
+
+def option(name: str, options: dict[str, Any] | None) -> str:
+    """What an error of an optimizer is blamed on."""
+    return f"--optimizer {name}" + (f" with --optimizer_args {options}" if options else "")
+
+
+def check_optimizer(
+    model: Any, name: str, lr: float, weight_decay: float = 0.0, options: dict[str, Any] | None = None
+) -> None:
+    """Checks that an optimizer can be made, and that a training loop can step it: by two steps on a small adapter, with
+    dense gradients, no closure and a schedule of its lr.
+
+    Args:
+        model: to make it for, without a step; None makes it for the small adapter alone.
+        name, lr, weight_decay, options: as :func:`create_optimizer` takes them.
+
+    Raises:
+        LoRARiteValueError: what is wrong, by the option. (What cannot be made for the small adapter is not judged by it
+            where it is a factory, which may want a real model.)
+    """
+    import torch
+
+    from ..bench import Adapter
+    from ..pairs import Shape
+
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself says it
+        if model is not None:
+            with blame(option(name, options)):
+                create_optimizer(model, name, lr, weight_decay, options)
+        adapter = Adapter([Shape(48, 32, 4)], torch.float32, str(device))
+        try:
+            optimizer = create_optimizer(adapter, name, lr, weight_decay, options)
+        except Exception as error:
+            if model is None and isinstance(find_optimizer(name)[0], type):
+                with blame(option(name, options)):
+                    raise error
+            return
+        with blame(f"{option(name, options)}: no schedule can set its lr"):
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        with blame(f"{option(name, options)} cannot be stepped with dense gradients and no closure"):
+            for _ in range(2):
+                if (inner := two_modes(optimizer)) is not None:
+                    inner.train()
+                for p in adapter.parameters():
+                    p.grad = torch.full_like(p, 1e-3).uniform_(-1, 1)
+                optimizer.step()
+                schedule.step()
+            with evaluating(optimizer):
+                optimizer.state_dict()
 
 
 def published(model: Any, **options: Any) -> Any:

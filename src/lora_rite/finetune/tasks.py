@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..errors import LoRARiteValueError
+from ..inputs import one_line, suffix
 from .data import Example, read_records, read_text
 
 Row = dict[str, Any]
@@ -231,8 +232,9 @@ def _load(path: str, config: str | None, split: str) -> list[Row]:
     try:
         return datasets.load_dataset(path, config, split=split).to_list()
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LoRARiteValueError(f"cannot load {path} from the hub: {reason} (local files: --data_dir)") from None
+        raise LoRARiteValueError(
+            f"cannot load {path} from the hub: {one_line(error)} (local files: --data_dir)"
+        ) from None
 
 
 def _files(task: Task, split: SplitName, data_dir: Path) -> list[Path]:
@@ -240,9 +242,14 @@ def _files(task: Task, split: SplitName, data_dir: Path) -> list[Path]:
     if not data_dir.is_dir():
         raise LoRARiteValueError(f"--data_dir {data_dir} is not a folder")
     for pattern in _patterns(task, split):
-        if files := sorted(data_dir.glob(pattern)):
+        if files := _glob(data_dir, pattern):
             return files
     return []
+
+
+def _glob(folder: Path, pattern: str) -> list[Path]:
+    """The files of a pattern, in which the suffix may be of either case."""
+    return sorted(p for p in folder.glob(f"{pattern.rpartition('.')[0]}.*") if suffix(p) == suffix(pattern))
 
 
 def _patterns(task: Task, split: SplitName) -> list[str]:
@@ -304,7 +311,7 @@ def _read_instructions(
         raise LoRARiteValueError(f"--data_dir {data_dir}: no clone of allenai/natural-instructions (no folder tasks/)")
     _, _, single = name.partition(":")
     if single:
-        files = sorted({*root.glob(f"tasks/{single}.json"), *root.glob(f"tasks/{single}_*.json")})
+        files = sorted({*_glob(root, f"tasks/{single}.json"), *_glob(root, f"tasks/{single}_*.json")})
         if len(files) != 1:
             raise LoRARiteValueError(f"{name}: {len(files) or 'no'} files {single}*.json in {root / 'tasks'}")
     else:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError, warn
+from ..hf import evaluating, without_accelerate
 from ..inputs import blame
-from ..models import TINY
+from ..models import TINY, fused_experts, refuse_adapter
 from . import checkpoint
-from .data import IGNORED, Split, label_count, read_examples, split, windows
-from .optimizers import OptimizerFactory, find_optimizer
+from .data import IGNORED, Split, label_count, read_examples, split
+from .optimizers import OptimizerFactory, check_optimizer, find_optimizer, option
+from .schedules import check_schedule
 from .tasks import examples, read_rows, read_task
 from .untrusted import check_adapter
 
@@ -47,6 +49,7 @@ def train(
     packing: bool = False,
     warmup: float = 0.1,
     scheduler: str = "cosine",
+    scheduler_args: dict[str, Any] | None = None,
     weight_decay: float = 0.0,
     holdout: float = 0.1,
     seed: int = 0,
@@ -70,7 +73,7 @@ def train(
     Args:
         out: folder for the results; must be new or empty, except with --resume.
         data: training text: a .jsonl file with {"text": …} or {"prompt": …, "completion": …} a line (loss on the
-            completion alone), or any other text file.
+            completion alone; not both), a .json or .parquet file with such records, or any other text file.
         task: instead of data, the training split of a task by its name, in lm_eval's format, loss on the answer alone:
             hellaswag, arc_challenge, arc_easy, openbookqa, gsm8k, natural_instructions or natural_instructions:TASK.
         data_dir: folder with the task's rows as local files; without it, they come from the hub.
@@ -78,8 +81,9 @@ def train(
             this package.
         validation: held-out text in the formats of data; without it, the task's validation split is held out, and
             where there is none, a share of the data.
-        optimizer: lora-rite, lora-rite-published, adamw, lora-plus, riemannian, muon, lamb, soap, or the import path
-            package.module:attribute of an optimizer class, or of a factory that is called with the model.
+        optimizer: lora-rite, lora-rite-published, adamw, lora-plus, riemannian, muon, lamb, soap, shampoo, polora,
+            lora-muon, or the import path package.module:attribute of an optimizer class, or of a factory that is called
+            with the model.
         lr: peak learning rate; by default 5e-4 for lora-rite and 2e-4 for adamw.
         optimizer_args: further keyword arguments of the optimizer.
         rank: rank of the adapter.
@@ -89,11 +93,13 @@ def train(
         steps: optimizer steps.
         batch_size: windows in a batch, on each device.
         accumulation: batches in a step.
-        max_length: tokens in a window; for an encoder-decoder model, of a prompt and of a completion, each.
+        max_length: tokens in a window, at most the model's positions; for an encoder-decoder model, of a prompt and of
+            a completion, each.
         packing: put several prompts with their completions into a window, each seeing itself alone: saves the padding
             where they are much shorter than max_length; a batch then has more of them.
         warmup: share of the steps in which lr rises linearly.
         scheduler: transformers' name of the schedule after the warm-up (cosine, linear, constant_with_warmup, …).
+        scheduler_args: further arguments of the schedule, as min_lr_rate of cosine_with_min_lr.
         weight_decay: decoupled weight decay.
         holdout: share of the data to hold out where no validation file is given.
         seed: of the adapter's initialisation, the split and the order of batches.
@@ -118,6 +124,9 @@ def train(
         raise LoRARiteValueError(f"--lr is needed for --optimizer {optimizer}")
     settings["lr"] = lr = DEFAULT_LR[optimizer] if lr is None else lr
     settings["alpha"] = alpha = rank if alpha is None else alpha
+    with blame(f"--scheduler {scheduler}"):
+        check_schedule(scheduler, scheduler_args, lr, steps, warmup)
+    _check_reporter(report_to)
     parts, sources = _read(data, task, data_dir, validation, holdout, seed, progress, skip_bad_lines)
     contaminated = len(set(parts[0]) & set(parts[1]))
     if contaminated:
@@ -128,57 +137,56 @@ def train(
     from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
 
     from .. import LoRARiteCallback
+    from .limits import prepare_windows
 
     network, tokenizer = load_model(model, bf16=bf16, trust_remote_code=trust_remote_code)
     encoder_decoder = network.config.is_encoder_decoder
-    if packing and encoder_decoder:
-        raise LoRARiteValueError("--packing is for causal models; an encoder-decoder model takes a prompt at a time")
-    cut_up = lambda part, packing: windows(
-        part, tokenizer, max_length, encoder_decoder=encoder_decoder, packing=packing
+    (train_rows, train_cut), (held_out_rows, held_out_cut) = prepare_windows(
+        parts, network, tokenizer, model, max_length, packing=packing
     )
-    (train_rows, train_cut), (held_out_rows, held_out_cut) = cut_up(parts[0], packing), cut_up(parts[1], False)
-    _check_tokens(train_rows + held_out_rows, network)
     inputs = {
         "base_weights": checkpoint.digest_tensors(sorted(network.state_dict().items())),
         "tokens": checkpoint.digest_rows(train_rows, held_out_rows),
     }
     set_seed(seed)
     network = attach_adapter(network, rank=rank, alpha=alpha, target_modules=target_modules, dropout=dropout)
+    optimizer_kwargs = {"name": optimizer, "lr": lr, "weight_decay": weight_decay, "options": optimizer_args}
+    check_optimizer(network, **optimizer_kwargs)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     with checkpoint.locked(out):
         pass  # the Trainer makes folders: from here on, the folder is known as one of ours
-    with blame(f"--scheduler {scheduler}"):
-        arguments = training_arguments(
-            out,
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            warmup=warmup,
-            scheduler=scheduler,
-            seed=seed,
-            log_every=log_every,
-            gradient_accumulation_steps=accumulation,
-            weight_decay=weight_decay,
-            bf16=bf16,
-            include_num_input_tokens_seen="non_padding",
-            save_strategy="steps" if save_every else "no",
-            save_steps=save_every or 500,
-            save_total_limit=None,  # rotation is ours: it counts checkpoints that verify
-            report_to=report_to,
-        )
-    optimizer_kwargs = {"name": optimizer, "lr": lr, "weight_decay": weight_decay, "options": optimizer_args}
-    with blame(f"--report_to {report_to}"):
-        trainer = checkpoint.crash_safe(Trainer)(
-            network,
-            arguments,
-            data_collator=collator,
-            train_dataset=train_rows,  # type: ignore[arg-type]
-            optimizer_cls_and_kwargs=(OptimizerFactory, optimizer_kwargs),  # type: ignore[arg-type]
-        )
-    is_lora_rite = create_optimizer(trainer, f"--optimizer_args {optimizer_args}")
-    if packing:
-        _check_packing(network, train_rows)
-    measure = lambda: held_out_loss(network, held_out_rows, collator, batch_size)
+    arguments = training_arguments(
+        out,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        warmup=warmup,
+        scheduler=scheduler,
+        scheduler_args=scheduler_args,
+        seed=seed,
+        log_every=log_every,
+        gradient_accumulation_steps=accumulation,
+        weight_decay=weight_decay,
+        bf16=bf16,
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="steps" if save_every else "no",
+        save_steps=save_every or 500,
+        save_total_limit=None,  # rotation is ours: it counts checkpoints that verify
+        report_to=report_to,
+    )
+    trainer = checkpoint.crash_safe(Trainer)(
+        network,
+        arguments,
+        data_collator=collator,
+        train_dataset=train_rows,  # type: ignore[arg-type]
+        optimizer_cls_and_kwargs=(OptimizerFactory, optimizer_kwargs),  # type: ignore[arg-type]
+    )
+    is_lora_rite = create_optimizer(trainer, option(optimizer, optimizer_args))
+
+    def measure() -> float:
+        with evaluating(trainer.optimizer):
+            return held_out_loss(network, held_out_rows, collator, batch_size)
+
     reporter = LoRARiteCallback(out / "layers.jsonl" if layers_every else None, layers_every or 1)
     add_callbacks(trainer, reporter if is_lora_rite else None, progress, measure, eval_every)
     with checkpoint.locked(out):
@@ -218,7 +226,8 @@ def train(
             },
             "versions": versions(),
         }
-        run.finish(lambda folder: network.save_pretrained(str(folder), safe_serialization=True), result)
+        with evaluating(trainer.optimizer):
+            run.finish(lambda folder: network.save_pretrained(str(folder), safe_serialization=True), result)
     return result
 
 
@@ -230,6 +239,7 @@ def training_arguments(
     lr: float,
     warmup: float,
     scheduler: str,
+    scheduler_args: dict[str, Any] | None,
     seed: int,
     log_every: int,
     **more: Any,
@@ -238,29 +248,31 @@ def training_arguments(
     import torch
     from transformers import TrainingArguments
 
-    return TrainingArguments(
-        output_dir=str(out / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=lr,
-        lr_scheduler_type=scheduler,
-        warmup_steps=round(warmup * steps),
-        use_cpu=not torch.accelerator.is_available(),
-        seed=seed,
-        logging_steps=log_every,
-        logging_nan_inf_filter=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-        **more,
-    )
+    with blame("the Trainer's arguments"):  # what options are to blame for was found before
+        return TrainingArguments(
+            output_dir=str(out / "checkpoints"),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=lr,
+            lr_scheduler_type=scheduler,
+            lr_scheduler_kwargs=scheduler_args or {},
+            warmup_steps=round(warmup * steps),
+            use_cpu=not torch.accelerator.is_available(),
+            seed=seed,
+            logging_steps=log_every,
+            logging_nan_inf_filter=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            **more,
+        )
 
 
-def create_optimizer(trainer: Any, option: str) -> bool:
-    """Has the Trainer make its optimizer, an error blamed on ``option``, and sets its clipping. Returns whether it is
+def create_optimizer(trainer: Any, what: str) -> bool:
+    """Has the Trainer make its optimizer, an error blamed on ``what``, and sets its clipping. Returns whether it is
     LoRARite."""
     from .. import LoRARite
 
-    with blame(option):
+    with blame(what):
         is_lora_rite = isinstance(trainer.create_optimizer(), LoRARite)
     trainer.args.max_grad_norm = 0.0 if is_lora_rite else 1.0  # LoRA-RITE clips by itself, invariantly
     return is_lora_rite
@@ -299,7 +311,9 @@ def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False
 
     logging.disable_progress_bar()
     source = str(TINY) if name == "tiny" else name
-    with blame(f"cannot load --model {name}"):
+    nowhere = "" if Path(source).exists() else " (a hub id: there is no such folder)"
+    with blame(f"cannot load --model {name}{nowhere}"):
+        refuse_adapter(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -309,8 +323,8 @@ def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:  # what it is does not matter: it is neither attended to nor learnt
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"  # on the left (Gemma), padding would be what predicts a window's first token
     return network, tokenizer
 
@@ -328,14 +342,14 @@ def attach_adapter(
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter is not None:
-        with blame(f"--adapter {adapter}"), warnings.catch_warnings():
-            check_adapter(adapter)
+        with blame(f"--adapter {adapter}"), fused_experts():
+            check_adapter(adapter, network)
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
     kind = "SEQ_2_SEQ_LM" if network.config.is_encoder_decoder else "CAUSAL_LM"
     if not network.can_generate():
         kind = "FEATURE_EXTRACTION"
-    with blame(f"--target_modules {target_modules}"):
+    with blame(f"--target_modules {target_modules}"), fused_experts():
         config = LoraConfig(
             r=rank,
             lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
@@ -358,27 +372,6 @@ def summary(result: dict[str, Any]) -> str:
         + (f"{cut} examples are longer than --max_length and were cut\n" if cut else "")
         + f"adapter and result.json in {result['settings']['out']}"
     )
-
-
-def _check_packing(network: Any, rows: list[dict[str, list[int]]]) -> None:
-    """Checks that the model keeps the examples of a window apart: the second one alone has the same logits."""
-    import torch
-
-    row = next((row for row in rows if 0 in row["position_ids"][1:]), None)
-    if row is None:
-        return
-    begin = row["position_ids"].index(0, 1)
-    end = row["position_ids"].index(0, begin + 1) if 0 in row["position_ids"][begin + 1 :] else len(row["input_ids"])
-    ids, positions = (torch.tensor([row[key]], device=network.device) for key in ("input_ids", "position_ids"))
-    training = network.training
-    network.eval()
-    with torch.inference_mode():
-        packed = network(input_ids=ids, position_ids=positions).logits[0, begin:end]
-        alone = network(input_ids=ids[:, begin:end]).logits[0]
-        first = network(input_ids=ids[:, :end]).logits[0, begin:]
-    network.train(training)
-    if (packed - alone).abs().max() > 0.1 * (first - alone).abs().max():
-        raise LoRARiteValueError("--packing: this model does not keep the examples of a window apart")
 
 
 def held_out_loss(
@@ -405,10 +398,9 @@ def held_out_loss(
 
 def describe_optimizer(optimizer: Any) -> dict[str, Any]:
     """Name, settings of the first group, bytes of state, and LoRARite's report."""
-    from ..hf import unwrap
     from ..optimizer import LoRARite, state_bytes
 
-    optimizer = unwrap(optimizer)
+    optimizer = without_accelerate(optimizer)
     options = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
     return {
         "name": type(optimizer).__name__,
@@ -435,12 +427,36 @@ def versions(*more: str) -> dict[str, Any]:
     }
 
 
-def _check(settings: dict[str, Any]) -> None:
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+def check_processes() -> None:
+    """Raises LoRARiteValueError where the environment says that this process is one of several, as accelerate (so the
+    Trainer) reads it, or says so by halves."""
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun, mpirun, srun
+    for key in sizes:
+        if (processes := os.environ.get(key, "1")) != "1":
+            raise LoRARiteValueError(
+                f"lora-rite train is one process, and there are {processes} ({key}, as a launcher sets it): on several "
+                "GPUs use a script of the Trainer or of Accelerate (docs/scaling.md), or compare --devices, a run on "
+                "each"
+            )
+    missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
+    if (rank := os.environ.get("LOCAL_RANK", "-1")) != "-1" and missing:
         raise LoRARiteValueError(
-            f"lora-rite train is one process, and there are {processes} (WORLD_SIZE, as torchrun sets it): on several "
-            "GPUs use a script of the Trainer or of Accelerate (docs/scaling.md), or compare --devices, a run on each"
+            f"LOCAL_RANK={rank} is set, as a launcher of several processes sets it, without {', '.join(missing)}: "
+            "unset it, lora-rite train is one process"
         )
+
+
+def _check_reporter(report_to: str) -> None:
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    names = {"none": [], "all": get_available_reporting_integrations()}.get(report_to, [report_to])
+    with blame(f"--report_to {report_to}"):
+        for callback in get_reporting_integration_callbacks(names):
+            callback()  # raises where its package is missing
+
+
+def _check(settings: dict[str, Any]) -> None:
+    check_processes()
     least = {
         "rank": 1,
         "steps": 1,
@@ -469,12 +485,6 @@ def _check(settings: dict[str, Any]) -> None:
         raise LoRARiteValueError("--model must be a hub id or a local folder, not a URL")
     if "lr" in (settings["optimizer_args"] or {}):
         raise LoRARiteValueError("--optimizer_args.lr: give the learning rate by --lr")
-
-
-def _check_tokens(rows: list[dict[str, list[int]]], network: Any) -> None:
-    size, largest = network.get_input_embeddings().num_embeddings, max(max(row["input_ids"]) for row in rows)
-    if largest >= size:
-        raise LoRARiteValueError(f"the tokenizer of --model gives token {largest}, and the model knows {size} tokens")
 
 
 def _check_folder(

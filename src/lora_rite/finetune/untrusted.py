@@ -1,13 +1,14 @@
 """Files that may come from strangers, looked at before any library reads them: YAML configs and PEFT adapters."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
-from ..inputs import is_path
+from ..inputs import DuplicateKeyError, is_path, one_line, parse_json, suffix
+from ..models import ADAPTER_CONFIG
+from ..pairs import layout_by_shapes
 from .data import read_text
 
 MAX_CONFIG_BYTES = 2**20
@@ -57,7 +58,7 @@ def read_config(path: Path) -> Config:
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, LoRARiteValueError):
             raise
-        raise LoRARiteValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise LoRARiteValueError(f"{path}: {one_line(error)}") from None
     if not_text := [key for key in config if not isinstance(key, str)]:
         raise LoRARiteValueError(f"{path}: {not_text[0]!r} is no name of an option")
     config.lines = {key.value: f"{path}:{key.start_mark.line + 1}" for key, _ in node.value}
@@ -118,24 +119,33 @@ def _loader() -> type:
     return Loader
 
 
-def check_adapter(folder: Path) -> None:
-    """Looks at a PEFT adapter before PEFT does: tensors in safetensors alone, whole, finite, of the rank it claims.
+def _what_else(folder: Path) -> str:
+    """What a folder is that is no adapter."""
+    if not folder.is_dir():
+        return "it is a file, not a folder" if folder.exists() else "there is no such folder"
+    if (folder / "adapter" / ADAPTER_CONFIG).is_file():
+        return f"{folder} has no {ADAPTER_CONFIG}; its adapter is {folder / 'adapter'}"
+    if (folder / "config.json").is_file():
+        return f"{folder} is a model (config.json), not an adapter ({ADAPTER_CONFIG}): give it as --model"
+    return f"{folder} has no {ADAPTER_CONFIG}"
+
+
+def find_adapter(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The configuration of a PEFT adapter and its file of tensors, which is not read.
 
     Raises:
-        LoRARiteValueError: what is wrong; nothing was loaded, run, imported or downloaded.
+        LoRARiteValueError: what the folder is instead, or has that is damaged or not supported.
     """
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config_path, path = folder / ADAPTER_CONFIG, folder / "adapter_model.safetensors"
     if not config_path.is_file():
-        raise LoRARiteValueError(f"{folder} has no adapter_config.json")
+        raise LoRARiteValueError(_what_else(folder))
     try:
-        config = json.loads(_read_text(config_path))
+        config = parse_json(_read_text(config_path))
         kind, megatron = config.get("peft_type"), config.get("megatron_config")
-        rank, pattern = config.get("r"), config.get("rank_pattern") or {}
+        pattern = config.get("rank_pattern") or {}
     except (ValueError, AttributeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, LoRARiteValueError) else "not a JSON object"
+        told = isinstance(error, (LoRARiteValueError, DuplicateKeyError))
+        reason = str(error) if told else "not a JSON object"
         raise LoRARiteValueError(f"{config_path} is damaged: {reason}") from None
     if kind not in PEFT_TYPES:
         raise LoRARiteValueError(f"{config_path}: peft_type {kind!r} is not supported (only {', '.join(PEFT_TYPES)})")
@@ -144,9 +154,28 @@ def check_adapter(folder: Path) -> None:
     if megatron:  # PEFT would import the module that megatron_core names
         raise LoRARiteValueError(f"{config_path}: megatron_config is not supported")
     if not path.is_file():
-        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+        pickles = sorted(p.name for p in folder.glob("*") if suffix(p) in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
         why = f" ({pickles[0]} is a pickle, which can run code: convert it where you trust it)" if pickles else ""
         raise LoRARiteValueError(f"{folder} has no adapter_model.safetensors{why}")
+    return config, path
+
+
+def check_adapter(folder: Path, network: Any) -> None:
+    """Looks at a PEFT adapter before PEFT does: tensors in safetensors alone, whole, finite, of the rank it claims.
+
+    Args:
+        folder: of the adapter.
+        network: the model that it is for. A factor of PEFT's for experts holds so many of the rank as the model's layer
+            has experts.
+
+    Raises:
+        LoRARiteValueError: what is wrong; nothing was loaded, run, imported or downloaded.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    config, path = find_adapter(folder)
+    kind, rank, pattern = config.get("peft_type"), config.get("r"), config.get("rank_pattern") or {}
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
@@ -155,11 +184,25 @@ def check_adapter(folder: Path) -> None:
         raise LoRARiteValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None
     if not tensors:
         raise LoRARiteValueError(f"{path} has no tensors")
-    ranks = [rank, *pattern.values()]
+    ranks = [r for r in (rank, *pattern.values()) if isinstance(r, int)]
+    weights: dict[str, list[Any]] = {}
+    for name, p in network.named_parameters():
+        weights.setdefault(name.rpartition(".")[0], []).append(p)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise LoRARiteValueError(f"{path}: {name} is of {tensor.dtype}, factors are floating-point numbers")
         if not torch.isfinite(tensor).all():
             raise LoRARiteValueError(f"{path}: {name} contains NaN or Inf")
-        if kind == "LORA" and name.endswith("lora_A.weight") and tensor.shape[0] not in ranks:
-            raise LoRARiteValueError(f"{path}: {name} has rank {tensor.shape[0]}, adapter_config.json has r={rank}")
+        if kind == "LORA" and name.endswith("lora_A.weight"):
+            experts = _experts(name, tensors, weights)
+            if tensor.shape[0] not in [r * experts for r in ranks]:
+                of = f"{tensor.shape[0]} rows for {experts} experts" if experts > 1 else f"rank {tensor.shape[0]}"
+                raise LoRARiteValueError(f"{path}: {name} has {of}, adapter_config.json has r={rank}")
+
+
+def _experts(name: str, tensors: dict[str, Any], weights: dict[str, list[Any]]) -> int:
+    """How many experts an adapter's factor A holds, as the model's weights tell, by layer; 1 where it is none's."""
+    layer = name.removesuffix(".lora_A.weight").replace(".base_layer", "").removeprefix("base_model.model.")
+    partner = tensors.get(name.removesuffix("lora_A.weight") + "lora_B.weight")
+    found = None if partner is None else layout_by_shapes(tensors[name], partner, weights.get(layer, ()))
+    return found[0] if found is not None and found[1] == "interleaved" else 1

@@ -311,8 +311,8 @@ def _segment(
     direct_elements: int | None,
     arena: Arena,
 ) -> Segment:
-    params = [p for k in (0, 1) for p in (pair[k] for pair in pairs)][run]
-    positions = [pair.position + k for k in (0, 1) for pair in pairs][run]
+    params = ([pair.a for pair in pairs] + [pair.b for pair in pairs])[run]
+    positions = ([pair.position for pair in pairs] + [pair.position + 1 for pair in pairs])[run]
     first, layout, shards = params[0], layouts(group)[run.start >= len(pairs)], Shards(params[0])
     moves, num_rows = "first_moment" in states[run][0], layout.num_rows(params[0])
     # What is cut is a dimension of the parameter, of which a convolution's A has several rows an entry.
@@ -332,7 +332,7 @@ def _segment(
         local_rows=num_rows if shards.mesh is None else share,
         count=len(params) * layout.blocks,
         direct=direct_elements is not None
-        # All processes decide alike, however the rows are cut: their sums are added up.
+        # Without the factor, processes that hold unequal shares would decide differently, and add up different things.
         and first.numel() >= direct_elements * shards.size
         and (shards.mesh is not None or all(p.is_contiguous() for p in params))
         and all(p.dtype == dtype and (p.grad is None or p.grad.dtype == dtype) for p in params),
