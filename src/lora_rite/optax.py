@@ -45,7 +45,7 @@ __all__ = [
 #: As :data:`lora_rite.PUBLISHED`: keyword arguments of :func:`lora_rite` that make it compute the authors' step.
 PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
 
-LIVE, NOISE = 1e-3, 0.75  # as in rite.py: which directions count as null
+LIVE, NOISE, ROW_FLOOR = 1e-3, 0.75, 1e-2  # as in rite.py: which directions count as null, and which rows as noise
 
 # ------------------------------------------------------------------------------------------------------------- layouts
 
@@ -511,7 +511,7 @@ class _Batch:
         if self.options["row_equilibration"]:
             squares = jnp.mean(s * s, -1, keepdims=True)
             rows = row_decay * rows + (1 - row_decay) * squares
-            factors = jax.lax.rsqrt(rows + 1e-24)
+            factors = 1 / (jnp.sqrt(rows) + ROW_FLOOR * jnp.sqrt(jnp.mean(rows, -2, keepdims=True)) + 1e-12)
             even = jnp.sum(squares * factors**2, -2, keepdims=True)
             rest = rest * factors * jnp.sqrt(jnp.sum(squares, -2, keepdims=True) / jnp.maximum(even, 1e-30))
         return _times(m, carry) + rest * s, rows
