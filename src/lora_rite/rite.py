@@ -32,8 +32,8 @@ LIVE = 1e-3
 NOISE = 0.75
 
 #: What is added to the root mean square of each row of S, in units of that of all rows: rows of nothing but rounding
-#: noise are then not equilibrated to full size. (Not in units of the largest: that may be √(rows/r) times as large, as of
-#: an outlier feature or of the most frequent token, and then small rows would not be equilibrated.)
+#: noise are then not equilibrated to full size. (Not in units of the largest, which may be √(rows/r) times as large, as
+#: of an outlier feature or of the most frequent token: small rows would then not be equilibrated.)
 ROW_FLOOR = 1e-2
 
 #: So many rows of a factor are compared with what the last step left. (A change of other rows alone passes: the next
