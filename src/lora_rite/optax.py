@@ -1,7 +1,7 @@
 """LoRA-RITE for JAX: ``lora_rite`` and ``scale_by_lora_rite``, gradient transformations of optax.
 
 The step is that of :class:`lora_rite.LoRARite` (its docstring has the equations), with the mathematics of
-``lora_rite/rite.py``: a tall factor X = Q·T is handled through r×r matrices, K with Q = X·K. One thing differs. A
+``lora_rite/algebra``: a tall factor X = Q·T is handled through r×r matrices, K with Q = X·K. One thing differs. A
 transformation never sees the parameters that its update leads to, so the new basis is measured at the start of the next
 update, from ``params`` and from the factors of the last one, which the state keeps. Whatever moved them meanwhile
 (a later scale, a schedule, an average, another factorisation), both moments are carried over to where they are.
@@ -45,7 +45,7 @@ __all__ = [
 #: As :data:`lora_rite.PUBLISHED`: keyword arguments of :func:`lora_rite` with the authors' settings.
 PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
 
-LIVE, NOISE = 1e-3, 0.75  # as in rite.py: which directions count as null
+LIVE, NOISE, ROW_FLOOR = 1e-3, 0.75, 1e-2  # as in algebra/basis.py and step.py: which directions count as null, and which rows as noise
 
 # ------------------------------------------------------------------------------------------------------------- layouts
 
@@ -333,7 +333,7 @@ class LoRARiteState(NamedTuple):
 
 
 class _Batch:
-    """The factors of one rank in one update: measured, preconditioned, moved (as Batch in batch.py)."""
+    """The factors of one rank in one update: measured, preconditioned, moved (as in execute/eager.py)."""
 
     def __init__(self, factors: list[_Factor], leaves: dict[str, list[jax.Array]], small: FactorState, options: dict):
         self.options, self.dtype = options, small.second_moment.dtype
@@ -506,12 +506,12 @@ class _Batch:
         self, g: jax.Array, m: jax.Array, rows: jax.Array, whiten: jax.Array, carry: jax.Array, rest: jax.Array,
         row_decay: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-        """M ← M·(β₁ₜPᵀ) + (1 − β₁ₜ)·S, rows of S equilibrated (rite.row_factors), and the row moment."""
+        """M ← M·(β₁ₜPᵀ) + (1 − β₁ₜ)·S, rows of S equilibrated (algebra.step.row_scales), and the row moment."""
         s = _times(g, whiten)
         if self.options["row_equilibration"]:
             squares = jnp.mean(s * s, -1, keepdims=True)
             rows = row_decay * rows + (1 - row_decay) * squares
-            factors = jax.lax.rsqrt(rows + 1e-24)
+            factors = 1 / (jnp.sqrt(rows) + ROW_FLOOR * jnp.sqrt(jnp.mean(rows, -2, keepdims=True)) + 1e-12)
             even = jnp.sum(squares * factors**2, -2, keepdims=True)
             rest = rest * factors * jnp.sqrt(jnp.sum(squares, -2, keepdims=True) / jnp.maximum(even, 1e-30))
         return _times(m, carry) + rest * s, rows
@@ -759,7 +759,8 @@ def lora_rite(
         weight_decay: decoupled, on both factors.
         damping: how many steps' worth of W must lie along a direction of B·A before the factor opposite to the zero one
             follows it. 0 is the published step.
-        row_equilibration: divide each row of the preconditioned gradient by its running root mean square.
+        row_equilibration: divide each row of the preconditioned gradient by its running root mean square, to which a
+            hundredth of that of all rows is added, so that rows of rounding noise do not become as large as the others.
         row_beta: decay of that mean square.
         relative_eps: eps in units of √λ_max(V): makes the step independent of the gradient's scale.
         clip_unmagnified_grad: largest norm of the unmagnified gradients of all pairs together; 0 is off.

@@ -19,6 +19,11 @@ from torch import Tensor
 
 from .linalg import eigh, eye_like, finite, inverse_root, stacked_inverse, trace
 
+#: What is added to the root mean square of each row of S, in units of that of all rows: rows of nothing but rounding
+#: noise are then not equilibrated to full size. (Not in units of the largest, which may be √(rows/r) times as large, as
+#: of an outlier feature or of the most frequent token: small rows would then not be equilibrated.)
+ROW_FLOOR = 1e-2
+
 
 def bias_corrected_decay(step: Tensor, beta: Tensor) -> Tensor:
     """β(1 − βᵗ⁻¹)/(1 − βᵗ): the decay that makes an exponential average unbiased at the 1-based step t; 1 for β = 1."""
@@ -62,15 +67,16 @@ def preconditioner(moment: Tensor, escaped: Tensor, eps: float, relative_eps: fl
     return (u * inverse[..., None, :]) @ u.mT
 
 
-def row_scales(squares: Tensor, row_moment: Tensor) -> tuple[Tensor, Tensor]:
-    """A factor for each row of S (p, rows, r), from the sums of the squares of its rows and their averages over steps,
-    (p, rows, 1): one over the root of the latter. Returns the factors, and ‖S‖² and ‖factors∘S‖² (p, 1, 2).
+def row_scales(squares: Tensor, row_moment: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """A factor for each row of S (p, rows, r), 1/(√R + ROW_FLOOR·√mean R), from the sums of the squares of its rows,
+    R, their mean squares averaged over steps, both (p, rows, 1), and the mean of R over all rows (p, 1, 1). Returns the
+    factors, and ‖S‖² and ‖factors∘S‖² (p, 1, 2).
 
     Norms of rows do not see rotations of the basis: exactly invariant.
     """
-    moment = row_moment + 1e-24
-    sums = [squares.sum(-2, keepdim=True), (squares / moment).sum(-2, keepdim=True)]
-    return moment.rsqrt(), torch.cat(sums, -1)
+    factors = (row_moment.sqrt() + ROW_FLOOR * mean.sqrt() + 1e-12).reciprocal()
+    sums = [squares.sum(-2, keepdim=True), (squares * factors.square()).sum(-2, keepdim=True)]
+    return factors, torch.cat(sums, -1)
 
 
 def capped(step: Tensor, norm: Tensor, num_rows: Tensor | int, cap: float) -> Tensor:

@@ -246,7 +246,12 @@ def _move_together(bucket: Bucket, segments: list[tuple[Tall, Moves]], ok: Tenso
     preconditioned = [tall.gradient_times(by.preconditioner, ok) for tall, by in segments]
     scales = [by.rest for _, by in segments]
     if group["row_equilibration"]:
-        rows = [_equilibrated(tall, by, s) for (tall, by), s in zip(segments, preconditioned, strict=True)]
+        rows = [_rows(tall, by, s) for (tall, by), s in zip(segments, preconditioned, strict=True)]
+        means = total(*(moment.sum(-2, keepdim=True) for _, moment in rows))
+        rows = [
+            equations.row_scales(*of_rows, mean / tall.segment.num_rows)
+            for (tall, _), of_rows, mean in zip(segments, rows, means, strict=True)
+        ]
         norms = [sums.split(1, -1) for sums in total(*(sums for _, sums in rows))]
         scales = [
             factors.mul_(rest * (before / after.clamp_min(1e-30)).sqrt())
@@ -270,13 +275,13 @@ def _move_together(bucket: Bucket, segments: list[tuple[Tall, Moves]], ok: Tenso
     ]
 
 
-def _equilibrated(tall: Tall, by: Moves, s: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of the rows of S, and the norms, of :func:`lora_rite.algebra.step.row_scales`; the rows' moments are
+def _rows(tall: Tall, by: Moves, s: Tensor) -> tuple[Tensor, Tensor]:
+    """For :func:`lora_rite.algebra.step.row_scales`: the sums of the squares of the rows of S, and the rows' moments,
     advanced in the state."""
     squares = row_sums(torch.mul(s, s, out=tall.second))
     moment: Any = tall.segment.row_moment
     moment = moment.view(len(s), -1, 1).mul_(by.row_decay).addcmul_(squares, by.row_rest)
-    return equations.row_scales(squares, moment)
+    return squares, moment
 
 
 def _still(tall: Tall) -> Moved:
