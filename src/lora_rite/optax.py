@@ -45,7 +45,7 @@ __all__ = [
 #: As :data:`lora_rite.PUBLISHED`: keyword arguments of :func:`lora_rite` with the authors' settings.
 PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
 
-LIVE, NOISE, ROW_FLOOR = 1e-3, 0.75, 1e-2  # as in algebra/basis.py and step.py: which directions count as null, and which rows as noise
+LIVE, NOISE, ROW_FLOOR = 1e-3, 0.75, 1e-2  # as in algebra/: which directions count as null, and which rows as noise
 
 # ------------------------------------------------------------------------------------------------------------- layouts
 

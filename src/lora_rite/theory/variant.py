@@ -1,7 +1,7 @@
 """LoRA-RITE slowly, with every part of it exchangeable: what the experiments take apart.
 
-One pair at a time, float64, tall orthonormal bases by SVD. Equal to :class:`lora_rite.LoRARite` where nothing is
-exchanged (tested), and no optimizer to train with: several times slower, and without its safeguards.
+One pair at a time, in float64, by the functions of :mod:`lora_rite.simple`. Equal to :class:`lora_rite.LoRARite` where
+nothing is exchanged (tested), and no optimizer to train with: several times slower, and without its safeguards.
 """
 
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..algebra.step import ROW_FLOOR
+from .. import simple
 
 
 class Variant(torch.optim.Optimizer):
@@ -46,7 +46,7 @@ class Variant(torch.optim.Optimizer):
         momentum: Literal["after", "before"] = "after",
         clip_scope: Literal["all", "pair"] = "all",
         rows: Literal["before", "after", "element"] | None = "before",
-        row_floor: float = ROW_FLOOR,
+        row_floor: float = 1e-2,
         null: float | None = None,
     ):
         options = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
@@ -56,92 +56,60 @@ class Variant(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             pairs = list(zip(group["params"][::2], group["params"][1::2], strict=True))
-            sides = [self._measure(a, b, group) for a, b in pairs]
-            norms = [sum(g.square().sum() for _, g, _, _ in pair) ** 0.5 for pair in sides]
-            clip = group["clip_unmagnified_grad"]
-            for pair, (a, b), norm in zip(sides, pairs, norms, strict=True):
-                norm = norm if group["clip_scope"] == "pair" else sum(n**2 for n in norms) ** 0.5
-                scale = min(1.0, clip / float(norm)) if clip and norm > 0 else 1.0
-                for p, (x, g, q, k) in zip((a, b), pair, strict=True):
-                    new = self._move(x, scale * g, q, k, self.state[p], group)
+            measured = [self._measure(a, b, group) for a, b in pairs]
+            every = [g for sides in measured for _, g, _, _ in sides]
+            for (a, b), sides in zip(pairs, measured, strict=True):
+                own = every if group["clip_scope"] == "all" else [g for _, g, _, _ in sides]
+                scale = simple.clip_scale(own, group["clip_unmagnified_grad"])
+                for p, (x, g, q, d), kept in zip((a, b), sides, self.state[b]["pair"], strict=False):
+                    new = _move(x, scale * g, q, d, kept, group)
                     p.copy_((new.mT if p is a else new).to(p.dtype))
 
     def _measure(self, a: Tensor, b: Tensor, group: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """For A and B: X, its unmagnified gradient ḡ, the basis Q of the other factor, and the (damped) T⁺."""
+        """For A and B: X, its unmagnified gradient ḡ, and Q and D of the other factor."""
+        x_a, x_b = a.double(), b.double()
         if not self.state[b]:
-            self.state[b]["damped"] = not (not a.any() and b.any())
+            self.state[b]["pair"] = simple.initial_state(x_a, x_b)
         null = group["null"] if group["null"] is not None else 1e-11 if a.dtype == torch.float64 else 1e-6
-        x_a, x_b = a.mT.double(), b.double()
-        (q_a, t_a, k_a), (q_b, t_b, k_b) = _basis(x_a, null), _basis(x_b, null)
-        if group["damping"]:
-            if self.state[b]["damped"]:
-                k_b = _damped(t_b, t_a, group["damping"] * group["lr"] * len(x_b) ** 0.5)
-            else:
-                k_a = _damped(t_a, t_b, group["damping"] * group["lr"] * len(x_a) ** 0.5)
-        g_a, g_b = a.grad.mT.double() @ k_b, b.grad.double() @ k_a  # type: ignore[union-attr]
+        (q_a, d_a), (q_b, d_b) = simple.bases(x_a, x_b, self.state[b]["pair"][2], _options(group, null=null))
+        g_a, g_b = a.grad.mT.double() @ d_b, b.grad.double() @ d_a  # type: ignore[union-attr]
         skip = group["update_skipping"]
         g_a, g_b = (0 * g if skip and g.square().mean() > skip**2 else g for g in (g_a, g_b))
-        return [(x_a, g_a, q_b, k_b), (x_b, g_b, q_a, k_a)]
-
-    def _move(self, x: Tensor, g: Tensor, q: Tensor, k: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        r = g.shape[1]
-        if "t" not in state:
-            state.update(t=0, m=torch.zeros_like(g), v=g.new_zeros(r, r), r=0.0, rho=0.0, q=q)
-        state["t"] += 1
-        b1, b2, b_row = (_decay(state["t"], beta) for beta in (*group["betas"], group["row_beta"]))
-        p = q.mT @ state["q"] if group["transport"] else torch.eye(r, dtype=g.dtype)
-        old, moved = state["v"], p @ state["v"] @ p.mT
-        state["q"] = q
-        if group["apply_escape"]:
-            lost = torch.linalg.eigvalsh(old) - torch.linalg.eigvalsh(moved)
-            state["rho"] += float(min(lost.max().clamp(min=0), (old.trace() - moved.trace()).clamp(min=0)))
-            state["rho"] *= b2
-        gram = g.mT @ g / len(g)
-        if not group["second_moment"]:
-            state["v"] = gram
-        else:
-            state["v"] = b2 * moved + (1 if group["betas"][1] == 1 else 1 - b2) * gram
-        m = state["m"] @ p.mT
-        if group["momentum"] == "before":
-            g = m = b1 * m + (1 - b1) * g
-        values, u = torch.linalg.eigh(state["v"])
-        root = (values.clamp(min=0) + state["rho"]).sqrt()
-        if group["rows"] == "element":
-            state["r"] = b_row * state["r"] + (1 - b_row) * (g @ u).square()
-            # in the units of the whitened gradient
-            s = (g @ u) / (state["r"].sqrt() + group["eps"] + group["relative_eps"] * root[-1]) @ u.mT
-        else:
-            s = g @ (u / (root + group["eps"] + group["relative_eps"] * root[-1])) @ u.mT
-        if group["rows"] == "before":
-            s = self._even(s, b_row, state, group)
-        if group["momentum"] == "after":
-            m = s = b1 * m + (1 - b1) * s
-        if group["rows"] == "after":
-            s = self._even(s, b_row, state, group)
-        state["m"] = m
-        return x - group["lr"] * s @ k.mT
-
-    @staticmethod
-    def _even(s: Tensor, decay: float, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        state["r"] = decay * state["r"] + (1 - decay) * s.square().mean(1, keepdim=True)
-        root = state["r"].sqrt()
-        even = s / (root + group["row_floor"] * state["r"].mean().sqrt() + 1e-12)
-        return even * s.norm() / max(even.norm(), 1e-30)
+        return [(x_a.mT, g_a, q_b, d_b), (x_b, g_b, q_a, d_a)]
 
 
-def _decay(t: int, beta: float) -> float:
-    return beta * (1 - beta ** (t - 1)) / (1 - beta**t) if beta < 1 else 1.0
+def _options(group: dict[str, Any], **others: Any) -> simple.Options:
+    """``second_moment`` off is β₂ = 0."""
+    same = ("lr", "eps", "relative_eps", "damping")
+    betas = group["betas"] if group["second_moment"] else (group["betas"][0], 0.0)
+    return simple.Options(betas=betas, escape=group["apply_escape"], **{k: group[k] for k in same}, **others)
 
 
-def _basis(y: Tensor, null: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Q (rows, r) with orthonormal columns, T = QᵀY and T⁺; singular values up to ``null``·σ_max are 0."""
-    u, s, vh = torch.linalg.svd(y, full_matrices=False)
-    live = (s > null * s[0]).to(s.dtype) if s[0] > 0 else torch.zeros_like(s)
-    return u * live, (s * live)[:, None] * vh, vh.mT * torch.where(live > 0, 1 / s, 0)
+def _move(x: Tensor, g: Tensor, q: Tensor, d: Tensor, kept: simple.Moments, group: dict[str, Any]) -> Tensor:
+    """:func:`lora_rite.simple.move` with its parts exchanged."""
+    o = _options(group)
+    if not group["transport"]:
+        kept.basis = None
+    p = simple.transport_and_accumulate(g, q, kept, o)
+    beta = simple.bias_corrected(o.betas[0], kept.t)
+    mixed = lambda new: beta * kept.first @ p.mT + (1 - beta) * new
+    if group["momentum"] == "before":
+        g = kept.first = mixed(g)
+    s = _evened_elements(g, kept, o, group["row_beta"]) if group["rows"] == "element" else g @ simple.inverse_root(kept, o)
+    if group["rows"] == "before":
+        s = simple.equilibrated(s, kept, group["row_beta"], group["row_floor"])
+    if group["momentum"] == "after":
+        s = kept.first = mixed(s)
+    if group["rows"] == "after":
+        s = simple.equilibrated(s, kept, group["row_beta"], group["row_floor"])
+    return x - o.lr * s @ d.mT
 
 
-def _damped(t_y: Tensor, t_x: Tensor, delta: float) -> Tensor:
-    """T_Y⁻¹ times σ²/(σ² + δ²) along the singular directions of Y·Xᵀ."""
-    u, s, vh = torch.linalg.svd(t_y @ t_x.mT)
-    f = torch.where(s > 1e-15 * s[0], s / (s**2 + delta**2), 0)
-    return t_x.mT @ (vh.mT * f) @ u.mT
+def _evened_elements(g: Tensor, kept: simple.Moments, o: simple.Options, row_beta: float) -> Tensor:
+    """ḡ over the root mean square of each element in the eigenbasis of V, in place of V^-½."""
+    values, u = torch.linalg.eigh(kept.second)
+    turned, beta = g @ u, simple.bias_corrected(row_beta, kept.t)
+    kept.rows = beta * kept.rows + (1 - beta) * turned.square()
+    largest = (values[-1].clamp(min=0) + kept.escaped).sqrt()
+    # The floor is in the units of the whitened gradient.
+    return turned / (kept.rows.sqrt() + o.eps + o.relative_eps * largest) @ u.mT
