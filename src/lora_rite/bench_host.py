@@ -82,6 +82,7 @@ def _parts(optimizer: torch.optim.Optimizer) -> Calls:
 
 def _each(measured: Callable[[Callable[[], Any]], float], work: Calls, without: Calls) -> dict[str, float]:
     """A figure for each row: of what is in ``work``, and for bookkeeping the rest of a step ``without`` gradients."""
+    without["LoRARite"]()  # so that the parts and the step find the caches alike
     of_idle = {name: measured(call) for name, call in without.items()}
     bookkeeping = of_idle.pop("LoRARite") - sum(of_idle.values())
     return {**{name: measured(call) for name, call in work.items()}, "bookkeeping": bookkeeping}

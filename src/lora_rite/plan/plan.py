@@ -216,7 +216,7 @@ def _same(now: Iterable[Any], before: Sequence[Any]) -> bool:
 
 
 def _tensors(states: Iterable[State]) -> Iterator[Any]:
-    return chain.from_iterable(state.values() for state in states)
+    return chain.from_iterable(map(dict.values, states))
 
 
 def _options(group: dict[str, Any]) -> tuple[Any, ...]:
