@@ -18,6 +18,8 @@ def table(result: dict[str, Any]) -> str:
         ]
         headings = ("x", "optimizer", "e", "e, upper ⅔", "at")
         return _text(f"seconds of a step ~ xᵉ, {result['dtype']}, {device}", headings, rows)
+    if result["benchmark"] == "host":
+        return "".join(map(_host, result["cases"]))
     texts = []
     for case in result["cases"]:
         title = f"{case['model']}, {case['layers']} layers, rank {case['rank']}, {case['dtype']}, {device}"
@@ -53,6 +55,18 @@ def table(result: dict[str, Any]) -> str:
         texts.append(f"LoRARite's state by Σ 4(m+n)(r+1) + 40r² + 8r + 26 bytes a pair: {megabytes:.2f} MB\n")
         texts += [f"Left out: {name}, {reason}\n" for name, reason in case["left_out"].items()]
     return "".join(texts)
+
+
+def _host(case: dict[str, Any]) -> str:
+    title = f"{case['pairs']} pairs, width {case['width']}, rank {case['rank']}, one thread"
+    headings = ("part of a step", "µs", "quartiles", "Python calls", "× foreach AdamW", "quartiles")
+    rows = [
+        (row["part"], f"{1e6 * row['seconds']:.1f}", "{:.1f} – {:.1f}".format(*(1e6 * q for q in row["quartiles"])),
+         str(row["calls"]), f"{row['ratio']:.2f}" if "ratio" in row else "",
+         "{:.2f} – {:.2f}".format(*row["ratio_quartiles"]) if "ratio" in row else "")
+        for row in case["rows"]
+    ]  # fmt: skip
+    return _text(title, headings, rows)
 
 
 def _text(title: str, headings: Sequence[str], rows: list[tuple[str, ...]]) -> str:

@@ -145,8 +145,29 @@ def bench_scaling(
     _bench("bench_scaling", locals())
 
 
+def bench_host(
+    pairs: list[int] = [126, 2000],  # noqa: B006
+    width: int = 64,
+    rank: int = 4,
+    rounds: int = 20,
+    out: Path | None = None,
+) -> None:
+    """Measures what a step costs in Python: planning, checks and bookkeeping, beside whole steps and foreach AdamW's.
+
+    In float32 and one thread of a CPU; times are processor time.
+
+    Args:
+        pairs: numbers of pairs.
+        width: their width, in and out: small ones have little arithmetic.
+        rank: their rank.
+        rounds: timed steps of each optimizer.
+        out: file for the figures as JSON, with versions and hardware.
+    """
+    _bench("bench_host", locals())
+
+
 def _bench(name: str, arguments: dict[str, Any]) -> None:
-    from . import bench, bench_view
+    from . import bench, bench_host, bench_view
     from .finetune.checkpoint import prepare_file, write_json
     from .finetune.train import versions
 
@@ -155,7 +176,7 @@ def _bench(name: str, arguments: dict[str, Any]) -> None:
         prepare_file("--out", out)
     if plot is not None:
         prepare_file("--plot", plot, (".png", ".svg", ".pdf"))
-    result = getattr(bench, name)(**arguments)
+    result = getattr(bench_host if name == "bench_host" else bench, name)(**arguments)
     print(bench_view.table(result), end="")
     if out is not None:
         write_json(out, {**result, "versions": {**versions(), **bench.hardware()}})
@@ -394,6 +415,7 @@ def _main(argv: Sequence[str] | None) -> int:
         "bench step": (bench_step, bench_step),
         "bench train": (bench_train, bench_train),
         "bench scaling": (bench_scaling, bench_scaling),
+        "bench host": (bench_host, bench_host),
         "audit": (audit_verb, audit_verb),
         "theory": (theory_verb, theory_verb),
     }
@@ -402,7 +424,7 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     commands = {"": parser.add_subcommands(dest="verb")}
     group = ArgumentParser(description="Times LoRARite beside its peers.", exit_on_error=False)
-    commands[""].add_subcommand("bench", group, help="Times LoRARite beside its peers: step, train, scaling.")
+    commands[""].add_subcommand("bench", group, help="Times LoRARite beside its peers: step, train, scaling, host.")
     commands["bench"] = group.add_subcommands(dest="part")
     lists: dict[str, Any] = {}
     for name, (signature, _) in verbs.items():

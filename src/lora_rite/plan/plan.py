@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
-from operator import eq, is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -161,6 +161,11 @@ class Plan:
         return [memory[bucket.device, bucket.dtype] for bucket in self.buckets]
 
 
+#: What of a parameter, and of a gradient, decides how it is stepped.
+_PROPERTIES = (*map(attrgetter, ("requires_grad", "dtype", "shape", "device")), Tensor.is_contiguous)
+_OF_GRADIENTS = attrgetter("dtype"), attrgetter("layout")
+
+
 class Marks:
     """What a plan rests on, to be compared with what there is now: a plan whose marks differ is stale."""
 
@@ -168,21 +173,25 @@ class Marks:
         self.groups = list(groups)
         self.params = [list(group["params"]) for group in groups]
         self.options = [_options(group) for group in groups]
-        self.kinds = [_kind(p) for p in chain.from_iterable(self.params)]
+        self.kinds = self._kinds()
+        self.gradients = self._gradients()
         self.see_states(states)
 
-    def _kinds_hold(self, gradients: bool) -> bool:
-        now = map(_kind, chain.from_iterable(self.params))
-        if gradients:
-            return all(map(eq, now, self.kinds))
-        return all(a[:-1] == b[:-1] for a, b in zip(now, self.kinds, strict=True))
+    def _kinds(self) -> list[list[Any]]:
+        """What decides how parameters are stepped, a list a property: no object is made for each parameter."""
+        return [list(map(read, chain.from_iterable(self.params))) for read in _PROPERTIES]
+
+    def _gradients(self) -> list[list[Any]]:
+        """Dtypes and layouts of the gradients."""
+        gradients = [p.grad for p in chain.from_iterable(self.params)]
+        return [[g if g is None else read(g) for g in gradients] for read in _OF_GRADIENTS]
 
     def see_states(self, states: dict[Tensor, State]) -> None:
         """Takes the states as they are for what the plan rests on."""
         self.owners, self.dicts = list(states), list(states.values())
         self.tensors = list(_tensors(self.dicts))
         self.plain = [t for t in self.tensors if isinstance(t, Tensor) and not is_sharded(t)]
-        self.addresses = [t.data_ptr() for t in self.plain]
+        self.addresses = list(map(Tensor.data_ptr, self.plain))
 
     def hold(self, groups: list[dict[str, Any]], states: dict[Tensor, State], gradients: bool = True) -> bool:
         """Whether groups, parameters, gradients (unless they do not matter) and states are of the same kind and in the
@@ -191,11 +200,12 @@ class Marks:
             _same(groups, self.groups)
             and all(_same(group["params"], params) for group, params in zip(groups, self.params, strict=True))
             and [_options(group) for group in groups] == self.options
-            and self._kinds_hold(gradients)
+            and self._kinds() == self.kinds
+            and (not gradients or self._gradients() == self.gradients)
             and _same(states, self.owners)
             and _same(states.values(), self.dicts)
             and _same(_tensors(self.dicts), self.tensors)
-            and [t.data_ptr() for t in self.plain] == self.addresses
+            and list(map(Tensor.data_ptr, self.plain)) == self.addresses
         )
 
 
@@ -206,18 +216,11 @@ def _same(now: Iterable[Any], before: Sequence[Any]) -> bool:
 
 
 def _tensors(states: Iterable[State]) -> Iterator[Any]:
-    return chain.from_iterable(state.values() for state in states)
+    return chain.from_iterable(map(dict.values, states))
 
 
 def _options(group: dict[str, Any]) -> tuple[Any, ...]:
     return group["kind"], group["capturable"], *(group.get(key) for key in LAYOUT_KEYS)
-
-
-def _kind(p: Tensor) -> tuple[Any, ...]:
-    """Of a parameter and its gradient, what decides how it is stepped."""
-    gradient = p.grad
-    of_gradient = None if gradient is None else (gradient.dtype, gradient.layout)
-    return p.requires_grad, p.dtype, p.shape, p.device, p.is_contiguous(), of_gradient
 
 
 def make_plan(
