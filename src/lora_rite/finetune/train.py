@@ -13,9 +13,10 @@ from typing import Any
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame
-from ..models import TINY
+from ..models import locate
 from . import checkpoint
 from .data import IGNORED, Split, label_count, read_examples, split, windows
+from .gguf import load_gguf
 from .optimizers import OptimizerFactory, find_optimizer
 from .tasks import examples, read_rows, read_task
 from .untrusted import check_adapter
@@ -294,24 +295,25 @@ def _read(
 
 
 def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A language model (encoder–decoder where its config says so) and its tokenizer, from a hub id, a local folder, or
-    "tiny"."""
+    """A language model (encoder–decoder where its config says so) and its tokenizer, from a hub id, a local folder, a
+    GGUF file (whose weights are dequantised, with a warning that says so), or "tiny"."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source = str(TINY) if name == "tiny" else name
+    dtype = torch.bfloat16 if bf16 else torch.float32
     with blame(f"cannot load --model {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        network = kind.from_pretrained(
-            source,
-            dtype=torch.bfloat16 if bf16 else torch.float32,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
+        place, options = locate(name)
+        if options:
+            network, tokenizer = load_gguf(name, dtype)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+            kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            network = kind.from_pretrained(
+                place, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # on the left (Gemma), padding would be what predicts a window's first token
