@@ -17,6 +17,7 @@ from ..models import locate
 from . import checkpoint
 from .data import IGNORED, Split, label_count, read_examples, split, windows
 from .gguf import load_gguf
+from .labelled import predict_labelled
 from .optimizers import OptimizerFactory, find_optimizer
 from .tasks import examples, read_rows, read_task
 from .untrusted import check_adapter
@@ -46,6 +47,7 @@ def train(
     accumulation: int = 1,
     max_length: int = 256,
     packing: bool = False,
+    group_by_length: bool = False,
     warmup: float = 0.1,
     scheduler: str = "cosine",
     weight_decay: float = 0.0,
@@ -75,8 +77,8 @@ def train(
         task: instead of data, the training split of a task by its name, in lm_eval's format, loss on the answer alone:
             hellaswag, arc_challenge, arc_easy, openbookqa, gsm8k, natural_instructions or natural_instructions:TASK.
         data_dir: folder with the task's rows as local files; without it, they come from the hub.
-        model: hub id or local folder of a causal or an encoder-decoder language model; "tiny" is the causal one inside
-            this package.
+        model: hub id, local folder or GGUF file (.gguf, dequantised) of a causal or an encoder-decoder language model;
+            "tiny" is the causal one inside this package.
         validation: held-out text in the formats of data; without it, the task's validation split is held out, and
             where there is none, a share of the data.
         optimizer: lora-rite, lora-rite-published, adamw, lora-plus, riemannian, muon, lamb, soap, or the import path
@@ -93,6 +95,8 @@ def train(
         max_length: tokens in a window; for an encoder-decoder model, of a prompt and of a completion, each.
         packing: put several prompts with their completions into a window, each seeing itself alone: saves the padding
             where they are much shorter than max_length; a batch then has more of them.
+        group_by_length: make batches of windows of about the same length, in training and where the held-out loss is
+            measured: saves padding (each batch is padded to its longest window), and changes which come together.
         warmup: share of the steps in which lr rises linearly.
         scheduler: transformers' name of the schedule after the warm-up (cosine, linear, constant_with_warmup, …).
         weight_decay: decoupled weight decay.
@@ -142,12 +146,15 @@ def train(
     )
     (train_rows, train_cut), (held_out_rows, held_out_cut) = cut_up(parts[0], packing), cut_up(parts[1], False)
     _check_tokens(train_rows + held_out_rows, network)
+    if group_by_length:
+        held_out_rows.sort(key=lambda row: len(row["input_ids"]))
     inputs = {
         "base_weights": checkpoint.digest_tensors(sorted(network.state_dict().items())),
         "tokens": checkpoint.digest_rows(train_rows, held_out_rows),
     }
     set_seed(seed)
     network = attach_adapter(network, rank=rank, alpha=alpha, target_modules=target_modules, dropout=dropout)
+    predict_labelled(network)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     with checkpoint.locked(out):
         pass  # the Trainer makes folders: from here on, the folder is known as one of ours
@@ -169,6 +176,7 @@ def train(
             save_steps=save_every or 500,
             save_total_limit=None,  # rotation is ours: it counts checkpoints that verify
             report_to=report_to,
+            train_sampling_strategy="group_by_length" if group_by_length else "random",
         )
     optimizer_kwargs = {"name": optimizer, "lr": lr, "weight_decay": weight_decay, "options": optimizer_args}
     with blame(f"--report_to {report_to}"):
