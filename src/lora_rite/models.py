@@ -40,7 +40,7 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
     """Where transformers finds a model: the first argument of ``from_pretrained``, and further ones by name.
 
     "tiny" is the folder of the embedded model. A GGUF file, local or in a repository on the hub
-    (``owner/name/file.gguf``), is its folder or repository and ``gguf_file``. Anything else is a hub id or a local folder.
+    (``owner/name/file.gguf``), is its folder or repository and ``gguf_file``. Anything else is a hub id or a folder.
 
     Raises:
         LoRARiteValueError: no such file, or it is not a GGUF file.

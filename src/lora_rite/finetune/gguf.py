@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from ..inputs import first_line
 from ..models import locate
 
 
@@ -31,13 +32,19 @@ def load_gguf(model: str, dtype: Any) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(place, **file)
         config = AutoConfig.from_pretrained(place, **file)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        network, found = kind.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             place, **file, **unpacked, config=config, dtype=dtype, output_loading_info=True
         )
-    except (IndexError, KeyError, OverflowError, UnicodeDecodeError, struct.error) as error:
-        raise LoRARiteValueError(f"the file is damaged ({type(error).__name__}: {error})") from error
+    except (LookupError, OverflowError, ValueError, struct.error) as error:
+        plain = isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError)
+        if plain and "reshape" not in str(error):  # which numpy says of a file that ends too soon
+            raise
+        raise LoRARiteValueError(f"the file is damaged or not whole ({first_line(error)})") from error
+    network, found = loaded
     lacking = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
     if lacking:  # they would be random
-        raise LoRARiteValueError(f"the file has not all of the model's weights: {len(lacking)} lack, {lacking[0]} first")
+        raise LoRARiteValueError(
+            f"the file has not all of the model's weights: {len(lacking)} lack, {lacking[0]} first"
+        )
     warnings.warn(f"{model}: the weights of the GGUF file are dequantised to {str(dtype)[6:]}", stacklevel=4)
     return network, tokenizer

@@ -1,5 +1,8 @@
-"""The loss from logits at the positions that carry loss alone: the head over a large vocabulary is the dearest part of a
-small model, and a prompt's logits, and those of padding, are thrown away."""
+"""The loss from logits at the positions that carry loss alone.
+
+The head over a large vocabulary is the dearest part of a small model; a prompt's logits, and those of padding, would be
+thrown away.
+"""
 
 import threading
 from typing import Any
@@ -14,8 +17,8 @@ def predict_labelled(network: Any) -> bool:
     """Has a causal model compute logits, in each forward pass with labels, only at positions that carry loss.
 
     Loss and gradients stay the same up to rounding; ``logits`` of such a pass are (1, positions that carry loss,
-    vocabulary), and where most positions carry loss they are all there, and nothing changes. The hidden states are picked
-    in front of the model's own head, and the labels go to its own loss as ``shift_labels``.
+    vocabulary), and where most positions carry loss they are all there, and nothing changes. The hidden states are
+    picked in front of the model's own head, and the labels go to its own loss as ``shift_labels``.
 
     Args:
         network: a causal language model of transformers, with an adapter or without.
