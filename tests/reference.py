@@ -35,8 +35,8 @@ class Reference:
 
     def __init__(
         self, pairs, *, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, damping=0.0, row_equilibration=False,
-        row_beta=0.99, relative_eps=0.0, clip_unmagnified_grad=1.0, update_skipping=0.0, update_capping=0.0,
-        apply_escape=False, balance_param=False, maximize=False, null=1e-11, frozen=None,
+        row_beta=0.99, row_floor=1e-2, relative_eps=0.0, clip_unmagnified_grad=1.0, update_skipping=0.0,
+        update_capping=0.0, apply_escape=False, balance_param=False, maximize=False, null=1e-11, frozen=None,
     ):  # fmt: skip
         self.__dict__.update({k: v for k, v in locals().items() if k != "self"})
         self.t = 0
@@ -97,7 +97,7 @@ class Reference:
         s = g @ u @ (1 / (root + self.eps + self.relative_eps * root[-1])).diag() @ u.mT
         if self.row_equilibration:
             side.rows = br * side.rows + (1 - br) * s.square().mean(1, keepdim=True)
-            even = s / (side.rows.sqrt() + 1e-12)
+            even = s / (side.rows.sqrt() + self.row_floor * side.rows.mean().sqrt() + 1e-12)
             s = even * s.norm() / max(even.norm(), 1e-30)
         side.m = b1 * side.m @ p.mT + (1 - b1) * s
         side.q_old = q

@@ -297,6 +297,20 @@ def test_command_line_on_a_model_and_its_text(tmp_path, capsys):
     assert "as it is (linear), float32" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_lora_rite_is_invariant_on_the_embedded_model(tmp_path):
+    """As ``lora-rite audit --model tiny`` has it, and in both dtypes. Rows of A whose inputs are zero but for rounding must not be made as large as the others."""
+    pytest.importorskip("peft")
+    assert run("--model", "tiny") == 0
+    out = tmp_path / "audit"
+    small = ["--model", "tiny", "--rank", 8, "--dtypes", "float64", "float32", "--conditions", 100]
+    assert run(*small, "--out", out) == 0
+    rows = json.loads((out / "audit.json").read_text())["rows"]
+    assert len(rows) == 10
+    for row in rows:
+        assert row["worst"] < (1e-5 if row["dtype"] == "float64" else 1e-2)
+
+
 def test_command_line_errors(tmp_path, capsys):
     pytest.importorskip("peft")
     (tmp_path / "file").touch()

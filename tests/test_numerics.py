@@ -199,6 +199,20 @@ def test_the_step_does_not_depend_on_the_scale_of_the_gradient(scale):
     assert relative(got, expected) < 1e-4
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-8], ids=["O(1)", "small"])
+@pytest.mark.parametrize("zero_b", [False, True], ids=["dense", "zero_b"])
+def test_rows_of_rounding_noise_are_not_equilibrated_to_full_size(zero_b, scale):
+    """Inputs that are zero but for rounding: what that rounding was is not seen in W, whatever the gradient's scale."""
+    gradients = scale * gradients_of_w(10, 30, 40)
+    noise = [1e-11 * scale * gradients_of_w(10, 30, 20, seed=seed) for seed in (1, 2)]
+    pair = factors(4, 40, 30, zero_b=zero_b)
+    options = {"lr": 1e-2, "clip_unmagnified_grad": 0.0, "eps": 1e-24}
+    one, other = (
+        w(train([pair], [torch.cat([gradients[..., :20], small], -1)], **options)[0][0]) - w(pair) for small in noise
+    )
+    assert relative(one, other) < 1e-7
+
+
 @pytest.mark.parametrize("scale", [1e30, 1e-40, 0.0])
 @pytest.mark.parametrize("options", [{}, {"clip_unmagnified_grad": 0.0}], ids=["clipped", "unclipped"])
 def test_extreme_gradients_are_finite_or_counted(scale, options):

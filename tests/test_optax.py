@@ -179,7 +179,7 @@ def test_equals_the_torch_optimizer(name, x):
             a, b = gradients_of_w(1, r, n, seed=i)[0], gradients_of_w(1, m, r, seed=i)[0] * (zero != "B")
         pairs.append((torch.zeros_like(a) if zero == "A" else a, b))
         gradients.append(gradients_of_w(15, m, n, rank=rank, seed=i))
-    dtype, tolerance = (torch.float64, 1e-4 if name == "wide" else 1e-9) if x == 64 else (torch.float32, 1e-3)
+    dtype, tolerance = (torch.float64, 1e-3 if name == "wide" else 1e-9) if x == 64 else (torch.float32, 1e-3)
     expected, _ = train([tuple(p.to(dtype) for p in pair) for pair in pairs], gradients, lr=1e-2, **options)
     with jax.enable_x64(x == 64):
         params, state = steps(ours.lora_rite(1e-2, **options), tree(pairs), gradients)

@@ -614,7 +614,8 @@ class Batch:
             moments = c.state("row_moment")
             moment = torch.stack(moments).reshape(c.count, c.local_rows, 1).mul_(row_decay).addcmul_(squares, row_rest)
             torch._foreach_copy_(moments, list(moment.reshape(len(moments), *moments[0].shape).unbind()))
-            factors, sums = rite.row_factors(squares, moment)
+            mean = (yield moment.sum(-2, keepdim=True)) / c.rows
+            factors, sums = rite.row_factors(squares, moment, mean)
             before, after = (yield sums).split(1, -1)
             rest = factors.mul_(rest * (before / after.clamp_min(1e-30)).sqrt())
         m = c.accumulate(s.mul_(rest), carry, spare)

@@ -45,7 +45,7 @@ __all__ = [
 #: As :data:`lora_rite.PUBLISHED`: keyword arguments of :func:`lora_rite` with the authors' settings.
 PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
 
-LIVE, NOISE = 1e-3, 0.75  # as in rite.py: which directions count as null
+LIVE, NOISE, ROW_FLOOR = 1e-3, 0.75, 1e-2  # as in rite.py: which directions count as null, and which rows as noise
 
 # ------------------------------------------------------------------------------------------------------------- layouts
 
@@ -511,7 +511,7 @@ class _Batch:
         if self.options["row_equilibration"]:
             squares = jnp.mean(s * s, -1, keepdims=True)
             rows = row_decay * rows + (1 - row_decay) * squares
-            factors = jax.lax.rsqrt(rows + 1e-24)
+            factors = 1 / (jnp.sqrt(rows) + ROW_FLOOR * jnp.sqrt(jnp.mean(rows, -2, keepdims=True)) + 1e-12)
             even = jnp.sum(squares * factors**2, -2, keepdims=True)
             rest = rest * factors * jnp.sqrt(jnp.sum(squares, -2, keepdims=True) / jnp.maximum(even, 1e-30))
         return _times(m, carry) + rest * s, rows
@@ -759,7 +759,8 @@ def lora_rite(
         weight_decay: decoupled, on both factors.
         damping: how many steps' worth of W must lie along a direction of B·A before the factor opposite to the zero one
             follows it. 0 is the published step.
-        row_equilibration: divide each row of the preconditioned gradient by its running root mean square.
+        row_equilibration: divide each row of the preconditioned gradient by its running root mean square, to which a
+            hundredth of that of all rows is added, so that rows of rounding noise do not become as large as the others.
         row_beta: decay of that mean square.
         relative_eps: eps in units of √λ_max(V): makes the step independent of the gradient's scale.
         clip_unmagnified_grad: largest norm of the unmagnified gradients of all pairs together; 0 is off.

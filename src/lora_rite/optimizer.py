@@ -73,7 +73,9 @@ class LoRARite(torch.optim.Optimizer):
         D = T_Y⁺, damped where Y started at zero      (``damping``: δ = damping·lr·√rows(Y))
         ḡ = g·D, clipped over all pairs together      (``clip_unmagnified_grad``)
         V ← β₂ₜ·P V Pᵀ + (1−β₂ₜ)·ḡᵀḡ/rows             P = Q_Y,newᵀ·Q_Y,old
-        S = ḡ·(√V + eps + relative_eps·√λ_max)⁻¹, rows equilibrated   (``row_equilibration``, ``row_beta``)
+        S = ḡ·(√V + eps + relative_eps·√λ_max)⁻¹
+        S_i ← S_i/(√R_i + 0.01·√mean(R)), norm of S kept   (``row_equilibration``; R_i the mean square of row i,
+                                                       averaged by ``row_beta``)
         M ← β₁ₜ·M Pᵀ + (1−β₁ₜ)·S                      β_t = β(1−βᵗ⁻¹)/(1−βᵗ)
         X ← X − lr·(M·Dᵀ + weight_decay·X)
 
@@ -91,7 +93,8 @@ class LoRARite(torch.optim.Optimizer):
         weight_decay: decoupled, on both factors.
         damping: how many steps' worth of W must lie along a direction of B·A before the factor opposite to the zero one
             follows it. 0 is the published step.
-        row_equilibration: divide each row of the preconditioned gradient by its running root mean square.
+        row_equilibration: divide each row of the preconditioned gradient by its running root mean square, to which a
+            hundredth of that of all rows is added, so that rows of rounding noise do not become as large as the others.
         row_beta: decay of that mean square.
         relative_eps: eps in units of √λ_max(V): makes the step independent of the gradient's scale.
         clip_unmagnified_grad: largest norm of the unmagnified gradients of all pairs together; 0 is off.
@@ -130,8 +133,8 @@ class LoRARite(torch.optim.Optimizer):
           over;
         - bfloat16 and float16 factors are computed in float32 and rounded stochastically.
 
-        Ours, in neither (off in :data:`PUBLISHED`): ``damping``, ``row_equilibration``, ``relative_eps``; and
-        ``update_skipping``, which is 1 there, is off by default.
+        Ours, in neither (off in :data:`PUBLISHED`): ``damping``, ``row_equilibration`` with its floor,
+        ``relative_eps``; and ``update_skipping``, which is 1 there, is off by default.
 
         The defaults of lr and damping rest on runs of small models; start from the lr that is good for AdamW on the
         same adapter and try up to five times that; see the README.

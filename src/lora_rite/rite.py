@@ -31,6 +31,11 @@ LIVE = 1e-3
 #: others by about the square of that noise.
 NOISE = 0.75
 
+#: What is added to the root mean square of each row of S, in units of that of all rows: rows of nothing but rounding
+#: noise are then not equilibrated to full size. (Not in units of the largest, which may be √(rows/r) times as large, as
+#: of an outlier feature or of the most frequent token: small rows would then not be equilibrated.)
+ROW_FLOOR = 1e-2
+
 #: So many rows of a factor are compared with what the last step left. (A change of other rows alone passes: the next
 #: basis is measured from the factor as it is.)
 CHECKED_ROWS = 256
@@ -361,15 +366,16 @@ def second_moment(
     return moment, escaped, (u * inverse_root[..., None, :]) @ u.mT
 
 
-def row_factors(squares: Tensor, row_moment: Tensor) -> tuple[Tensor, Tensor]:
-    """A factor for each row of S (p, rows, r), from the sums of the squares of its rows and their averages over steps,
-    (p, rows, 1): one over the root of the latter. Returns the factors, and ‖S‖² and ‖factors∘S‖² (p, 1, 2).
+def row_factors(squares: Tensor, row_moment: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """A factor for each row of S (p, rows, r), 1/(√R + ROW_FLOOR·√mean R), from the sums of the squares of its rows,
+    R, their mean squares averaged over steps, both (p, rows, 1), and the mean of R over all rows (p, 1, 1). Returns the
+    factors, and ‖S‖² and ‖factors∘S‖² (p, 1, 2).
 
     Norms of rows do not see rotations of the basis: exactly invariant.
     """
-    moment = row_moment + 1e-24
-    sums = [squares.sum(-2, keepdim=True), (squares / moment).sum(-2, keepdim=True)]
-    return moment.rsqrt(), torch.cat(sums, -1)
+    factors = (row_moment.sqrt() + ROW_FLOOR * mean.sqrt() + 1e-12).reciprocal()
+    sums = [squares.sum(-2, keepdim=True), (squares * factors.square()).sum(-2, keepdim=True)]
+    return factors, torch.cat(sums, -1)
 
 
 def transport(moment: Tensor, p: Tensor) -> Tensor:

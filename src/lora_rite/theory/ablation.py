@@ -37,8 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "no rows": {"rows": None},
     "rows after momentum": {"rows": "after"},
     "element-wise": {"rows": "element"},
+    "row_floor 0": {"row_floor": 0.0},
     "row_floor 1e-3": {"row_floor": 1e-3},
-    "row_floor 1e-2": {"row_floor": 1e-2},
     "row_floor 1e-1": {"row_floor": 1e-1},
     "momentum before": {"momentum": "before"},
     "no rows, no second moment": {"rows": None, "second_moment": False},
@@ -48,8 +48,9 @@ CASES: dict[str, dict[str, Any]] = {
 #: What is run on the embedded model, with its learning rates (a run is a minute or two).
 EMBEDDED: dict[str, tuple[float, ...]] = {
     "LoRARite": (2e-2,),
+    "row_floor 0": (2e-2,),
     "row_floor 1e-3": (2e-2,),
-    "row_floor 1e-2": (2e-2,),
+    "row_floor 1e-1": (2e-2,),
     "no second moment": (2e-2,),
     "no clip": (2e-2,),
     "momentum before": (2e-2,),

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..rite import ROW_FLOOR
+
 
 class Variant(torch.optim.Optimizer):
     """LoRA-RITE on a flat list A, B, A, B, … with A (r, n) and B (m, r).
@@ -21,7 +23,7 @@ class Variant(torch.optim.Optimizer):
         clip_scope: one norm over all pairs ("all"), or one for each ("pair").
         rows: equilibrate rows before the momentum ("before": row_equilibration of LoRARite), after it ("after", as
             NorMuon), element by element in the eigenbasis of V ("element", as SOAP), or not at all (None).
-        row_floor: added to the root of each row's mean square, in units of the largest.
+        row_floor: added to the root mean square of each row, in units of that of all rows.
         null: singular values of a factor up to this share of the largest count as 0; by default 1e-11 for float64
             factors and 1e-6 for others (torch.linalg.pinv, and so the authors' code, has about 2e-15 and 1e-6).
     """
@@ -44,7 +46,7 @@ class Variant(torch.optim.Optimizer):
         momentum: Literal["after", "before"] = "after",
         clip_scope: Literal["all", "pair"] = "all",
         rows: Literal["before", "after", "element"] | None = "before",
-        row_floor: float = 0.0,
+        row_floor: float = ROW_FLOOR,
         null: float | None = None,
     ):
         options = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
@@ -123,7 +125,7 @@ class Variant(torch.optim.Optimizer):
     def _even(s: Tensor, decay: float, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         state["r"] = decay * state["r"] + (1 - decay) * s.square().mean(1, keepdim=True)
         root = state["r"].sqrt()
-        even = s / (root + group["row_floor"] * root.max() + 1e-12)
+        even = s / (root + group["row_floor"] * state["r"].mean().sqrt() + 1e-12)
         return even * s.norm() / max(even.norm(), 1e-30)
 
 
