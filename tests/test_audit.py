@@ -299,7 +299,8 @@ def test_command_line_on_a_model_and_its_text(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_lora_rite_is_invariant_on_the_embedded_model(tmp_path):
-    """As ``lora-rite audit --model tiny`` has it, and in both dtypes. Rows of A whose inputs are zero but for rounding must not be made as large as the others."""
+    """As ``lora-rite audit --model tiny`` has it, and in both dtypes. Rows of A whose inputs are zero but for rounding
+    must not be made as large as the others."""
     pytest.importorskip("peft")
     assert run("--model", "tiny") == 0
     out = tmp_path / "audit"
