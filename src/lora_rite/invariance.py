@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from .batch import layouts
 from .errors import LoRARiteError, LoRARiteValueError
-from .hf import evaluating, two_modes
 from .inputs import one_line, resolve
+from .modes import evaluating, two_modes
 from .optimizer import LoRARite
 from .pairs import Pair, find_pairs, param_groups
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError, warn
-from ..hf import evaluating, without_accelerate
 from ..inputs import blame
 from ..models import fused_experts, locate
+from ..modes import evaluating, without_accelerate
 from . import checkpoint
 from .data import IGNORED, Split, label_count, read_examples, split
 from .gguf import load_gguf
