@@ -200,7 +200,7 @@ CANNOT = [
     ("pytorch_optimizer:GSAM", {"base_optimizer": "torch.optim:SGD"}, "--optimizer_args"),
     ("pytorch_optimizer:AliG", {}, "lr"),
     ("pytorch_optimizer:A2Grad", {}, "lr"),
-    ("pytorch_optimizer:Lomo", {}, "parameters"),
+    ("pytorch_optimizer:LOMO", {}, "parameters"),
     ("torch.nn:Linear", {}, "weight_decay"),
     ("mine_test:nothing", {}, "NoneType, which is no torch.optim.Optimizer"),
     ("mine_test:clothed", {}, "Outside, which is no torch.optim.Optimizer"),

@@ -48,7 +48,7 @@ def pairs(
     """Shows which factors LoRARite pairs in a model with an adapter, and what it leaves to AdamW, and why.
 
     Args:
-        model: hub id or local folder of a language model; "tiny" is the one inside this package.
+        model: hub id, local folder or GGUF file of a language model; "tiny" is the one inside this package.
         adapter: folder of a PEFT adapter; without it, a new LoRA adapter is attached.
         target_modules: layers that get a new adapter: all-linear, a list of names, or a regular expression.
         rank: rank of a new adapter.
@@ -77,7 +77,7 @@ def bench_step(
     Prints, for every model, rank and dtype: ratios to fused AdamW in one run, state, extra memory, synchronisations.
 
     Args:
-        models: gemma-2b, gemma-7b, mt5-xxl, tiny, or any model's config.json (or folder, or hub id).
+        models: gemma-2b, gemma-7b, mt5-xxl, tiny, or any model's config.json (or folder, GGUF file or hub id).
         layers: number of layers; by default each model's.
         ranks: ranks of the adapter.
         dtypes: float32, bfloat16: of factors and gradients.
@@ -107,7 +107,7 @@ def bench_train(
     Weights and tokens are random, and the adapter is in float32.
 
     Args:
-        models: tiny, gemma-2b, gemma-7b, mt5-xxl, or any model's config.json (or folder, or hub id).
+        models: tiny, gemma-2b, gemma-7b, mt5-xxl, or any model's config.json (or folder, GGUF file or hub id).
         layers: number of layers; by default each model's.
         rank: rank of the adapter.
         dtype: of the model's weights.
@@ -196,7 +196,7 @@ def audit_verb(
     target_modules: str | list[str] = "all-linear",
     dtypes: list[str] | None = None,
     conditions: list[float] = [10.0, 1e2, 1e4, 1e6],  # noqa: B006
-    steps: int = 50,
+    steps: int | None = None,
     tolerance: float | None = None,
     peers: bool = False,
     seed: int = 0,
@@ -214,8 +214,8 @@ def audit_verb(
         optimizer_args: its further keyword arguments.
         takes: what it is called with, the list of parameters, (name, parameter) pairs, or the model; by default a class
             gets parameters (LoRARite groups), and a function the model unless its first parameter is called params.
-        model: hub id or local folder of a causal language model, or "tiny", the one inside this package; without it,
-            synthetic problems (linear maps, embeddings, convolutions).
+        model: hub id, local folder or GGUF file of a causal language model, or "tiny", the one inside this package;
+            without it, synthetic problems (linear maps, embeddings, convolutions).
         adapter: folder of a PEFT adapter of the model; without it, a new LoRA adapter is attached.
         data: training text for the model as in lora-rite train; without it, random tokens.
         rank: rank of a new adapter.
@@ -223,7 +223,8 @@ def audit_verb(
         dtypes: dtypes to audit in (float64, float32, bfloat16, float16); by default float64 and float32 for the
             synthetic problems, and a model's own.
         conditions: condition numbers of the random K.
-        steps: optimizer steps of each run.
+        steps: optimizer steps of each run; by default 50 on the synthetic problems and 10 on a model, whose training by
+            itself amplifies rounding over more.
         tolerance: largest relative difference of the changes of W that passes; by default 1e-4 in float64, 1e-2 in
             float32, 0.3 in bfloat16, 0.1 in float16.
         peers: show other optimizers beside it (AdamW, LoRA+, Riemannian, Muon, LoRA-Muon, PoLoRA, Shampoo, Lamb, the

@@ -1,5 +1,6 @@
 """Models that are known without a network: the one inside this package, and the configurations of the paper's."""
 
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LoRARiteValueError
-from .inputs import blame, parse_json
+from .inputs import blame, parse_json, suffix
 
 #: The folder of the embedded model.
 TINY = Path(__file__).parent / "finetune" / "tiny"
@@ -38,17 +39,50 @@ CONFIGS["google/gemma-7b-it"] = CONFIGS["google/gemma-7b"]
 SHORT = {name.rpartition("/")[2]: name for name in CONFIGS}
 
 
+def locate(model: str) -> tuple[str, dict[str, str]]:
+    """Where transformers finds a model: the first argument of ``from_pretrained``, and further ones by name.
+
+    "tiny" is the folder of the embedded model. A GGUF file, local or in a repository on the hub
+    (``owner/name/file.gguf``), is its folder or repository and ``gguf_file``. Anything else is a hub id or a folder.
+
+    Raises:
+        LoRARiteValueError: no such file, or it is not a GGUF file; or a folder that is none of a model
+            (:func:`refuse_adapter`).
+        ImportError: GGUF files need the extra.
+    """
+    path = Path(model)
+    if model == "tiny":
+        return str(TINY), {}
+    named = suffix(path) == ".gguf" and not path.is_dir()
+    if not named and not (path.is_file() and _is_gguf(path)):
+        refuse_adapter(model)
+        return model, {}
+    on_hub = not path.is_absolute() and len(path.parts) == 3 and not path.parent.exists()
+    if not on_hub and not path.is_file():
+        raise LoRARiteValueError("no such file")
+    if not on_hub and not _is_gguf(path):
+        raise LoRARiteValueError("it is not a GGUF file")
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError('GGUF files need an extra: pip install "lora-rite[finetune]"')
+    return path.parent.as_posix(), {"gguf_file": path.name}
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def configuration(model: str, option: str, trust_remote_code: bool = False) -> Any:
     """transformers' configuration of a name in :data:`CONFIGS`, of "tiny" (the embedded model), or of a config.json, a
-    folder with one or a hub id. An error names the option."""
+    folder with one, a GGUF file or a hub id. An error names the option."""
     from transformers import AutoConfig
 
     with blame(f"{option} {model}"):
         if model in CONFIGS:
             kind, sizes = CONFIGS[model]
             return AutoConfig.for_model(kind, **sizes)
-        refuse_adapter(model)
-        return AutoConfig.from_pretrained(TINY if model == "tiny" else model, trust_remote_code=trust_remote_code)
+        place, options = locate(model)
+        return AutoConfig.from_pretrained(place, **options, trust_remote_code=trust_remote_code)
 
 
 #: The file that makes a folder one of PEFT.

@@ -44,7 +44,7 @@ def audit_command(
     target_modules: str | list[str],
     dtypes: list[str] | None,
     conditions: list[float],
-    steps: int,
+    steps: int | None,
     tolerance: float | None,
     peers: bool,
     seed: int,

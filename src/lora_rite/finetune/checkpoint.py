@@ -558,7 +558,7 @@ class Run:
         import torch
         from safetensors.torch import load_file
 
-        from ..hf import two_modes
+        from ..modes import two_modes
 
         if self.checkpoint is None:
             return
@@ -605,7 +605,7 @@ class Run:
         """
         from safetensors.torch import save_file
 
-        from ..hf import evaluating, two_modes
+        from ..modes import evaluating, two_modes
 
         step = trainer.state.global_step
         for name, p in _trained(trainer.model):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRARiteValueError
-from ..hf import evaluating
 from ..inputs import blame
 from ..models import refuse_adapter
+from ..modes import evaluating
 from .data import Example, read_examples
 from .optimizers import OptimizerFactory, check_optimizer, option
 from .schedules import check_schedule

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame, parse_json, suffix
-from ..models import TINY
+from ..models import locate
 from .checkpoint import changes, check_folder, digest_file, list_changes, prepare_folder, write_json
 from .data import IGNORED, RECORDS, Example, Windows, label_count, read_examples, windows
+from .labelled import predict_labelled
 from .tasks import TASKS, Row, Rows, Task, examples, find_task, require_rows
 from .train import attach_adapter, held_out_loss, load_model, versions
 from .untrusted import find_adapter
@@ -97,8 +98,8 @@ def evaluate(
         tasks: names, with commas between them or as a list: hellaswag, arc_challenge, arc_easy, openbookqa, gsm8k,
             natural_instructions (the standard test split) or natural_instructions:TASK, any other task of lm_eval, or a
             .jsonl or text file as train takes it.
-        model: hub id or local folder of a causal or an encoder-decoder language model; "tiny" is the causal one inside
-            this package.
+        model: hub id, local folder or GGUF file (.gguf, dequantised) of a causal or an encoder-decoder language model;
+            "tiny" is the causal one inside this package.
         adapter: folder of a PEFT adapter.
         data_dir: folder with the tasks' rows as local files (a folder a task); without it, they come from the hub.
         out: folder for the results; without it, they are printed alone.
@@ -210,9 +211,13 @@ def _digest(adapter: Path) -> str:
 
 
 def _model_digest(model: str) -> str | None:
-    """sha256 of a local model's files, the tokenizer's among them; of one from the hub the commit that is in its cache,
-    None where there is none yet."""
-    folder = TINY if model == "tiny" else Path(model)
+    """sha256 of a local model's files, the tokenizer's among them, or of its GGUF file; of one from the hub the commit
+    that is in its cache, None where there is none yet."""
+    with blame(f"--model {model}"):
+        place, gguf = locate(model)
+    folder = Path(place)
+    if gguf and folder.is_dir():
+        return digest_file(folder / gguf["gguf_file"])
     if folder.is_dir():
         digest = hashlib.sha256()
         for file in sorted(p for p in folder.iterdir() if suffix(p) in MODEL_FILES):
@@ -222,7 +227,7 @@ def _model_digest(model: str) -> str | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config = try_to_load_from_cache(model, "config.json")
+        config = try_to_load_from_cache(place, gguf.get("gguf_file", "config.json"))
     except HFValidationError:  # what is no hub id is told when it is loaded
         return None
     return Path(config).parent.name if isinstance(config, str) else None
@@ -395,6 +400,7 @@ class _Evaluator:
         self.windows = {plan.name: self._windows(plan.texts, network) for plan in plans if plan.texts}
         if settings["adapter"] is not None:
             network = attach_adapter(network, adapter=Path(settings["adapter"]))
+        predict_labelled(network)
         if device is None:
             accelerator = torch.accelerator.current_accelerator()
             device = "cpu" if accelerator is None else accelerator.type

@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from ..errors import LoRARiteValueError
-from ..hf import evaluating, two_modes
 from ..inputs import blame, resolve, resolve_values
+from ..modes import evaluating, two_modes
 
 
 class Preset(NamedTuple):

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError, warn
-from ..hf import evaluating, without_accelerate
 from ..inputs import blame
-from ..models import TINY, fused_experts, refuse_adapter
+from ..models import fused_experts, locate
+from ..modes import evaluating, without_accelerate
 from . import checkpoint
 from .data import IGNORED, Split, label_count, read_examples, split
+from .gguf import load_gguf
+from .labelled import predict_labelled
 from .optimizers import OptimizerFactory, check_optimizer, find_optimizer, option
 from .schedules import check_schedule
 from .tasks import examples, read_rows, read_task
@@ -47,6 +49,7 @@ def train(
     accumulation: int = 1,
     max_length: int = 256,
     packing: bool = False,
+    group_by_length: bool = False,
     warmup: float = 0.1,
     scheduler: str = "cosine",
     scheduler_args: dict[str, Any] | None = None,
@@ -77,8 +80,8 @@ def train(
         task: instead of data, the training split of a task by its name, in lm_eval's format, loss on the answer alone:
             hellaswag, arc_challenge, arc_easy, openbookqa, gsm8k, natural_instructions or natural_instructions:TASK.
         data_dir: folder with the task's rows as local files; without it, they come from the hub.
-        model: hub id or local folder of a causal or an encoder-decoder language model; "tiny" is the causal one inside
-            this package.
+        model: hub id, local folder or GGUF file (.gguf, dequantised) of a causal or an encoder-decoder language model;
+            "tiny" is the causal one inside this package.
         validation: held-out text in the formats of data; without it, the task's validation split is held out, and
             where there is none, a share of the data.
         optimizer: lora-rite, lora-rite-published, adamw, lora-plus, riemannian, muon, lamb, soap, shampoo, polora,
@@ -97,6 +100,8 @@ def train(
             a completion, each.
         packing: put several prompts with their completions into a window, each seeing itself alone: saves the padding
             where they are much shorter than max_length; a batch then has more of them.
+        group_by_length: make batches of windows of about the same length, in training and where the held-out loss is
+            measured: saves padding (each batch is padded to its longest window), and changes which come together.
         warmup: share of the steps in which lr rises linearly.
         scheduler: transformers' name of the schedule after the warm-up (cosine, linear, constant_with_warmup, …).
         scheduler_args: further arguments of the schedule, as min_lr_rate of cosine_with_min_lr.
@@ -144,6 +149,8 @@ def train(
     (train_rows, train_cut), (held_out_rows, held_out_cut) = prepare_windows(
         parts, network, tokenizer, model, max_length, packing=packing
     )
+    if group_by_length:
+        held_out_rows.sort(key=lambda row: len(row["input_ids"]))
     inputs = {
         "base_weights": checkpoint.digest_tensors(sorted(network.state_dict().items())),
         "tokens": checkpoint.digest_rows(train_rows, held_out_rows),
@@ -152,6 +159,7 @@ def train(
     network = attach_adapter(network, rank=rank, alpha=alpha, target_modules=target_modules, dropout=dropout)
     optimizer_kwargs = {"name": optimizer, "lr": lr, "weight_decay": weight_decay, "options": optimizer_args}
     check_optimizer(network, **optimizer_kwargs)
+    predict_labelled(network)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     with checkpoint.locked(out):
         pass  # the Trainer makes folders: from here on, the folder is known as one of ours
@@ -173,6 +181,7 @@ def train(
         save_steps=save_every or 500,
         save_total_limit=None,  # rotation is ours: it counts checkpoints that verify
         report_to=report_to,
+        train_sampling_strategy="group_by_length" if group_by_length else "random",
     )
     trainer = checkpoint.crash_safe(Trainer)(
         network,
@@ -303,26 +312,26 @@ def _read(
 
 
 def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A language model (encoder–decoder where its config says so) and its tokenizer, from a hub id, a local folder, or
-    "tiny"."""
+    """A language model (encoder–decoder where its config says so) and its tokenizer, from a hub id, a local folder, a
+    GGUF file (whose weights are dequantised, with a warning that says so), or "tiny"."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source = str(TINY) if name == "tiny" else name
-    nowhere = "" if Path(source).exists() else " (a hub id: there is no such folder)"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    nowhere = "" if name == "tiny" or Path(name).exists() else " (a hub id: there is no such folder)"
     with blame(f"cannot load --model {name}{nowhere}"):
-        refuse_adapter(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        network = kind.from_pretrained(
-            source,
-            dtype=torch.bfloat16 if bf16 else torch.float32,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
+        place, options = locate(name)
+        if options:
+            network, tokenizer = load_gguf(name, dtype)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+            kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            network = kind.from_pretrained(
+                place, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
     if tokenizer.pad_token is None:  # what it is does not matter: it is neither attended to nor learnt
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"  # on the left (Gemma), padding would be what predicts a window's first token

@@ -8,7 +8,6 @@ from typing import Any
 from ..errors import LoRARiteValueError
 from ..inputs import DuplicateKeyError, is_path, one_line, parse_json, suffix
 from ..models import ADAPTER_CONFIG
-from ..pairs import layout_by_shapes
 from .data import read_text
 
 MAX_CONFIG_BYTES = 2**20
@@ -202,6 +201,8 @@ def check_adapter(folder: Path, network: Any) -> None:
 
 def _experts(name: str, tensors: dict[str, Any], weights: dict[str, list[Any]]) -> int:
     """How many experts an adapter's factor A holds, as the model's weights tell, by layer; 1 where it is none's."""
+    from ..pairs import layout_by_shapes
+
     layer = name.removesuffix(".lora_A.weight").replace(".base_layer", "").removeprefix("base_model.model.")
     partner = tensors.get(name.removesuffix("lora_A.weight") + "lora_B.weight")
     found = None if partner is None else layout_by_shapes(tensors[name], partner, weights.get(layer, ()))

