@@ -1,31 +1,29 @@
-"""``LoRARite``: validates, keeps state, batches same-shape pairs, calls :mod:`lora_rite.rite`, commits."""
+"""``LoRARite``: its groups, and the order in which a step is checked, planned, measured, decided and made."""
 
-import difflib
 import math
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import accumulate, chain, islice
+from contextlib import AbstractContextManager, contextmanager
+from itertools import accumulate, chain
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
-from torch.amp.autocast_mode import is_autocast_available
-from torch.optim.adamw import adamw
 from torch.utils._pytree import tree_leaves
 
-from .algebra.rounding import rounding_key, stochastic_round
 from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError, warn
 from .execute import eager
 from .execute.phases import Measured, Preconditioned, Start
-from .names import plain_names
+from .optim.adamw import adamw_step, finite_gradients
+from .optim.checks import all_finite, changed_shape, check_tensors, meant_option, names_of, sparse_gradient
+from .optim.load import match_state
+from .optim.precision import full_precision
+from .optim.statistics import MAX_DROPPED_IN_A_ROW, Statistics
 from .pairs import check_order, check_pair, is_cut_through, overlapping_storage, param_groups
 from .plan.layout import LAYOUT_KEYS, layout_options, rank_of
 from .plan.plan import Bucket, Limits, Marks, Plan, make_plan
-from .plan.sharding import Shards, check_sharding, is_sharded, local
-from .plan.state import FROZEN_KEYS, LOW_PRECISION, MATRICES, STATE_KEYS, FactorPair, State, new_state, work_dtype
+from .plan.sharding import is_sharded, local
+from .plan.state import FactorPair, new_state, work_dtype
 
 #: Keyword arguments with the settings of the authors' PyTorch code: its step wherever the factors have full rank.
 #: Directions without rank, which that code inverts, are cut (for the deviations see :class:`LoRARite`).
@@ -33,16 +31,11 @@ PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0,
 
 #: Non-finite gradients in so many steps in a row are an error.
 MAX_SKIPPED_IN_A_ROW = 3
-#: Gradients dropped by ``update_skipping`` in so many steps in a row are worth a warning.
-MAX_DROPPED_IN_A_ROW = 10
 #: So many steps in a row in which no parameter has a gradient are worth a warning.
 MAX_IDLE_IN_A_ROW = 10
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
-#: Other names of options → ours: too far from them to be seen as misspelt.
-_OTHER_NAMES = {"learning_rate": "lr", "epsilon": "eps", "wd": "weight_decay"}
-ADAMW_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 _ATTACH = "attach an adapter first (peft.get_peft_model), and pass model.named_parameters()"
 _NON_NEGATIVE = (
     "weight_decay", "damping", "relative_eps", "clip_unmagnified_grad", "update_skipping", "update_capping",
@@ -182,7 +175,7 @@ class LoRARite(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         """What is counted and said since this optimizer was made or loaded."""
-        self._statistics, self._skipped_in_a_row, self._warned_one_sided = _Statistics(), 0, False
+        self._statistics, self._skipped_in_a_row, self._warned_one_sided = Statistics(), 0, False
         self._idle_in_a_row, self._warned_idle = 0, False
         self._plan: Plan | None = None
         self._last_lr: list[float | Tensor] = []
@@ -215,7 +208,7 @@ class LoRARite(torch.optim.Optimizer):
             params if named else [(f"parameter {offset + i}", p) for i, p in enumerate(params)]
         )
         # (a frozen base, of integers where it is quantised, may be among named parameters)
-        _check_tensors([(n, p) for n, p in labelled if not (named and isinstance(p, Tensor) and not p.requires_grad)])
+        check_tensors([(n, p) for n, p in labelled if not (named and isinstance(p, Tensor) and not p.requires_grad)])
         if "kind" in options:
             groups = [{"params": labelled, **options}]
         elif named:
@@ -225,7 +218,7 @@ class LoRARite(torch.optim.Optimizer):
             groups = [{"params": trainable, "kind": "lora", **options}] if trainable else []
         groups = [{**foreign, **group} for group in groups]
         for group in groups:
-            _check_tensors(group["params"])  # frozen factors of pairs too
+            check_tensors(group["params"])  # frozen factors of pairs too
             self._check_group(group, named)
         everything = [
             *zip(self._names_by_position(), chain.from_iterable(g["params"] for g in self.param_groups), strict=True),
@@ -251,7 +244,7 @@ class LoRARite(torch.optim.Optimizer):
                     f"{key} is an option of the optimizer; in a parameter group of kind adamw it is called "
                     f"{key.removeprefix('adamw_')}"
                 )
-            if (meant := _meant(key, own)) is not None:
+            if (meant := meant_option(key, own)) is not None:
                 raise LoRARiteValueError(f"unknown key {key!r} in a parameter group: did you mean {meant!r}?")
         if "params" not in param_group:
             raise LoRARiteValueError("a parameter group without 'params'")
@@ -313,7 +306,7 @@ class LoRARite(torch.optim.Optimizer):
             offset = 0
             for group in self.param_groups:
                 if group["kind"] == "adamw":
-                    _adamw_step(group, self.state, offset, ok)
+                    adamw_step(group, self.state, offset, ok)
                 offset += len(group["params"])
             if plan.marks is None:  # not before AdamW has made its states
                 plan.marks, self._plan = Marks(self.param_groups, self.state), plan
@@ -392,8 +385,8 @@ class LoRARite(torch.optim.Optimizer):
         preconditioned = [eager.precondition(*phases, norm) for phases in so_far]
         work = [(*phases, p) for phases, p in zip(so_far, preconditioned, strict=True)]
         verdicts = [eager.decide(*phases) for phases in work]
-        finite = [v.finite for v in verdicts] + [_finite_gradients(group) for group in others]
-        flags = _joined(finite + [v.unchanged for v in verdicts])
+        finite = [v.finite for v in verdicts] + [finite_gradients(group) for group in others]
+        flags = joined(finite + [v.unchanged for v in verdicts])
         ok = flags.all()
         if self.param_groups[0]["capturable"]:
             self._statistics.add(buckets, measured, norm, ok)
@@ -437,7 +430,7 @@ class LoRARite(torch.optim.Optimizer):
                     continue
                 wrong = self._altered(a) or self._altered(b) or self._newly_frozen(a, b) or self._retyped(a, b)
                 if wrong or is_cut_through(b, **layout):
-                    self._explain(group, a, b, _names(self.param_groups)[number][k : k + 2])
+                    self._explain(group, a, b, names_of(self.param_groups)[number][k : k + 2])
                 pair = FactorPair(a, b, position + k)
                 moving = self._with_state(a, b) or (a.requires_grad, b.requires_grad)
                 mesh = getattr(a, "device_mesh", None)
@@ -471,9 +464,9 @@ class LoRARite(torch.optim.Optimizer):
                 moment = self.state.get(p, {}).get("exp_avg", p)
                 if p.grad is None or (p.grad.layout == torch.strided and moment.shape == p.shape):
                     continue
-                name = _names(self.param_groups)[number][i]
+                name = names_of(self.param_groups)[number][i]
                 sparse = p.grad.layout != torch.strided
-                raise LoRARiteValueError(_sparse(name) if sparse else _changed_shape(name, moment, p))
+                raise LoRARiteValueError(sparse_gradient(name) if sparse else changed_shape(name, moment, p))
 
     def _with_state(self, a: Tensor, b: Tensor) -> tuple[bool, bool] | None:
         """Which of two factors have a state: both, or the one that is not frozen; None where the pair has none yet."""
@@ -490,14 +483,14 @@ class LoRARite(torch.optim.Optimizer):
         check_pair(a, b, names[0], names[1], **layout_options(group))
         for p, name in zip((a, b), names, strict=True):
             if p.grad is not None and p.grad.layout != torch.strided:
-                raise LoRARiteValueError(_sparse(name))
+                raise LoRARiteValueError(sparse_gradient(name))
             if self.state.get(p) and is_sharded(p) != is_sharded(self.state[p]["first_moment"]):
                 raise LoRARiteValueError(
                     f"{name} is sharded and its state is not, or the reverse: shard the model (fully_shard) before the "
                     "optimizer's first step, and load states by torch.distributed.checkpoint"
                 )
             if self.state.get(p) and p.shape != self.state[p]["first_moment"].shape:
-                raise LoRARiteValueError(_changed_shape(name, self.state[p]["first_moment"], p))
+                raise LoRARiteValueError(changed_shape(name, self.state[p]["first_moment"], p))
             if self._retyped(a, b):
                 raise LoRARiteValueError(
                     f"{name} changed its dtype to {p.dtype} since its state was made: save the optimizer's state_dict, "
@@ -515,7 +508,7 @@ class LoRARite(torch.optim.Optimizer):
         names = self._names_by_position()
         for pair in changed:
             for p, name in zip(pair[:2], names[pair.position :], strict=False):
-                if not _all_finite(p):
+                if not all_finite(p):
                     raise NonFiniteError(f"parameter {name} contains NaN or Inf: restore a checkpoint")
                 if pair.a in fresh or pair.b in fresh:  # a state that was made in this step
                     raise NonFiniteError(f"parameter {name} is too large: sums of its values overflow")
@@ -542,7 +535,7 @@ class LoRARite(torch.optim.Optimizer):
         suspects = [p for pair, ok in zip(pairs, finite, strict=False) if not ok for p in pair[:2]]
         suspects += [p for group in others for p in group["params"]]
         suspects = [p for p in suspects if p.grad is not None]
-        bad = [p for p in suspects if not _all_finite(p.grad)]  # type: ignore[arg-type]
+        bad = [p for p in suspects if not all_finite(p.grad)]  # type: ignore[arg-type]
         what = "non-finite gradient" if bad else "overflow from the gradient"
         bad = bad or suspects
         positions = {p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))}
@@ -556,7 +549,7 @@ class LoRARite(torch.optim.Optimizer):
         warn(f"{message}: step skipped ({self.param_groups[0]['skipped']} so far)")
 
     def _names_by_position(self) -> list[str]:
-        return [name for names in _names(self.param_groups) for name in names]
+        return [name for names in names_of(self.param_groups) for name in names]
 
     # ------------------------------------------------------------------------------------------------------ reporting
 
@@ -643,7 +636,7 @@ class LoRARite(torch.optim.Optimizer):
         matched: dict[str, Any] = {}
 
         def match(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            matched.update(_match_state(loaded, self.param_groups))
+            matched.update(match_state(loaded, self.param_groups))
             return matched
 
         hook = self.register_load_state_dict_pre_hook(match)
@@ -674,46 +667,7 @@ def _have_gradients(a: Tensor, b: Tensor) -> bool:
     return bool(trained) and all(p.grad is not None for p in trained)
 
 
-class _Precision:
-    """The precision of float32 products, which is one for the process: other threads may step at the same time."""
-
-    lock, users = threading.Lock(), 0
-    before: ClassVar[list[tuple[Any, str]]] = []
-
-    @classmethod
-    def enter(cls) -> None:
-        with cls.lock:
-            if not cls.users:
-                backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-                cls.before = [(b, b.fp32_precision) for b in backends if b.fp32_precision not in ("none", "ieee")]
-                for backend, _ in cls.before:
-                    backend.fp32_precision = "ieee"
-            cls.users += 1
-
-    @classmethod
-    def leave(cls) -> None:
-        with cls.lock:
-            cls.users -= 1
-            if not cls.users:
-                for backend, precision in cls.before:
-                    inherited = precision == torch.backends.fp32_precision  # type: ignore[attr-defined]
-                    backend.fp32_precision = "none" if inherited else precision
-
-
-@contextmanager
-def full_precision(devices: set[str]) -> Iterator[None]:
-    """float32 products in float32: with TF32 or bfloat16 inside them, Gram matrices would keep three digits. Not under
-    autocast either, on devices of these types."""
-    with ExitStack() as stack:
-        for device in devices:
-            if is_autocast_available(device) and torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        _Precision.enter()
-        stack.callback(_Precision.leave)
-        yield
-
-
-def _joined(flags: list[Tensor]) -> Tensor:
+def joined(flags: list[Tensor]) -> Tensor:
     return torch.cat([flag.to(flags[0].device) for flag in flags] or [torch.ones(0, dtype=torch.bool)])
 
 
@@ -722,264 +676,6 @@ def _read(pairs: list[FactorPair], flags: Tensor) -> tuple[list[bool], list[Fact
     values = flags.tolist()
     n = len(values) - len(pairs)
     return values[:n], [pair for pair, same in zip(pairs, values[n:], strict=True) if not same]
-
-
-def _all_finite(t: Tensor) -> bool:
-    """Whether t is finite, in all processes that share it."""
-    return not Shards(t).largest((~local(t).isfinite()).any().to(torch.float32)[None]).any()
-
-
-def _finite_gradients(group: dict[str, Any]) -> Tensor:
-    """(1,) whether all gradients of a group are finite."""
-    gradients = [p.grad for p in group["params"] if p.grad is not None]
-    shares = [share for share in map(local, gradients) if share.numel()]
-    device = shares[0].device if shares else torch.device("cpu")
-    norms = torch._foreach_norm(shares, torch.inf) if shares else []
-    largest = torch.stack([torch.zeros((), device=device), *(n.to(device, torch.float32) for n in norms)])
-    largest = largest.nan_to_num(torch.inf, torch.inf).amax()
-    for mesh in dict.fromkeys(g.device_mesh for g in gradients if is_sharded(g)):  # type: ignore[attr-defined]
-        largest = Shards(next(g for g in gradients if getattr(g, "device_mesh", None) == mesh)).largest(largest)
-    return largest.isfinite()[None]
-
-
-class _Statistics:
-    """Figures of the last step and counts since the start, on the device until somebody asks."""
-
-    def __init__(self) -> None:
-        zero = torch.zeros((), dtype=torch.float32)  # (whatever the default dtype)
-        self.pairs, self.norm = 0, zero
-        self.counts = zero.repeat(4)  # steps, those that were clipped; with capturable: skipped in a row, not yet told
-        self.products: list[tuple[Tensor, Tensor]] = []
-        self.dropped, self.asked = zero.clone(), 0
-        self.flags: tuple[list[FactorPair], Tensor] | None = None
-
-    def add(self, buckets: list[Bucket], measured: list[Measured], norm: Tensor, ok: Tensor) -> None:
-        self.pairs = sum(bucket.count for bucket in buckets)
-        if not buckets:
-            return
-        clips = [bucket.group["clip_unmagnified_grad"] for bucket in buckets]
-        smallest = min((clip for clip in clips if clip), default=math.inf)
-        self.counts = self.counts.to(norm.device)
-        self.counts[:2] += torch.stack([ok, ok & (norm > smallest)])
-        self.norm = norm
-        self.products = [m.product for m in measured if m.product is not None]
-
-    def dropped_in_a_row(self, buckets: list[Bucket], measured: list[Measured]) -> int:
-        """Steps in a row in which ``update_skipping`` dropped gradients; asked of the device at each tenth step alone,
-        and 0 between them."""
-        both = zip(buckets, measured, strict=True)
-        kept = [m.kept.all() for bucket, m in both if bucket.group["update_skipping"]]
-        if not kept:
-            return 0
-        device = kept[0].device
-        all_kept = torch.stack([flag.to(device) for flag in kept]).all()
-        self.dropped = (self.dropped.to(device) + 1) * ~all_kept
-        self.asked = (self.asked + 1) % MAX_DROPPED_IN_A_ROW
-        return 0 if self.asked else int(self.dropped)
-
-    def skip(self, pairs: list[FactorPair], flags: Tensor, ok: Tensor) -> None:
-        """Counts a step that the device did not take."""
-        self.flags = pairs, flags
-        self.counts[2] = (self.counts[2] + 1) * ~ok
-        self.counts[3] += ~ok
-
-    def summary(self) -> dict[str, Any]:
-        singular = [torch.linalg.svdvals(s.cpu()) / delta[..., 0].cpu() for s, delta in self.products]
-        ratios = torch.cat([r.flatten() for r in singular]) if singular else None
-        if ratios is not None:
-            ratios = ratios.nan_to_num(0.0, posinf=torch.inf)  # 0/0: a zero factor at lr 0
-        return {
-            "pairs_preconditioned": self.pairs,
-            "gradient_norm": float(self.norm),
-            "clip_rate": float(self.counts[1] / self.counts[0].clamp_min(1)),
-            "damped_share": float((ratios < 1).double().mean()) if ratios is not None else 0.0,
-            "sigma_over_delta": float(ratios.median()) if ratios is not None else None,
-        }
-
-
-def _adamw_step(group: dict[str, Any], states: dict[Tensor, State], offset: int, ok: Tensor | None) -> None:
-    """torch's AdamW on the parameters of a group; in float32 where they are of less precision, rounded
-    stochastically. With ``ok``, a scalar, nothing where that is False."""
-    params = [(offset + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
-    if not params:
-        return
-    for _, p in params:
-        if not states[p]:
-            dtype = torch.float32 if p.dtype in LOW_PRECISION else p.dtype
-            moments = {key: torch.zeros_like(p, dtype=dtype) for key in ADAMW_STATE_KEYS[1:]}
-            on = p.device if group["capturable"] else "cpu"
-            states[p].update(step=torch.zeros((), dtype=torch.float32, device=on), **moments)
-    work = [p.float() if p.dtype in LOW_PRECISION else p for _, p in params]
-    adamw(
-        work,
-        [p.grad.to(w.dtype) for (_, p), w in zip(params, work, strict=True)],  # type: ignore[union-attr]
-        [states[p]["exp_avg"] for _, p in params],
-        [states[p]["exp_avg_sq"] for _, p in params],
-        [],
-        [states[p]["step"] for _, p in params],
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=group["maximize"],
-        fused=ok is not None or None,
-        found_inf=None if ok is None else (~ok).to(torch.float32),
-    )
-    for (position, p), w in zip(params, work, strict=True):
-        if w is not p:  # (values that the dtype has stay as they are, so an untouched w leaves p as it was)
-            key = rounding_key(states[p]["step"][None], torch.tensor([position]))
-            _round_into(p, w, key.to(p.device))
-
-
-def _round_into(p: Tensor, value: Tensor, key: Tensor) -> None:
-    """Stochastically; the noise belongs to elements of the whole, where p is a DTensor."""
-    shards, mine = Shards(p), local(value)
-    if not mine.numel():
-        return
-    outer, inner = p.shape[: shards.dim].numel(), p.shape[shards.dim + 1 :].numel()
-    length = p.numel() // (outer * inner)  # of the dimension that is cut
-    mine = mine.reshape(1, outer, -1)
-    rounded = stochastic_round(mine, p.dtype, key, shards.start(length) * inner, length * inner)
-    local(p).copy_(rounded.view(local(p).shape))
-
-
-def _match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """``state_dict`` in the order of ``groups``; LoRARiteValueError where it does not belong to their parameters."""
-    saved = state_dict["param_groups"]
-    if any("kind" not in group for group in saved):
-        raise LoRARiteValueError(
-            'not a LoRA-RITE state: its groups have no "kind". A run of another optimizer cannot go on with LoRARite; '
-            "load the weights alone"
-        )
-    names = _names(groups)
-    if all(group.get("param_names") for group in [*saved, *groups]):
-        saved = _by_name(saved, names)
-    for group, saved_group, group_names in zip(groups, saved, names, strict=False):
-        for p, saved_id, name in zip(group["params"], saved_group["params"], group_names, strict=False):
-            state = state_dict["state"].get(saved_id)
-            if not state:
-                continue
-            kinds = STATE_KEYS if group["kind"] == "lora" else ADAMW_STATE_KEYS
-            if missing := [key for key in kinds if key not in state]:
-                raise LoRARiteValueError(f"the state of {name} is incomplete: it has no {', '.join(missing)}")
-            moment = state[kinds[1]]
-            if moment.shape != p.shape:
-                raise LoRARiteValueError(
-                    f"the state of {name} is for shape {tuple(moment.shape)}, the parameter has {tuple(p.shape)}"
-                )
-            if fault := _fault(state):
-                raise LoRARiteValueError(f"the state of {name} is damaged: {fault}. Nothing was loaded")
-        if group["kind"] == "lora":
-            states = [state_dict["state"].get(i) or {} for i in saved_group["params"]]
-            trained = [p.requires_grad for p in group["params"]]
-            pairs = zip(states[::2], states[1::2], trained[::2], trained[1::2], group_names[::2], strict=False)
-            for *own, trains_a, trains_b, name in pairs:
-                missing = bool(own[0]) != bool(own[1])
-                frozen = missing and all(key in (own[0] or own[1]) for key in FROZEN_KEYS)
-                if missing and not frozen:
-                    raise LoRARiteValueError(f"the state of {name} or of its partner is missing")
-                if any(own) and (trains_a or trains_b) and (bool(own[0]), bool(own[1])) != (trains_a, trains_b):
-                    raise LoRARiteValueError(
-                        f"{name} or its partner is frozen in the model and not in the state, or the reverse: freeze "
-                        "the same factors. Nothing was loaded"
-                    )
-    return {**state_dict, "param_groups": saved}
-
-
-def _by_name(saved: list[dict[str, Any]], names: list[list[str]]) -> list[dict[str, Any]]:
-    """The saved groups in the order of the optimizer's, whose names these are, whatever wrappers put into them."""
-    given, saved_given = [list(chain.from_iterable(side)) for side in (names, (g["param_names"] for g in saved))]
-    same = set(given) == set(saved_given)
-    ours, theirs = (given, saved_given) if same else (plain_names(given), plain_names(saved_given))
-    plain, saved_plain = _cut(ours, map(len, names)), _cut(theirs, (len(group["param_names"]) for group in saved))
-    if twice := [name for side in (ours, theirs) for name, n in Counter(side).items() if n > 1]:  # (of two models)
-        if plain != saved_plain:
-            raise LoRARiteValueError(f"two parameters are named {twice[0]}, so the state has to be in their order")
-        return [{**group, "param_names": list(own)} for group, own in zip(saved, names, strict=True)]
-    ids = dict(zip(theirs, chain.from_iterable(group["params"] for group in saved), strict=True))
-    home = {name: k for k, group in enumerate(saved_plain) for name in group}
-    differences = [f"{name} is not in the state" for name in ours if name not in ids]
-    differences += [f"{name} is not in the optimizer" for name in ids if name not in set(ours)]
-    differences = differences or [
-        f"{name} is in group {home[name]} of the state and in group {k} of the optimizer, which differ"
-        for k, group in enumerate(plain)
-        for name in group
-        if sorted(saved_plain[home[name]]) != sorted(group)
-    ]
-    if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise LoRARiteValueError("the state is of other parameters: " + "; ".join(differences[:3]) + more)
-    return [
-        {**saved[home[group[0]]], "params": [ids[name] for name in group], "param_names": list(own)}
-        for group, own in zip(plain, names, strict=True)
-    ]
-
-
-def _cut(names: list[str], lengths: Iterable[int]) -> list[list[str]]:
-    """Names by group."""
-    rest = iter(names)
-    return [list(islice(rest, length)) for length in lengths]
-
-
-def _fault(state: State) -> str | None:
-    """What is wrong with the values of a saved state."""
-    step = local(state["step"])
-    if not bool(((step >= 0) & (step == step.round())).all()):
-        return "step is not a count"
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not local(value).isfinite().all():
-            return f"{key} has NaN or Inf"
-    if "matrices" in state:
-        moment = state["matrices"][..., MATRICES.index("second_moment"), :, :]
-        if (moment - moment.mT).abs().max() > 1e-3 * moment.abs().max():
-            return "its second moment is not symmetric"
-    return None
-
-
-def _sparse(name: str) -> str:
-    return f"the gradient of {name} is sparse: use dense gradients (sparse=False)"
-
-
-def _changed_shape(name: str, moment: Tensor, p: Tensor) -> str:
-    return (
-        f"{name} changed its shape from {tuple(moment.shape)} to {tuple(p.shape)}: make a new optimizer, or remove its "
-        "state, of a pair that of both factors (optimizer.state.pop), to start anew"
-    )
-
-
-def _names(groups: list[dict[str, Any]]) -> list[list[str]]:
-    """Names of the parameters, by group; a running number where they have none."""
-    names, offset = [], 0
-    for group in groups:
-        numbers = range(offset, offset + len(group["params"]))
-        names.append(group.get("param_names") or [f"parameter {i}" for i in numbers])
-        offset += len(group["params"])
-    return names
-
-
-def _meant(key: str, options: list[str]) -> str | None:
-    """The option that somebody meant who wrote ``key``; None where it is a name of its own, as ``lr_scale`` is."""
-    words = key.strip("_").lower()
-    if any(f"_{option}_" in f"_{words}_" and option != words for option in options):
-        return None
-    close = difflib.get_close_matches(words, options, n=1, cutoff=0.8)
-    return _OTHER_NAMES.get(words, close[0] if close else None)
-
-
-def _check_tensors(named: list[tuple[str, Any]]) -> None:
-    for name, p in named:
-        if not isinstance(p, Tensor):
-            raise LoRARiteTypeError(f"{name} is a {type(p).__name__}, not a tensor")
-        if not p.is_floating_point():
-            raise LoRARiteTypeError(f"{name} is of {p.dtype}: only real floating-point parameters can be trained")
-        check_sharding(name, p)
-        if p.is_meta or p.layout != torch.strided:
-            what = "on the meta device" if p.is_meta else f"of layout {p.layout}"
-            raise LoRARiteValueError(f"{name} is {what}: LoRARite needs dense parameters with values")
-        if not (p.is_leaf or p.retains_grad):
-            raise LoRARiteValueError(f"{name} is not a leaf: it is computed from other tensors, so it has no gradient")
 
 
 def _check_hyperparameters(values: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""The optimizer: groups, checks, what a step does when something is wrong, reports, states."""
+"""What the optimizer needs beside the step: checks, AdamW for other parameters, states of other runs, statistics."""

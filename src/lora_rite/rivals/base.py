@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRARiteValueError
-from ..optimizer import full_precision
+from ..optim.precision import full_precision
 from ..pairs import find_pairs, param_groups
 from ..plan.layout import Layout, layouts
 from ..plan.sharding import is_sharded

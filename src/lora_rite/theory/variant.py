@@ -95,7 +95,11 @@ def _move(x: Tensor, g: Tensor, q: Tensor, d: Tensor, kept: simple.Moments, grou
     mixed = lambda new: beta * kept.first @ p.mT + (1 - beta) * new
     if group["momentum"] == "before":
         g = kept.first = mixed(g)
-    s = _evened_elements(g, kept, o, group["row_beta"]) if group["rows"] == "element" else g @ simple.inverse_root(kept, o)
+    s = (
+        _evened_elements(g, kept, o, group["row_beta"])
+        if group["rows"] == "element"
+        else g @ simple.inverse_root(kept, o)
+    )
     if group["rows"] == "before":
         s = simple.equilibrated(s, kept, group["row_beta"], group["row_floor"])
     if group["momentum"] == "after":

@@ -1,0 +1,69 @@
+"""What the optimizer reports."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..execute.phases import Measured
+from ..plan.plan import Bucket
+from ..plan.state import FactorPair
+
+#: Gradients dropped by ``update_skipping`` in so many steps in a row are worth a warning.
+MAX_DROPPED_IN_A_ROW = 10
+
+
+class Statistics:
+    """Figures of the last step and counts since the start, on the device until somebody asks."""
+
+    def __init__(self) -> None:
+        zero = torch.zeros((), dtype=torch.float32)  # (whatever the default dtype)
+        self.pairs, self.norm = 0, zero
+        self.counts = zero.repeat(4)  # steps, those that were clipped; with capturable: skipped in a row, not yet told
+        self.products: list[tuple[Tensor, Tensor]] = []
+        self.dropped, self.asked = zero.clone(), 0
+        self.flags: tuple[list[FactorPair], Tensor] | None = None
+
+    def add(self, buckets: list[Bucket], measured: list[Measured], norm: Tensor, ok: Tensor) -> None:
+        self.pairs = sum(bucket.count for bucket in buckets)
+        if not buckets:
+            return
+        clips = [bucket.group["clip_unmagnified_grad"] for bucket in buckets]
+        smallest = min((clip for clip in clips if clip), default=math.inf)
+        self.counts = self.counts.to(norm.device)
+        self.counts[:2] += torch.stack([ok, ok & (norm > smallest)])
+        self.norm = norm
+        self.products = [m.product for m in measured if m.product is not None]
+
+    def dropped_in_a_row(self, buckets: list[Bucket], measured: list[Measured]) -> int:
+        """Steps in a row in which ``update_skipping`` dropped gradients; asked of the device at each tenth step alone,
+        and 0 between them."""
+        both = zip(buckets, measured, strict=True)
+        kept = [m.kept.all() for bucket, m in both if bucket.group["update_skipping"]]
+        if not kept:
+            return 0
+        device = kept[0].device
+        all_kept = torch.stack([flag.to(device) for flag in kept]).all()
+        self.dropped = (self.dropped.to(device) + 1) * ~all_kept
+        self.asked = (self.asked + 1) % MAX_DROPPED_IN_A_ROW
+        return 0 if self.asked else int(self.dropped)
+
+    def skip(self, pairs: list[FactorPair], flags: Tensor, ok: Tensor) -> None:
+        """Counts a step that the device did not take."""
+        self.flags = pairs, flags
+        self.counts[2] = (self.counts[2] + 1) * ~ok
+        self.counts[3] += ~ok
+
+    def summary(self) -> dict[str, Any]:
+        singular = [torch.linalg.svdvals(s.cpu()) / delta[..., 0].cpu() for s, delta in self.products]
+        ratios = torch.cat([r.flatten() for r in singular]) if singular else None
+        if ratios is not None:
+            ratios = ratios.nan_to_num(0.0, posinf=torch.inf)  # 0/0: a zero factor at lr 0
+        return {
+            "pairs_preconditioned": self.pairs,
+            "gradient_norm": float(self.norm),
+            "clip_rate": float(self.counts[1] / self.counts[0].clamp_min(1)),
+            "damped_share": float((ratios < 1).double().mean()) if ratios is not None else 0.0,
+            "sigma_over_delta": float(ratios.median()) if ratios is not None else None,
+        }
