@@ -61,7 +61,7 @@ class Variant(torch.optim.Optimizer):
             for (a, b), sides in zip(pairs, measured, strict=True):
                 own = every if group["clip_scope"] == "all" else [g for _, g, _, _ in sides]
                 scale = simple.clip_scale(own, group["clip_unmagnified_grad"])
-                for p, (x, g, q, d), kept in zip((a, b), sides, self.state[b]["pair"], strict=False):
+                for p, (x, g, q, d), kept in zip((a, b), sides, self.state[b]["pair"][:2], strict=True):
                     new = _move(x, scale * g, q, d, kept, group)
                     p.copy_((new.mT if p is a else new).to(p.dtype))
 
@@ -95,11 +95,8 @@ def _move(x: Tensor, g: Tensor, q: Tensor, d: Tensor, kept: simple.Moments, grou
     mixed = lambda new: beta * kept.first @ p.mT + (1 - beta) * new
     if group["momentum"] == "before":
         g = kept.first = mixed(g)
-    s = (
-        _evened_elements(g, kept, o, group["row_beta"])
-        if group["rows"] == "element"
-        else g @ simple.inverse_root(kept, o)
-    )
+    even = group["rows"] == "element"
+    s = _evened_elements(g, kept, o, group["row_beta"]) if even else g @ simple.inverse_root(kept, o)
     if group["rows"] == "before":
         s = simple.equilibrated(s, kept, group["row_beta"], group["row_floor"])
     if group["momentum"] == "after":
