@@ -6,9 +6,10 @@ import re
 import pytest
 import torch
 
-from lora_rite import LoRARite, bench
+from lora_rite import LoRARite, bench, bench_host
 from lora_rite.bench import BASELINE, Adapter, Watch
 from lora_rite.pairs import Shape
+from lora_rite.plan.plan import make_plan
 
 pytest.importorskip("jsonargparse")
 pytest.importorskip("peft")
@@ -182,6 +183,45 @@ def test_scaling_measures_every_point(monkeypatch):
     assert [case["rank"] for case in result["sweeps"]["rank"]["cases"]] == [1, 2, 3]
 
 
+def test_python_of_a_step(tmp_path, capsys):
+    """All rows for each number of pairs; no part but the optimizers' arithmetic is run more often for more pairs."""
+    out, threads = tmp_path / "host.json", torch.get_num_threads()
+    assert run("host", "--pairs", 2, 50, "--width", 8, "--rank", 2, "--rounds", 12, "--out", out) == 0
+    assert torch.get_num_threads() == threads
+    few, many = json.loads(out.read_text())["cases"]
+    printed = capsys.readouterr().out
+    for case, pairs in ((few, 2), (many, 50)):
+        assert (case["pairs"], case["width"], case["rank"]) == (pairs, 8, 2)
+        assert [row["part"] for row in case["rows"]] == ["plan", "checks", "bookkeeping", "LoRARite", "AdamW (foreach)"]
+        assert f"{pairs} pairs, width 8, rank 2" in printed
+        rows = {row["part"]: row for row in case["rows"]}
+        assert rows["AdamW (foreach)"]["ratio"] == 1
+        low, high = rows["LoRARite"]["ratio_quartiles"]
+        assert 0 < low <= rows["LoRARite"]["ratio"] <= high
+        assert all(row["calls"] > 0 for row in case["rows"])
+        assert sum(rows[part]["calls"] for part in ("plan", "checks", "bookkeeping")) < rows["LoRARite"]["calls"]
+    for part in range(3):
+        assert few["rows"][part]["calls"] == many["rows"][part]["calls"]
+
+
+def test_calls_of_functions_in_python():
+    def inner():
+        return len([1])
+
+    assert bench_host.python_calls(lambda: [inner() for _ in (1, 2, 3)]) in (3, 4)  # (a comprehension was a call)
+    assert bench_host.python_calls(lambda: len([1])) == 0
+
+
+def test_the_plan_holds_where_the_host_is_measured(monkeypatch):
+    """Else what is measured would be planning, and the arithmetic that it needs."""
+    shapes, planned = [Shape(8, 8, 2)] * 3, []
+    monkeypatch.setattr(
+        "lora_rite.optimizer.make_plan", lambda *args, f=make_plan: planned.append(f(*args)) or planned[-1]
+    )
+    bench_host.measure(shapes, 4)
+    assert [len(plan.pairs) for plan in planned] == [3, 3, 0]  # of two optimizers, and of one without gradients
+
+
 def test_the_adapter_has_the_names_of_peft():
     optimizer = LoRARite(Adapter([Shape(6, 5, 2), Shape(4, 3, 2)], torch.float32, "cpu").named_parameters())
     assert optimizer.report()["pairs"] == 2
@@ -197,6 +237,8 @@ def test_the_adapter_has_the_names_of_peft():
         (["step", "--dtypes", "int8"], "int8"),
         (["train", "--length", "0"], "--length must be at least 1"),
         (["scaling", "--widths", "8", "8", "16"], "--widths: an exponent needs three different values"),
+        (["host", "--pairs", "0"], "--pairs must be at least 1"),
+        (["host", "--width", "0"], "--width must be at least 1"),
         (["step", "--out", "."], "--out: . is a folder; name a file"),
         (["step", "--out", f"{__file__}/a.json"], "test_bench.py is not a folder"),
         (["step", "--plot", "p.foo"], "--plot: p.foo must end in .png or .svg or .pdf"),

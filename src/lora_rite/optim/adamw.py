@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ..algebra.rounding import rounding_key, stochastic_round
+from ..plan.plan import constant
 from ..plan.sharding import Shards, is_sharded, local
 from ..plan.state import LOW_PRECISION, State
 
@@ -46,7 +47,8 @@ def adamw_step(group: dict[str, Any], states: dict[Tensor, State], offset: int, 
     )
     for (position, p), w in zip(params, work, strict=True):
         if w is not p:  # (values that the dtype has stay as they are, so an untouched w leaves p as it was)
-            key = rounding_key(states[p]["step"][None], torch.tensor([position]))
+            step = states[p]["step"][None]
+            key = rounding_key(step, constant((position,), torch.int64, step.device))
             _round_into(p, w, key.to(p.device))
 
 
