@@ -17,10 +17,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, groupby
-from numbers import Real
 from typing import Any, NamedTuple
 
 from .errors import LoRARiteTypeError, LoRARiteValueError
+from .options import KNOWN_LATER, PUBLISHED
+from .options import check as check_options
 
 try:
     import jax
@@ -41,9 +42,6 @@ __all__ = [
     "lora_rite",
     "scale_by_lora_rite",
 ]
-
-#: As :data:`lora_rite.PUBLISHED`: keyword arguments of :func:`lora_rite` with the authors' settings.
-PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
 
 LIVE, NOISE = 1e-3, 0.75  # as in rite.py: which directions count as null
 
@@ -634,13 +632,6 @@ def _transformation(learning_rate: Any, layouts: Sequence[Layout], **options: An
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-#: Hyperparameters that must be finite and ≥ 0, and switches.
-_NUMBERS = (
-    "weight_decay", "damping", "relative_eps", "clip_unmagnified_grad", "update_skipping", "update_capping",
-)  # fmt: skip
-_SWITCHES = ("row_equilibration", "apply_escape", "balance_param", "maximize")
-
-
 def _is(value: Any, number: float) -> bool:
     """Whether a hyperparameter has this value for good: not where it is an array, as optax.inject_hyperparams makes of
     it."""
@@ -649,36 +640,19 @@ def _is(value: Any, number: float) -> bool:
 
 def _check(learning_rate: Any, layouts: tuple[Layout, ...], options: dict[str, Any]) -> None:
     """LoRARiteValueError for hyperparameters out of range; the values of jax's arrays are not looked at."""
-    if learning_rate is not None and not callable(learning_rate):
-        _check_number("learning_rate", learning_rate)
-    for key in _NUMBERS:
-        _check_number(key, options[key])
-    if not isinstance(options["eps"], jax.Array) and options["eps"] == 0:
-        raise LoRARiteValueError("eps must be a finite number > 0, got 0")
-    _check_number("eps", options["eps"])
-    if not isinstance(options["betas"], (tuple, list)) or len(options["betas"]) != 2:
-        raise LoRARiteValueError(f"betas must be a number in [0, 1) and one in [0, 1], got {options['betas']!r}")
-    summed = _is(options["betas"][1], 1)
-    for key, beta in (("betas", options["betas"][0]), ("betas", 0.0 if summed else options["betas"][1])):
-        _check_number(key, beta, below=1)
-    _check_number("row_beta", options["row_beta"], below=1)
-    for key in _SWITCHES:
-        if not isinstance(options[key], bool):
-            raise LoRARiteValueError(f"{key} must be True or False, got {options[key]!r}")
+    schedule = learning_rate is None or callable(learning_rate)
+    check_options({**({} if schedule else {"learning_rate": learning_rate}), **options}, _number)
     for layout in layouts:
         if not isinstance(layout, Layout):
             raise LoRARiteTypeError(f"layouts must be Layouts, got {layout!r}")
 
 
-def _check_number(key: str, value: Any, below: float = math.inf) -> None:
+def _number(name: str, value: Any) -> Any:
     if getattr(value, "ndim", 0):
-        raise LoRARiteValueError(f"{key} must be a number, got an array of shape {value.shape}")
+        raise LoRARiteValueError(f"{name} must be a number, got an array of shape {value.shape}")
     if isinstance(value, jax.Array):
-        return
-    number = value.item() if isinstance(value, np.ndarray) else value
-    if not isinstance(number, Real) or isinstance(number, bool) or not 0 <= float(number) < below:
-        limits = "a finite number ≥ 0" if below == math.inf else f"a number in [0, {below})"
-        raise LoRARiteValueError(f"{key} must be {limits}, got {value!r}")
+        return KNOWN_LATER
+    return value.item() if isinstance(value, np.ndarray) else value
 
 
 def scale_by_lora_rite(
@@ -751,8 +725,8 @@ def lora_rite(
     without a gradient stay as they are.
 
     Args:
-        learning_rate: a number or a schedule (of the number of updates, skipped ones too). 2e-4 is the default of
-            LoRARite; start from the one that suits AdamW on the same adapter and try up to five times that.
+        learning_rate: the learning rate, a number or a schedule (of the number of updates, skipped ones too). 2e-4 is
+            the default of LoRARite; start from the one that suits AdamW on the same adapter and try up to five times that.
         betas: decays of the first and the second moment. A second of 1 (a number, not an array) sums V over all steps,
             as Adagrad does.
         eps: added to the root of the eigenvalues of V.
