@@ -726,7 +726,8 @@ def lora_rite(
 
     Args:
         learning_rate: the learning rate, a number or a schedule (of the number of updates, skipped ones too). 2e-4 is
-            the default of LoRARite; start from the one that suits AdamW on the same adapter and try up to five times that.
+            the default of LoRARite; start from the one that suits AdamW on the same adapter and try up to five times
+            that.
         betas: decays of the first and the second moment. A second of 1 (a number, not an array) sums V over all steps,
             as Adagrad does.
         eps: added to the root of the eigenvalues of V.

@@ -1,5 +1,5 @@
-"""The hyperparameters of LoRA-RITE, once for torch (:class:`lora_rite.LoRARite`) and JAX (:mod:`lora_rite.optax`): their
-names, defaults, ranges and texts. Neither torch nor JAX is imported here.
+"""The hyperparameters of LoRA-RITE, once for torch (:class:`lora_rite.LoRARite`) and JAX (:mod:`lora_rite.optax`):
+their names, defaults, ranges and texts. Neither torch nor JAX is imported here.
 """
 
 import math
