@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from .hf import LoRARiteFactory, create_lora_rite
     from .invariance import audit
     from .layers import layer_report
-    from .optimizer import PUBLISHED, LoRARite
+    from .optimizer import LoRARite
+    from .options import PUBLISHED
     from .pairs import find_pairs, param_groups
 
 #: Public name → module. Nothing is imported, torch included, before a name is used.
 _HOME = {
     "LoRARite": "optimizer",
-    "PUBLISHED": "optimizer",
+    "PUBLISHED": "options",
     "find_pairs": "pairs",
     "param_groups": "pairs",
     "create_lora_rite": "hf",

@@ -17,10 +17,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, groupby
-from numbers import Real
 from typing import Any, NamedTuple
 
 from .errors import LoRARiteTypeError, LoRARiteValueError
+from .options import KNOWN_LATER, PUBLISHED
+from .options import check as check_options
 
 try:
     import jax
@@ -41,9 +42,6 @@ __all__ = [
     "lora_rite",
     "scale_by_lora_rite",
 ]
-
-#: As :data:`lora_rite.PUBLISHED`: keyword arguments of :func:`lora_rite` with the authors' settings.
-PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
 
 LIVE, NOISE, ROW_FLOOR = 1e-3, 0.75, 1e-2  # as in algebra/: which directions count as null, and which rows as noise
 
@@ -214,7 +212,7 @@ def _decay(step: jax.Array, beta: Any) -> jax.Array:
 
 def _warm_basis(warm: jax.Array, root: jax.Array, step: jax.Array, norm: jax.Array, noise: jax.Array) -> jax.Array:
     """K_w for the factor after a step X − M·``step``: neither X (``root``ᵀ·``root`` is the Gram matrix of X·K_w), nor
-    the step (``norm`` = ‖M‖), nor the rounding of X (its size ``noise``) is longer than 1 in it (rite.warm_basis).
+    the step (``norm`` = ‖M‖), nor the rounding of X (its size ``noise``) is longer than 1 in it (algebra.basis.warm_basis).
 
     By QR of the stacked parts: their Gram matrix would have the square of their condition.
     """
@@ -239,7 +237,7 @@ class _Basis(NamedTuple):
 
 
 def _orthonormalise(warm: jax.Array, gram_z: jax.Array, rows: jax.Array) -> _Basis:
-    """The basis of X from K_w and the Gram matrix of X·K_w (rite.orthonormalise)."""
+    """The basis of X from K_w and the Gram matrix of X·K_w (algebra.basis.orthonormalise)."""
     w, u = _eigh(gram_z)
     r = w.shape[-1]
     live = (w > w[..., -1:] * LIVE) & (jnp.arange(r, 0, -1) <= rows[..., 0])
@@ -265,7 +263,7 @@ def _pseudo_inverse(t: jax.Array, live: jax.Array) -> jax.Array:
 
 
 def _damped_inverse(s: jax.Array, delta: jax.Array) -> jax.Array:
-    """V diag(σ/(σ² + δ²)) Uᵀ of S = U diag(σ) Vᵀ, by QR of [Sᵀ; δ]; 0 where σ = 0 (rite.damped_inverse).
+    """V diag(σ/(σ² + δ²)) Uᵀ of S = U diag(σ) Vᵀ, by QR of [Sᵀ; δ]; 0 where σ = 0 (algebra.step.damped_inverse).
 
     δ is at least 1e-6·‖S‖, so that σ that are rounding noise count for little.
     """
@@ -333,7 +331,7 @@ class LoRARiteState(NamedTuple):
 
 
 class _Batch:
-    """The factors of one rank in one update: measured, preconditioned, moved (as in execute/eager.py)."""
+    """The factors of one rank in one update: measured, preconditioned, moved (as Batch in batch.py)."""
 
     def __init__(self, factors: list[_Factor], leaves: dict[str, list[jax.Array]], small: FactorState, options: dict):
         self.options, self.dtype = options, small.second_moment.dtype
@@ -405,7 +403,7 @@ class _Batch:
 
     def _anew(self) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """K_w (and what is measured in it) of factors that the state knows nothing of: scaled to 1, then made
-        orthonormal three times, each of which makes the Gram matrix better conditioned (rite.initial_basis)."""
+        orthonormal three times, each of which makes the Gram matrix better conditioned (algebra.basis.initial_basis)."""
         scale = self._join([jnp.max(jnp.abs(x), (-2, -1), keepdims=True) for x in self.x])
         warm = jnp.eye(self.small.basis.shape[-1], dtype=self.algebra) / jnp.where(scale == 0, 1, scale)
         noise, none = self.rounding * self._norms(self.x), jnp.zeros_like(warm)
@@ -634,13 +632,6 @@ def _transformation(learning_rate: Any, layouts: Sequence[Layout], **options: An
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-#: Hyperparameters that must be finite and ≥ 0, and switches.
-_NUMBERS = (
-    "weight_decay", "damping", "relative_eps", "clip_unmagnified_grad", "update_skipping", "update_capping",
-)  # fmt: skip
-_SWITCHES = ("row_equilibration", "apply_escape", "balance_param", "maximize")
-
-
 def _is(value: Any, number: float) -> bool:
     """Whether a hyperparameter has this value for good: not where it is an array, as optax.inject_hyperparams makes of
     it."""
@@ -649,36 +640,19 @@ def _is(value: Any, number: float) -> bool:
 
 def _check(learning_rate: Any, layouts: tuple[Layout, ...], options: dict[str, Any]) -> None:
     """LoRARiteValueError for hyperparameters out of range; the values of jax's arrays are not looked at."""
-    if learning_rate is not None and not callable(learning_rate):
-        _check_number("learning_rate", learning_rate)
-    for key in _NUMBERS:
-        _check_number(key, options[key])
-    if not isinstance(options["eps"], jax.Array) and options["eps"] == 0:
-        raise LoRARiteValueError("eps must be a finite number > 0, got 0")
-    _check_number("eps", options["eps"])
-    if not isinstance(options["betas"], (tuple, list)) or len(options["betas"]) != 2:
-        raise LoRARiteValueError(f"betas must be a number in [0, 1) and one in [0, 1], got {options['betas']!r}")
-    summed = _is(options["betas"][1], 1)
-    for key, beta in (("betas", options["betas"][0]), ("betas", 0.0 if summed else options["betas"][1])):
-        _check_number(key, beta, below=1)
-    _check_number("row_beta", options["row_beta"], below=1)
-    for key in _SWITCHES:
-        if not isinstance(options[key], bool):
-            raise LoRARiteValueError(f"{key} must be True or False, got {options[key]!r}")
+    schedule = learning_rate is None or callable(learning_rate)
+    check_options({**({} if schedule else {"learning_rate": learning_rate}), **options}, _number)
     for layout in layouts:
         if not isinstance(layout, Layout):
             raise LoRARiteTypeError(f"layouts must be Layouts, got {layout!r}")
 
 
-def _check_number(key: str, value: Any, below: float = math.inf) -> None:
+def _number(name: str, value: Any) -> Any:
     if getattr(value, "ndim", 0):
-        raise LoRARiteValueError(f"{key} must be a number, got an array of shape {value.shape}")
+        raise LoRARiteValueError(f"{name} must be a number, got an array of shape {value.shape}")
     if isinstance(value, jax.Array):
-        return
-    number = value.item() if isinstance(value, np.ndarray) else value
-    if not isinstance(number, Real) or isinstance(number, bool) or not 0 <= float(number) < below:
-        limits = "a finite number ≥ 0" if below == math.inf else f"a number in [0, {below})"
-        raise LoRARiteValueError(f"{key} must be {limits}, got {value!r}")
+        return KNOWN_LATER
+    return value.item() if isinstance(value, np.ndarray) else value
 
 
 def scale_by_lora_rite(
@@ -751,16 +725,16 @@ def lora_rite(
     without a gradient stay as they are.
 
     Args:
-        learning_rate: a number or a schedule (of the number of updates, skipped ones too). 2e-4 is the default of
-            LoRARite; start from the one that suits AdamW on the same adapter and try up to five times that.
+        learning_rate: the learning rate, a number or a schedule (of the number of updates, skipped ones too). 2e-4 is
+            the default of LoRARite; start from the one that suits AdamW on the same adapter and try up to five times
+            that.
         betas: decays of the first and the second moment. A second of 1 (a number, not an array) sums V over all steps,
             as Adagrad does.
         eps: added to the root of the eigenvalues of V.
         weight_decay: decoupled, on both factors.
         damping: how many steps' worth of W must lie along a direction of B·A before the factor opposite to the zero one
             follows it. 0 is the published step.
-        row_equilibration: divide each row of the preconditioned gradient by its running root mean square, to which a
-            hundredth of that of all rows is added, so that rows of rounding noise do not become as large as the others.
+        row_equilibration: divide each row of the preconditioned gradient by its running root mean square.
         row_beta: decay of that mean square.
         relative_eps: eps in units of √λ_max(V): makes the step independent of the gradient's scale.
         clip_unmagnified_grad: largest norm of the unmagnified gradients of all pairs together; 0 is off.

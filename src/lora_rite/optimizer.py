@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate, chain
-from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,15 +18,12 @@ from .optim.checks import all_finite, changed_shape, check_tensors, meant_option
 from .optim.load import match_state
 from .optim.precision import full_precision
 from .optim.statistics import MAX_DROPPED_IN_A_ROW, Statistics
+from .options import check as check_options
 from .pairs import check_order, check_pair, is_cut_through, overlapping_storage, param_groups
 from .plan.layout import LAYOUT_KEYS, layout_options, rank_of
 from .plan.plan import Bucket, Limits, Marks, Plan, make_plan
 from .plan.sharding import is_sharded, local
 from .plan.state import FactorPair, new_state, work_dtype
-
-#: Keyword arguments with the settings of the authors' PyTorch code: its step wherever the factors have full rank.
-#: Directions without rank, which that code inverts, are cut (for the deviations see :class:`LoRARite`).
-PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
 
 #: Non-finite gradients in so many steps in a row are an error.
 MAX_SKIPPED_IN_A_ROW = 3
@@ -37,9 +33,6 @@ MAX_IDLE_IN_A_ROW = 10
 Step = TypeVar("Step", bound=Callable[..., Any])
 
 _ATTACH = "attach an adapter first (peft.get_peft_model), and pass model.named_parameters()"
-_NON_NEGATIVE = (
-    "weight_decay", "damping", "relative_eps", "clip_unmagnified_grad", "update_skipping", "update_capping",
-)  # fmt: skip
 
 
 def _untraced(function: Step) -> Step:
@@ -679,28 +672,13 @@ def _read(pairs: list[FactorPair], flags: Tensor) -> tuple[list[bool], list[Fact
 
 
 def _check_hyperparameters(values: dict[str, Any]) -> None:
-    for key in ("lr", *_NON_NEGATIVE):
-        value = values[key]
-        if isinstance(value, Tensor):
-            if key != "lr" or value.numel() != 1:
-                raise LoRARiteValueError(f"{key} must be a number{' or a tensor of one element' * (key == 'lr')}")
-            value = value.item()
-        if not _is_number(value) or not 0 <= value < math.inf:
-            raise LoRARiteValueError(f"{key} must be a finite number ≥ 0, got {values[key]!r}")
-    if not _is_number(values["eps"]) or not 0 < values["eps"] < math.inf:
-        raise LoRARiteValueError(f"eps must be a finite number > 0, got {values['eps']!r}")
-    betas = values["betas"]
-    good = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(_is_number(b) and 0 <= b <= 1 for b in betas)
-    if not good or betas[0] == 1:
-        raise LoRARiteValueError(f"betas must be a number in [0, 1) and one in [0, 1], got {betas!r}")
-    if not _is_number(values["row_beta"]) or not 0 <= values["row_beta"] < 1:
-        raise LoRARiteValueError(f"row_beta must be a number in [0, 1), got {values['row_beta']!r}")
-    for key in ("row_equilibration", "apply_escape", "balance_param", "maximize", "capturable"):
-        if not isinstance(values[key], bool):
-            raise LoRARiteValueError(f"{key} must be True or False, got {values[key]!r}")
-    if values["capturable"] and values["apply_escape"]:
-        raise LoRARiteValueError("apply_escape needs eigenvalues, for which the host waits: not with capturable=True")
+    check_options(values, _number)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _number(name: str, value: Any) -> Any:
+    """lr may be a tensor."""
+    if name != "lr" or not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1:
+        raise LoRARiteValueError("lr must be a number or a tensor of one element")
+    return value.item()

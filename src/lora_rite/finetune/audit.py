@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import LoRARiteValueError
 from ..inputs import resolve_values
-from ..optimizer import PUBLISHED
+from ..options import PUBLISHED
 
 #: Optimizers to show beside the audited one: label, import path, keyword arguments (values that are import paths are
 #: resolved).

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRARiteTypeError, LoRARiteValueError
+from ..options import OTHER_NAMES
 from ..plan.sharding import Shards, check_sharding, local
-
-#: Other names of options → ours: too far from them to be seen as misspelt.
-OTHER_NAMES = {"learning_rate": "lr", "epsilon": "eps", "wd": "weight_decay"}
 
 
 def names_of(groups: list[dict[str, Any]]) -> list[list[str]]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRARiteValueError
-from ..optimizer import PUBLISHED, LoRARite
+from ..optimizer import LoRARite
+from ..options import PUBLISHED
 from .variant import Variant
 
 EXPECTED = """After the first step from B = 0, B's singular values are about lr·√m along the gradient's directions,

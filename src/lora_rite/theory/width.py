@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..optimizer import PUBLISHED
+from ..options import PUBLISHED
 from .problems import Makers, Regression, adamw, loraplus, rite, slope
 
 EXPECTED = """Theorem 1: with the same rule for both factors, a transformation-invariant optimizer changes the output

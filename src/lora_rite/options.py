@@ -1,0 +1,106 @@
+"""The hyperparameters of LoRA-RITE, once for torch (:class:`lora_rite.LoRARite`) and JAX (:mod:`lora_rite.optax`):
+their names, defaults, ranges and texts. Neither torch nor JAX is imported here.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any, NamedTuple
+
+from .errors import LoRARiteValueError
+
+
+class Option(NamedTuple):
+    """``range`` is a key of :data:`RANGES`, ``text`` what both docstrings say, to which each may add."""
+
+    default: Any
+    range: str
+    text: str
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _are_betas(value: Any) -> bool:
+    pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_number, value))
+    return pair and 0 <= value[0] < 1 and 0 <= value[1] <= 1
+
+
+_NOT_NEGATIVE, _POSITIVE, _BELOW_ONE = "a finite number ≥ 0", "a finite number > 0", "a number in [0, 1)"
+_BETAS, _SWITCH = "a number in [0, 1) and one in [0, 1]", "True or False"
+#: What an error says of a range → whether a value is in it.
+RANGES: dict[str, Callable[[Any], bool]] = {
+    _NOT_NEGATIVE: lambda value: _is_number(value) and 0 <= value < math.inf,
+    _POSITIVE: lambda value: _is_number(value) and 0 < value < math.inf,
+    _BELOW_ONE: lambda value: _is_number(value) and 0 <= value < 1,
+    _BETAS: _are_betas,
+    _SWITCH: lambda value: isinstance(value, bool),
+}
+#: Stands for a number that is not known before the step, as an array's under tracing: it is in all ranges of numbers.
+KNOWN_LATER = 0.5
+
+OPTIONS = {
+    "lr": Option(2e-4, _NOT_NEGATIVE, "the learning rate, a"),
+    "betas": Option((0.9, 0.999), _BETAS, "decays of the first and the second moment."),
+    "eps": Option(1e-6, _POSITIVE, "added to the root of the eigenvalues of V."),
+    "weight_decay": Option(0.0, _NOT_NEGATIVE, "decoupled, on both factors."),
+    "damping": Option(
+        20.0,
+        _NOT_NEGATIVE,
+        "how many steps' worth of W must lie along a direction of B·A before the factor opposite to the zero one "
+        "follows it. 0 is the published step.",
+    ),
+    "row_equilibration": Option(
+        True, _SWITCH, "divide each row of the preconditioned gradient by its running root mean square."
+    ),
+    "row_beta": Option(0.99, _BELOW_ONE, "decay of that mean square."),
+    "relative_eps": Option(
+        1e-3, _NOT_NEGATIVE, "eps in units of √λ_max(V): makes the step independent of the gradient's scale."
+    ),
+    "clip_unmagnified_grad": Option(
+        1.0, _NOT_NEGATIVE, "largest norm of the unmagnified gradients of all pairs together; 0 is off."
+    ),
+    "update_skipping": Option(
+        0.0,
+        _NOT_NEGATIVE,
+        "drop a factor's gradient in this step where its unmagnified root mean square exceeds this; 0 is off.",
+    ),
+    "update_capping": Option(0.0, _NOT_NEGATIVE, "largest root mean square of M in the update; 0 is off."),
+    "apply_escape": Option(
+        False, _SWITCH, "add the mass of V that the new basis does not see (ρ of Algorithm 1) to its eigenvalues."
+    ),
+    "balance_param": Option(False, _SWITCH, "rescale both factors to equal Frobenius norms after each step."),
+    "maximize": Option(False, _SWITCH, "ascend instead of descend."),
+    "capturable": Option(False, _SWITCH, "never let the host wait for the device in a step"),
+}
+
+#: Other names of options → ours: too far from them to be seen as misspelt. JAX's own name of lr is the first.
+OTHER_NAMES = {"learning_rate": "lr", "epsilon": "eps", "wd": "weight_decay"}
+
+#: Keyword arguments with the settings of the authors' PyTorch code: its step wherever the factors have full rank.
+#: Directions without rank, which that code inverts, are cut (for the deviations see :class:`lora_rite.LoRARite`).
+PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
+
+
+def check(values: Mapping[str, Any], number: Callable[[str, Any], Any] = lambda name, value: value) -> None:
+    """Looks whether the options among ``values`` are in their ranges.
+
+    Args:
+        values: by name; what is no option is not looked at.
+        number: of a name and a value that may be an array, a plain number (:data:`KNOWN_LATER`), or what is to be
+            refused. Called for each of the ``betas``.
+
+    Raises:
+        LoRARiteValueError: names the option, its range and the value.
+    """
+    for name, value in values.items():
+        option = OPTIONS.get(OTHER_NAMES.get(name, name))
+        if option is None:
+            continue
+        several = isinstance(value, (tuple, list))
+        plain = [number(name, part) for part in value] if several else number(name, value)
+        if not RANGES[option.range](plain):
+            raise LoRARiteValueError(f"{name} must be {option.range}, got {value!r}")
+    if values.get("capturable") and values.get("apply_escape"):
+        raise LoRARiteValueError("apply_escape needs eigenvalues, for which the host waits: not with capturable=True")
