@@ -22,6 +22,7 @@ from lora_rite.errors import LoRARiteValueError
 from lora_rite.finetune import train as train_module
 from lora_rite.finetune.data import IGNORED, Example, read_examples, windows
 from lora_rite.finetune.untrusted import check_adapter, read_config
+from lora_rite.models import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "default::UserWarning")
 #: Inputs tried by each fuzzer: in the fast tests, and in the slow ones (figures of docs/reliability.md).
@@ -412,7 +413,7 @@ def hostile_model(folder, canary, **config):
     """A folder with the embedded model, further lines in config.json, and code that makes the canary."""
     import shutil
 
-    shutil.copytree(train_module.TINY, folder)
+    shutil.copytree(TINY, folder)
     (folder / "evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass C: pass\n")
     stored = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**stored, **config}))

@@ -46,8 +46,7 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
     (``owner/name/file.gguf``), is its folder or repository and ``gguf_file``. Anything else is a hub id or a folder.
 
     Raises:
-        LoRARiteValueError: no such file, or it is not a GGUF file; or a folder that is none of a model
-            (:func:`refuse_adapter`).
+        LoRARiteValueError: no such file, or it is not a GGUF file.
         ImportError: GGUF files need the extra.
     """
     path = Path(model)
@@ -55,7 +54,6 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
         return str(TINY), {}
     named = suffix(path) == ".gguf" and not path.is_dir()
     if not named and not (path.is_file() and _is_gguf(path)):
-        refuse_adapter(model)
         return model, {}
     on_hub = not path.is_absolute() and len(path.parts) == 3 and not path.parent.exists()
     if not on_hub and not path.is_file():
@@ -82,6 +80,8 @@ def configuration(model: str, option: str, trust_remote_code: bool = False) -> A
             kind, sizes = CONFIGS[model]
             return AutoConfig.for_model(kind, **sizes)
         place, options = locate(model)
+        if not options:
+            refuse_adapter(place)
         return AutoConfig.from_pretrained(place, **options, trust_remote_code=trust_remote_code)
 
 

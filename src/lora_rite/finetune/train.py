@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import LoRARiteValueError, warn
 from ..inputs import blame
-from ..models import fused_experts, locate
+from ..models import fused_experts, locate, refuse_adapter
 from ..modes import evaluating, without_accelerate
 from . import checkpoint
 from .data import IGNORED, Split, label_count, read_examples, split
@@ -326,6 +326,7 @@ def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False
         if options:
             network, tokenizer = load_gguf(name, dtype)
         else:
+            refuse_adapter(place)
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
             kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
