@@ -212,7 +212,8 @@ def _decay(step: jax.Array, beta: Any) -> jax.Array:
 
 def _warm_basis(warm: jax.Array, root: jax.Array, step: jax.Array, norm: jax.Array, noise: jax.Array) -> jax.Array:
     """K_w for the factor after a step X − M·``step``: neither X (``root``ᵀ·``root`` is the Gram matrix of X·K_w), nor
-    the step (``norm`` = ‖M‖), nor the rounding of X (its size ``noise``) is longer than 1 in it (algebra.basis.warm_basis).
+    the step (``norm`` = ‖M‖), nor the rounding of X (its size ``noise``) is longer than 1 in it
+    (algebra.basis.warm_basis).
 
     By QR of the stacked parts: their Gram matrix would have the square of their condition.
     """
@@ -331,7 +332,7 @@ class LoRARiteState(NamedTuple):
 
 
 class _Batch:
-    """The factors of one rank in one update: measured, preconditioned, moved (as Batch in batch.py)."""
+    """The factors of one rank in one update: measured, preconditioned, moved (as in lora_rite/execute)."""
 
     def __init__(self, factors: list[_Factor], leaves: dict[str, list[jax.Array]], small: FactorState, options: dict):
         self.options, self.dtype = options, small.second_moment.dtype
@@ -403,7 +404,8 @@ class _Batch:
 
     def _anew(self) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """K_w (and what is measured in it) of factors that the state knows nothing of: scaled to 1, then made
-        orthonormal three times, each of which makes the Gram matrix better conditioned (algebra.basis.initial_basis)."""
+        orthonormal three times, each of which makes the Gram matrix better conditioned
+        (algebra.basis.initial_basis)."""
         scale = self._join([jnp.max(jnp.abs(x), (-2, -1), keepdims=True) for x in self.x])
         warm = jnp.eye(self.small.basis.shape[-1], dtype=self.algebra) / jnp.where(scale == 0, 1, scale)
         noise, none = self.rounding * self._norms(self.x), jnp.zeros_like(warm)
