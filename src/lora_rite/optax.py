@@ -736,7 +736,8 @@ def lora_rite(
         weight_decay: decoupled, on both factors.
         damping: how many steps' worth of W must lie along a direction of B·A before the factor opposite to the zero one
             follows it. 0 is the published step.
-        row_equilibration: divide each row of the preconditioned gradient by its running root mean square.
+        row_equilibration: divide each row of the preconditioned gradient by its running root mean square, to which a
+            hundredth of that of all rows is added, so that rows of rounding noise do not become as large as the others.
         row_beta: decay of that mean square.
         relative_eps: eps in units of √λ_max(V): makes the step independent of the gradient's scale.
         clip_unmagnified_grad: largest norm of the unmagnified gradients of all pairs together; 0 is off.

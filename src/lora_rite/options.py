@@ -52,7 +52,10 @@ OPTIONS = {
         "follows it. 0 is the published step.",
     ),
     "row_equilibration": Option(
-        True, _SWITCH, "divide each row of the preconditioned gradient by its running root mean square."
+        True,
+        _SWITCH,
+        "divide each row of the preconditioned gradient by its running root mean square, to which a hundredth of that "
+        "of all rows is added, so that rows of rounding noise do not become as large as the others.",
     ),
     "row_beta": Option(0.99, _BELOW_ONE, "decay of that mean square."),
     "relative_eps": Option(
