@@ -11,6 +11,7 @@ from problems import factors, gradients_of_w, set_gradients
 from test_numerics import equal
 
 from lora_rite import LoRARite
+from lora_rite.optimizer import state_bytes
 
 OPTIONS = {"lr": 1e-2, "apply_escape": True, "adamw_lr": 1e-2}
 
@@ -268,3 +269,39 @@ def test_distributed_checkpoint_api_round_trip():
     set_optimizer_state_dict(other, other_optimizer, saved[0])
     advance_layer(other, other_optimizer, seed=2)
     assert equal(dict(other.state_dict()), dict(layer.state_dict()))
+
+
+def _storages(optimizer):
+    """Bytes of all memory that the states keep."""
+    tensors = [t for state in optimizer.state.values() for t in state.values()]
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+def _addresses(optimizer):
+    return [t.data_ptr() for state in optimizer.state.values() for t in state.values()]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_steps_of_some_pairs_leave_states_where_they_are(capturable):
+    """So that a CUDA graph finds them, and no memory is kept but theirs: neither after steps of a part of the pairs,
+    nor where pairs get their first gradients late."""
+    pairs = [factors(4, 30, 20, seed=i, dtype=torch.float32) for i in range(8)]
+    params = [[torch.nn.Parameter(x) for x in pair] for pair in pairs]
+    optimizer = LoRARite([p for pair in params for p in pair], lr=1e-2, capturable=capturable)
+    generator = torch.Generator().manual_seed(0)
+
+    def step(some):
+        for i, pair in enumerate(params):
+            for p in pair:
+                p.grad = torch.randn(p.shape, generator=generator) if i in some else None
+        optimizer.step()
+
+    for some in ([0, 1], [2, 3, 4], [1, 5], [6, 7], range(8)):
+        step(some)
+        assert _storages(optimizer) == state_bytes(optimizer)
+    before = _addresses(optimizer)
+    for some in ([0], [3, 5], [7], range(1, 8), range(8), [2]):
+        step(some)
+    assert _addresses(optimizer) == before
+    assert _storages(optimizer) == state_bytes(optimizer)
+    assert [int(optimizer.state[a]["step"]) for a, _ in params] == [4, 5, 5, 5, 4, 5, 4, 5]

@@ -292,7 +292,7 @@ class LoRARite(torch.optim.Optimizer):
             if decided is None:
                 return loss
             plan, work, ok = decided
-            if not plan.installed:
+            if not plan.installed and plan.adopts(self.state):
                 plan.install(self.state)
             for bucket, start, measured, preconditioned in work:
                 eager.move(bucket, start, measured, preconditioned, ok)
@@ -301,7 +301,9 @@ class LoRARite(torch.optim.Optimizer):
                 if group["kind"] == "adamw":
                     adamw_step(group, self.state, offset, ok)
                 offset += len(group["params"])
-            if plan.marks is None:  # not before AdamW has made its states
+            if not plan.installed:
+                plan.write_back(self.state)
+            elif plan.marks is None:  # not before AdamW has made its states
                 plan.marks, self._plan = Marks(self.param_groups, self.state), plan
             lrs = (group["lr"] for group in self.param_groups)  # a tensor is changed in place by schedulers
             self._last_lr = [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
@@ -309,10 +311,12 @@ class LoRARite(torch.optim.Optimizer):
 
     def _current_plan(self) -> Plan:
         """The plan of the last step where it still holds, else a new one, which is kept once a step is made by it."""
-        if self._plan is None or not self._plan.marks.hold(self.param_groups, self.state):  # type: ignore[union-attr]
-            self._plan = None
-            return make_plan(self._alike(_have_gradients), self.state, self._limits)
-        return self._plan
+        plan = self._plan
+        if plan is not None and plan.marks.hold(self.param_groups, self.state):  # type: ignore[union-attr]
+            return plan
+        if plan is not None and not plan.marks.hold(self.param_groups, self.state, gradients=False):  # type: ignore[union-attr]
+            self._plan = None  # else this step alone is of other pairs
+        return make_plan(self._alike(_have_gradients), self.state, self._limits)
 
     def _plan_of_states(self) -> Plan:
         """The plan of the last step where it is about all pairs that have a state, else one that is not kept."""

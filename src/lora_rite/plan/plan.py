@@ -13,8 +13,19 @@ import torch
 from torch import Tensor
 
 from .layout import LAYOUT_KEYS, Layout, layouts, rank_of
-from .sharding import Shards, is_sharded
-from .state import ALGEBRA, FROZEN_KEYS, Arena, FactorPair, State, frozen_state, moments, new_state, work_dtype
+from .sharding import Shards, is_sharded, local
+from .state import (
+    ALGEBRA,
+    FROZEN_KEYS,
+    Arena,
+    FactorPair,
+    State,
+    frozen_state,
+    moments,
+    new_state,
+    of_its_own,
+    work_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -143,10 +154,25 @@ class Plan:
     def pairs(self) -> list[FactorPair]:
         return [pair for bucket in self.buckets for pair in bucket.pairs]
 
+    def adopts(self, states: dict[Tensor, State]) -> bool:
+        """Whether the views are to take the place of the states: where all states are among them, or some are new. A
+        step of some pairs alone writes its results back instead, as tensors that are half used would pile up."""
+        return bool(self.fresh) or all(p in self.views for p, state in states.items() if "matrices" in state)
+
     def install(self, states: dict[Tensor, State]) -> None:
+        """Puts the views in the place of the states; of other pairs, the states no longer share memory with these."""
         states.update(self.views)
+        for p, state in states.items():
+            if p not in self.views:
+                state.update({key: of_its_own(t) for key, t in state.items() if isinstance(t, Tensor)})
         self.fresh.clear()
         self.installed = True
+
+    def write_back(self, states: dict[Tensor, State]) -> None:
+        """Copies the views into the states."""
+        both = [(local(states[p][key]), local(t)) for p, view in self.views.items() for key, t in view.items()]
+        if both:
+            torch._foreach_copy_([state for state, _ in both], [view for _, view in both])
 
     def workspaces(self) -> list[list[Tensor]]:
         """Tall temporaries of each bucket, for its segments in turn; buckets of one device and dtype have the same

@@ -127,6 +127,21 @@ class Arena:
         return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
+def of_its_own(t: Tensor) -> Tensor:
+    """t, copied where it is part of a larger tensor, which it would keep in memory."""
+    mine = local(t)
+    if mine.untyped_storage().nbytes() <= mine.numel() * mine.element_size():
+        return t
+    if mine is t:
+        return t.clone()
+    from torch.distributed.tensor import DTensor
+
+    like: Any = t
+    return DTensor.from_local(
+        mine.clone(), like.device_mesh, like.placements, run_check=False, shape=t.shape, stride=t.stride()
+    )
+
+
 def moments(states: Sequence[State], key: str) -> Tensor:
     """First or row moments of factors of one shape, one above the other, in one tensor (k, …): this process's rows."""
     return torch.stack([local(state[key]) for state in states])
