@@ -171,6 +171,7 @@ class LoRARite(torch.optim.Optimizer):
         self._statistics, self._skipped_in_a_row, self._warned_one_sided = Statistics(), 0, False
         self._idle_in_a_row, self._warned_idle = 0, False
         self._plan: Plan | None = None
+        self._empty_plan: Plan | None = None
         self._last_lr: list[float | Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -311,12 +312,16 @@ class LoRARite(torch.optim.Optimizer):
 
     def _current_plan(self) -> Plan:
         """The plan of the last step where it still holds, else a new one, which is kept once a step is made by it."""
+        for plan in (self._plan, self._empty_plan):
+            if plan is not None and plan.marks.hold(self.param_groups, self.state):  # type: ignore[union-attr]
+                return plan
         plan = self._plan
-        if plan is not None and plan.marks.hold(self.param_groups, self.state):  # type: ignore[union-attr]
-            return plan
         if plan is not None and not plan.marks.hold(self.param_groups, self.state, gradients=False):  # type: ignore[union-attr]
             self._plan = None  # else this step alone is of other pairs
-        return make_plan(self._alike(_have_gradients), self.state, self._limits)
+        plan = make_plan(self._alike(_have_gradients), self.state, self._limits)
+        if not plan.buckets:
+            plan.marks, self._empty_plan = Marks(self.param_groups, self.state), plan
+        return plan
 
     def _plan_of_states(self) -> Plan:
         """The plan of the last step where it is about all pairs that have a state, else one that is not kept."""
