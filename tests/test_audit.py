@@ -10,7 +10,7 @@ from problems import factors
 import lora_rite
 from lora_rite import LoRARite, audit
 from lora_rite.cli import main
-from lora_rite.invariance import Transform, _minus, _norm, transforms
+from lora_rite.invariance.audit import Transform, _minus, _norm, transforms
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -6,9 +6,12 @@ import re
 import pytest
 import torch
 
-from lora_rite import LoRARite, bench, bench_host
-from lora_rite.bench import BASELINE, Adapter, Watch
-from lora_rite.pairs import Shape
+from lora_rite import LoRARite
+from lora_rite.bench import cases as bench
+from lora_rite.bench import host as bench_host
+from lora_rite.bench.cases import BASELINE, Watch
+from lora_rite.invariance.problems import Adapter
+from lora_rite.plan.pairs import Shape
 from lora_rite.plan.plan import make_plan
 
 pytest.importorskip("jsonargparse")
@@ -216,7 +219,7 @@ def test_the_plan_holds_where_the_host_is_measured(monkeypatch):
     """Else what is measured would be planning, and the arithmetic that it needs."""
     shapes, planned = [Shape(8, 8, 2)] * 3, []
     monkeypatch.setattr(
-        "lora_rite.optimizer.make_plan", lambda *args, f=make_plan: planned.append(f(*args)) or planned[-1]
+        "lora_rite.optim.optimizer.make_plan", lambda *args, f=make_plan: planned.append(f(*args)) or planned[-1]
     )
     bench_host.measure(shapes, 4)
     assert [len(plan.pairs) for plan in planned] == [3, 3, 0]  # of two optimizers, and of one without gradients

@@ -24,12 +24,12 @@ import torch
 
 from lora_rite import LoRARiteValueError, NonFiniteError
 from lora_rite.cli import main
-from lora_rite.finetune import checkpoint
-from lora_rite.finetune import compare as module
-from lora_rite.finetune import report as report_module
 from lora_rite.finetune import train as train_module
-from lora_rite.finetune.checkpoint import write_json
-from lora_rite.finetune.compare import FINALISTS, MAX_EXTENSIONS, Line, Study, load_recipe
+from lora_rite.run import checkpoints as checkpoint
+from lora_rite.run.checkpoints import write_json
+from lora_rite.study import compare as module
+from lora_rite.study import report as report_module
+from lora_rite.study.compare import FINALISTS, MAX_EXTENSIONS, Line, Study, load_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE = """

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_rite import LoRARite, LoRARiteError, find_pairs, pairs, param_groups
+from lora_rite import LoRARite, LoRARiteError, find_pairs, param_groups
+from lora_rite.plan import pairs
 
 
 def parameter(*shape, **kwargs):
@@ -374,7 +375,7 @@ def test_flattened_factors_are_refused():
 
 def test_pair_on_two_devices():
     """A13 (by the check itself: one machine has one device)."""
-    from lora_rite.pairs import check_pair
+    from lora_rite.plan.pairs import check_pair
 
     with pytest.raises(ValueError, match="A is on cpu and B on meta"):
         check_pair(torch.ones(2, 3), torch.ones(4, 2, device="meta"), "A", "B")

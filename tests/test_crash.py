@@ -23,8 +23,8 @@ from transformers import Trainer
 
 from lora_rite.cli import main
 from lora_rite.errors import CheckpointError, InterruptedRunError
-from lora_rite.finetune import checkpoint
 from lora_rite.finetune import train as train_module
+from lora_rite.run import checkpoints as checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "default::UserWarning")
 TOOL = Path(__file__).parents[1] / "tools" / "crash_test.py"

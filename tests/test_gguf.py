@@ -13,9 +13,9 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from lora_rite import models as models_module  # noqa: E402
 from lora_rite.cli import main  # noqa: E402
 from lora_rite.finetune import evaluate as evaluate_module  # noqa: E402
+from lora_rite.finetune import models as models_module  # noqa: E402
 from lora_rite.finetune import train as train_module  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "always::UserWarning")

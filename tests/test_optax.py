@@ -28,7 +28,7 @@ optax = pytest.importorskip("optax")
 nnx = pytest.importorskip("flax.nnx")
 import jax.numpy as jnp  # noqa: E402
 
-from lora_rite import optax as ours  # noqa: E402
+from lora_rite.optax import transformation as ours  # noqa: E402
 
 TX, PUBLISHED = ours.lora_rite(1e-2), ours.lora_rite(1e-2, **ours.PUBLISHED)
 PEFT_NAMES = ("lora_A", "lora_B")

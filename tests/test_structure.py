@@ -12,14 +12,13 @@ import lora_rite
 PACKAGE = Path(lora_rite.__file__).parent
 #: Each module (or package) imports those before it alone, also inside functions and by names in strings.
 LAYERS = (
-    "simple", "algebra", "errors", "plan", "execute", "names", "output", "options", "optax", "inputs", "modes", "pairs",
-    "optim", "optimizer", "layers", "rivals", "hf", "callback", "lightning", "invariance", "models", "bench",
-    "bench_view", "bench_host", "finetune", "theory", "cli",
+    "simple", "errors", "options", "optax", "algebra", "plan", "execute", "optim", "rivals", "integrations", "inputs",
+    "invariance", "run", "finetune", "bench", "study", "theory", "cli", "__main__",
+    *("pairs", "optimizer", "hf", "callback", "lightning"),  # the public paths of before
 )  # fmt: skip
 #: Imports that would close a circle within a package.
 CIRCLES = {
-    ("finetune.compare", "finetune.check"): "compare --check shows what check finds out about a study of compare",
-    ("finetune.untrusted", "finetune.compare"): "a string names the classes that a recipe is read into",
+    ("study.compare", "study.check"): "compare --check shows what check finds out about a study of compare",
 }
 MOST_LINES, MOST_OF_A_FUNCTION = 400, 60
 
@@ -85,27 +84,27 @@ def test_no_imports_go_in_circles():
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("algebra/linalg.py", "from ..errors import warn", "algebra.linalg imports errors"),
+        ("algebra/linalg.py", "from ..plan import plan", "algebra.linalg imports plan.plan"),
         ("plan/__init__.py", "def f():\n    from ..pairs import find_pairs", "plan imports pairs"),
-        ("execute/eager.py", "from .. import optimizer as o", "execute.eager imports optimizer"),
-        ("inputs.py", "import lora_rite.bench", "inputs imports bench"),
-        ("bench.py", "from lora_rite.finetune import train", "bench imports finetune.train"),
-        ("names.py", "if True:\n    from . import LoRARite", "names imports optimizer"),
+        ("execute/eager.py", "from .. import LoRARite as o", "execute.eager imports optim.optimizer"),
+        ("inputs.py", "import lora_rite.bench.cases", "inputs imports bench"),
+        ("rivals.py", "from lora_rite.finetune import train", "rivals imports finetune.train"),
+        ("plan/names.py", "if True:\n    from .. import LoRARite", "plan.names imports optim.optimizer"),
         ("errors.py", 'KINDS = ["lora_rite.hf:LoRARiteFactory"]', "errors imports hf"),
         ("hf.py", "from .pairs import find_pairs\nimport torch", None),
     ],
 )
 def test_an_import_is_seen(name, text, expected, tmp_path):
     """However it is written."""
-    for other in ("errors", "pairs", "optimizer", "bench", "hf", "finetune/train"):
-        (tmp_path / other).parent.mkdir(exist_ok=True)
+    for other in ("errors", "pairs", "plan/plan", "optim/optimizer", "bench", "hf", "finetune/train"):
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"{other}.py").touch()
-    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(text)
     assert wrong(imports(tmp_path)) == ([expected] if expected else [])
 
 
-@pytest.mark.parametrize("package", ["algebra", "plan", "execute"])
+@pytest.mark.parametrize("package", ["algebra", "execute"])
 def test_the_code_of_the_step_is_short(package):
     """Functions without their docstrings."""
     for path in (PACKAGE / package).rglob("*.py"):

@@ -13,10 +13,10 @@ import torch
 from transformers import DataCollatorForSeq2Seq, set_seed
 
 from lora_rite import create_lora_rite
-from lora_rite.finetune.checkpoint import write_json
 from lora_rite.finetune.data import IGNORED, read_examples, windows
-from lora_rite.finetune.demo import SETTINGS, write_data
 from lora_rite.finetune.train import attach_adapter, held_out_loss, load_model, versions
+from lora_rite.run.checkpoints import write_json
+from lora_rite.study.demo import SETTINGS, write_data
 
 ROOT = Path(__file__).parents[1]
 STEPS, SWITCH, LR = 200, 100, 1e-2

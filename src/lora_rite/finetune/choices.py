@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame
-from ..models import refuse_adapter
-from ..modes import evaluating
+from ..optim.modes import evaluating
 from .data import Example, read_examples
+from .models import refuse_adapter
 from .optimizers import OptimizerFactory, check_optimizer, option
 from .schedules import check_schedule
 from .train import (

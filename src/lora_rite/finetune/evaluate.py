@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame, parse_json, suffix
-from ..models import locate
-from .checkpoint import changes, check_folder, digest_file, list_changes, prepare_folder, write_json
+from ..run.checkpoints import changes, check_folder, digest_file, list_changes, prepare_folder, write_json
 from .data import IGNORED, RECORDS, Example, Windows, label_count, read_examples, windows
 from .labelled import predict_labelled
+from .models import locate
 from .tasks import TASKS, Row, Rows, Task, examples, find_task, require_rows
 from .train import attach_adapter, held_out_loss, load_model, versions
 from .untrusted import find_adapter

@@ -13,12 +13,12 @@ from typing import Any
 
 from ..errors import LoRARiteValueError, warn
 from ..inputs import blame
-from ..models import fused_experts, locate, refuse_adapter
-from ..modes import evaluating, without_accelerate
-from . import checkpoint
+from ..optim.modes import evaluating, without_accelerate
+from ..run import checkpoints
 from .data import IGNORED, Split, label_count, read_examples, split
 from .gguf import load_gguf
 from .labelled import predict_labelled
+from .models import fused_experts, locate, refuse_adapter
 from .optimizers import OptimizerFactory, check_optimizer, find_optimizer, option
 from .schedules import check_schedule
 from .tasks import examples, read_rows, read_task
@@ -152,8 +152,8 @@ def train(
     if group_by_length:
         held_out_rows.sort(key=lambda row: len(row["input_ids"]))
     inputs = {
-        "base_weights": checkpoint.digest_tensors(sorted(network.state_dict().items())),
-        "tokens": checkpoint.digest_rows(train_rows, held_out_rows),
+        "base_weights": checkpoints.digest_tensors(sorted(network.state_dict().items())),
+        "tokens": checkpoints.digest_rows(train_rows, held_out_rows),
     }
     set_seed(seed)
     network = attach_adapter(network, rank=rank, alpha=alpha, target_modules=target_modules, dropout=dropout)
@@ -161,7 +161,7 @@ def train(
     check_optimizer(network, **optimizer_kwargs)
     predict_labelled(network)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-    with checkpoint.locked(out):
+    with checkpoints.locked(out):
         pass  # the Trainer makes folders: from here on, the folder is known as one of ours
     arguments = training_arguments(
         out,
@@ -183,7 +183,7 @@ def train(
         report_to=report_to,
         train_sampling_strategy="group_by_length" if group_by_length else "random",
     )
-    trainer = checkpoint.crash_safe(Trainer)(
+    trainer = checkpoints.crash_safe(Trainer)(
         network,
         arguments,
         data_collator=collator,
@@ -198,12 +198,12 @@ def train(
 
     reporter = LoRARiteCallback(out / "layers.jsonl" if layers_every else None, layers_every or 1)
     add_callbacks(trainer, reporter if is_lora_rite else None, progress, measure, eval_every)
-    with checkpoint.locked(out):
+    with checkpoints.locked(out):
         if (finished := _check_folder(out, settings, resume, allow_changed)) is not None:
             return finished  # by the process that had the lock before
         if save_every:
-            checkpoint.check_space(out, network)
-        run = checkpoint.Run(out, settings, inputs, versions(), allow_changed)
+            checkpoints.check_space(out, network)
+        run = checkpoints.Run(out, settings, inputs, versions(), allow_changed)
         run.begin(resume)
         before = measure()
         run.train(trainer, steps)
@@ -408,7 +408,7 @@ def held_out_loss(
 
 def describe_optimizer(optimizer: Any) -> dict[str, Any]:
     """Name, settings of the first group, bytes of state, and LoRARite's report."""
-    from ..optimizer import LoRARite, state_bytes
+    from ..optim.optimizer import LoRARite, state_bytes
 
     optimizer = without_accelerate(optimizer)
     options = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
@@ -502,19 +502,19 @@ def _check_folder(
 ) -> dict[str, Any] | None:
     """Checks that OUT has nothing in it, or the run to resume. Returns the result where that run is finished."""
     if not resume:
-        files = (p for p in out.rglob("*") if p != out / checkpoint.LOCK)
+        files = (p for p in out.rglob("*") if p != out / checkpoints.LOCK)
         if out.is_file() or any(p.is_symlink() or not p.is_dir() for p in files):
             raise LoRARiteValueError(f"{out} is not an empty folder; choose another --out, or --resume the run in it")
         return None
-    if (stored := checkpoint.read_settings(out)) is None:
+    if (stored := checkpoints.read_settings(out)) is None:
         return None
     if unknown := sorted({*(allow_changed or [])} - {*settings, *stored["inputs"], *stored["environment"]}):
         raise LoRARiteValueError(f"--allow_changed {unknown[0]}: no such setting, input or version")
-    finished = out / checkpoint.RESULT
-    same = ("out",) if finished.is_file() else checkpoint.PLACES  # what is there, Run.begin compares
-    changed = {k: v for k, v in checkpoint.changes(stored["settings"], settings).items() if k not in same}
-    checkpoint.refuse_changes(out, changed, allow_changed)
-    return checkpoint.read_json(finished, "settings", "held_out") if finished.is_file() else None
+    finished = out / checkpoints.RESULT
+    same = ("out",) if finished.is_file() else checkpoints.PLACES  # what is there, Run.begin compares
+    changed = {k: v for k, v in checkpoints.changes(stored["settings"], settings).items() if k not in same}
+    checkpoints.refuse_changes(out, changed, allow_changed)
+    return checkpoints.read_json(finished, "settings", "held_out") if finished.is_file() else None
 
 
 def add_callbacks(trainer: Any, reporter: Any, progress: bool, measure: Callable[[], float], eval_every: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import LoRARiteValueError
-from ..names import plain_names
+from ..plan.names import plain_names
 from ..plan.sharding import local
 from ..plan.state import FROZEN_KEYS, MATRICES, STATE_KEYS, State
 from .adamw import ADAMW_STATE_KEYS

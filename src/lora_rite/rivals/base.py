@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import LoRARiteValueError
 from ..optim.precision import full_precision
-from ..pairs import find_pairs, param_groups
 from ..plan.layout import Layout, layouts
+from ..plan.pairs import find_pairs, param_groups
 from ..plan.sharding import is_sharded
 from ..plan.state import State, work_dtype
 

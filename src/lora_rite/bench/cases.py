@@ -18,19 +18,19 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .errors import LoRARiteValueError
-from .hf import create_lora_rite
-from .inputs import blame
-from .models import SHORT, configuration, fused_experts
-from .optimizer import state_bytes
-from .pairs import Shape, find_pairs
-from .rivals import LoRAMuon, PoLoRA, Shampoo
+from ..errors import LoRARiteValueError
+from ..finetune.models import SHORT, configuration, fused_experts
+from ..inputs import blame
+from ..integrations.peft import create_lora_rite
+from ..invariance.problems import Adapter, Shapes
+from ..optim.optimizer import state_bytes
+from ..plan.pairs import Shape, find_pairs
+from ..rivals import LoRAMuon, PoLoRA, Shampoo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASELINE = "AdamW (fused)"
 BOTH = (BASELINE, "LoRARite")
 WARM_UP = 3
-Shapes = list[Shape]
 
 
 # ------------------------------------------------------------------------------------------------ models and adapters
@@ -66,24 +66,6 @@ def linear_maps(model: str, layers: int | None = None, rank: int = 1) -> Shapes:
     """The pairs of an adapter on all linear maps, those of experts in one; no weights are made. (PEFT gives parameters
     that two maps share twice the rank.)"""
     return [pair.shape for pair in find_pairs(network(model, layers, rank, "meta")).pairs]
-
-
-class Adapter(nn.Module):
-    """The factors of a PEFT adapter (and their names), without a model: of what holds several pairs, the weights are on
-    the meta device, whose shape says so."""
-
-    def __init__(self, shapes: Shapes, dtype: torch.dtype, device: str):
-        super().__init__()
-        self.layers = nn.ModuleList()
-        for shape in shapes:
-            layer = nn.Module()
-            for name, (rows, columns) in (("lora_A", shape.a), ("lora_B", shape.b)):
-                factor = nn.Linear(columns, rows, bias=False, dtype=dtype, device=device)
-                setattr(layer, name, nn.ModuleDict({"default": factor}))
-            if shape.blocks > 1:
-                layer.base_layer = nn.Module()
-                layer.base_layer.weight = nn.Parameter(torch.empty(shape.weight, device="meta"), requires_grad=False)
-            self.layers.append(layer)
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .bench import BASELINE
+from .cases import BASELINE
 
 
 def table(result: dict[str, Any]) -> str:

@@ -6,13 +6,13 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
+from ..finetune.models import configuration
+from ..finetune.optimizers import create_optimizer
+from ..finetune.tasks import find_task
+from ..finetune.train import attach_adapter
 from ..inputs import one_line
-from ..models import configuration
-from ..pairs import Shape
+from ..plan.pairs import Shape
 from .compare import HEADERS, SPLITS, Study, read_data
-from .optimizers import create_optimizer
-from .tasks import find_task
-from .train import attach_adapter
 
 
 class Needs(NamedTuple):
@@ -97,8 +97,8 @@ def _state(study: Study, name: str, shapes: Counter[Shape]) -> int:
     """Bytes of an optimizer's state after a step, for pairs of these shapes in float32."""
     import torch
 
-    from ..bench import Adapter
-    from ..optimizer import state_bytes
+    from ..invariance.problems import Adapter
+    from ..optim.optimizer import state_bytes
 
     contender = study.recipe.optimizers[name]
 

@@ -31,9 +31,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError, warn
+from ..finetune.data import Example, read_examples, read_text, split
+from ..finetune.optimizers import check_optimizer, find_optimizer
+from ..finetune.schedules import check_schedule
+from ..finetune.tasks import examples, find_task, read_rows, read_task
+from ..finetune.train import check_processes, load_model, train, versions
+from ..finetune.untrusted import forbid_imports, read_config
 from ..inputs import resolve
-from ..output import tolerate
-from .checkpoint import (
+from ..run.checkpoints import (
     ALLOW_CHANGED,
     LOCK,
     RESUME,
@@ -45,12 +50,7 @@ from .checkpoint import (
     write_folder,
     write_json,
 )
-from .data import Example, read_examples, read_text, split
-from .optimizers import check_optimizer, find_optimizer
-from .schedules import check_schedule
-from .tasks import examples, find_task, read_rows, read_task
-from .train import check_processes, load_model, train, versions
-from .untrusted import forbid_imports, read_config
+from ..run.output import tolerate
 
 #: Learning rates tried beyond the recipe's grid where the best lies on its edge.
 MAX_EXTENSIONS = 4
@@ -182,7 +182,7 @@ def load_recipe(path: Path) -> Recipe:
     from jsonargparse import ArgumentParser
 
     config = read_config(path)  # which may come from a stranger
-    forbid_imports()
+    forbid_imports(Data, Contender)
     for key, kind in (("tasks", Data), ("optimizers", Contender)):
         _check_parts(config.get(key) or {}, kind, f"{path}: {key}")
     parser, options = ArgumentParser(exit_on_error=False), ArgumentParser(exit_on_error=False)
@@ -429,7 +429,7 @@ def compare(
 
     for task in study.recipe.tasks.values():
         if task.evaluate:  # what is missing for it must not be found out after hours of training
-            from .evaluate import evaluate
+            from ..finetune.evaluate import evaluate
 
             evaluate(task.evaluate, data_dir=data_dir, dry_run=True, progress=False)
     _check_folder(out, study.recipe)  # nothing is written into a folder that is not ours
@@ -508,7 +508,7 @@ def read_new_data(recipe: Recipe, folder: Path, data_dir: Path | None) -> dict[s
 def _check_models(study: Study, found: dict[str, dict[str, list[Example]]]) -> None:
     """Loads the models of new tasks, and checks them and the tasks' texts as ``lora-rite train`` does, one model at a
     time. Where a recipe's function trains, it is the one that knows what it takes."""
-    from .limits import prepare_windows
+    from ..finetune.limits import prepare_windows
 
     if study.recipe.function is not None:
         return
@@ -651,7 +651,7 @@ def _train(options: dict[str, Any], evaluation: dict[str, Any]) -> float:
                 shutil.rmtree(out)
             loss = train(**options, resume=resume, progress=False)["held_out"]["after"]
         if evaluation["tasks"]:
-            from .evaluate import evaluate
+            from ..finetune.evaluate import evaluate
 
             evaluate(**evaluation, progress=False)
     except NonFiniteError as error:

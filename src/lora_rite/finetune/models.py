@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import LoRARiteValueError
-from .inputs import blame, parse_json, suffix
+from ..errors import LoRARiteValueError
+from ..inputs import blame, parse_json, suffix
 
 #: The folder of the embedded model.
-TINY = Path(__file__).parent / "finetune" / "tiny"
+TINY = Path(__file__).parent / "tiny"
 #: transformers' model type and settings by hub id, from the public configurations: Gemma's needs a licence on the hub.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "google/gemma-2b": (

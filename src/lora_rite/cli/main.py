@@ -15,9 +15,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from . import __version__
-from .errors import InterruptedRunError, LoRARiteError, LoRARiteValueError, WriteError
-from .output import flush, tolerant_output
+from .. import __version__
+from ..errors import InterruptedRunError, LoRARiteError, LoRARiteValueError, WriteError
+from ..run.output import flush, tolerant_output
 
 #: The exit code where whoever read the output has gone: that of SIGPIPE.
 READER_GONE = 141
@@ -33,7 +33,7 @@ def demo(out: Path = Path("demo"), seeds: int = 2, progress: bool = True) -> Non
         seeds: number of runs of each optimizer, with seeds 0, 1, ….
         progress: show progress bars.
     """
-    from .finetune.demo import demo as run
+    from ..study.demo import demo as run
 
     run(out, seeds=seeds, progress=progress)
 
@@ -54,8 +54,8 @@ def pairs(
         rank: rank of a new adapter.
         trust_remote_code: allow the model's own code to run.
     """
-    from .finetune.train import attach_adapter, load_model
-    from .pairs import find_pairs
+    from ..finetune.train import attach_adapter, load_model
+    from ..plan.pairs import find_pairs
 
     network, _ = load_model(model, trust_remote_code=trust_remote_code)
     print(find_pairs(attach_adapter(network, adapter=adapter, rank=rank, target_modules=target_modules)))
@@ -167,9 +167,11 @@ def bench_host(
 
 
 def _bench(name: str, arguments: dict[str, Any]) -> None:
-    from . import bench, bench_host, bench_view
-    from .finetune.checkpoint import prepare_file, write_json
-    from .finetune.train import versions
+    from ..bench import cases as bench
+    from ..bench import host as bench_host
+    from ..bench import view as bench_view
+    from ..finetune.train import versions
+    from ..run.checkpoints import prepare_file, write_json
 
     out, plot = arguments.pop("out"), arguments.pop("plot", None)
     if out is not None:
@@ -234,7 +236,7 @@ def audit_verb(
         trust_remote_code: allow the model's own code to run.
     """
     arguments = locals()
-    from .finetune.audit import audit_command
+    from ..study.audit import audit_command
 
     return audit_command(**arguments)
 
@@ -257,21 +259,21 @@ def theory_verb(
         out: folder for EXPERIMENT.json and EXPERIMENT.png.
         settings: keyword arguments of the experiment's run function, to make it smaller or larger.
     """
-    from .theory import theory
+    from ..theory import theory
 
     theory(experiment, out, **(settings or {}))
 
 
 def train(**kwargs: Any) -> None:
-    from .finetune.train import summary
-    from .finetune.train import train as run
+    from ..finetune.train import summary
+    from ..finetune.train import train as run
 
     print(summary(run(**kwargs)))
 
 
 def evaluate(**kwargs: Any) -> None:
-    from .finetune.evaluate import evaluate as run
-    from .finetune.evaluate import table
+    from ..finetune.evaluate import evaluate as run
+    from ..finetune.evaluate import table
 
     if (result := run(**kwargs)) and not kwargs["dry_run"]:
         print(table(result), end="")
@@ -315,7 +317,7 @@ def _join_lists(words: list[str], lists: dict[str, Any]) -> list[str]:
 
 
 def compare(**kwargs: Any) -> None:
-    from .finetune.compare import compare as run
+    from ..study.compare import compare as run
 
     run(**kwargs)
 
@@ -328,7 +330,7 @@ def report(folder: Path) -> None:
     Args:
         folder: folder of the study, the --out of lora-rite compare.
     """
-    from .finetune.report import report as run
+    from ..study.report import report as run
 
     print(run(folder))
 
@@ -372,10 +374,10 @@ def _main(argv: Sequence[str] | None) -> int:
     except ImportError:
         print('lora-rite: the command line needs its extra: pip install "lora-rite[finetune]"', file=sys.stderr)
         return 1
-    from .finetune.compare import compare as compare_function
-    from .finetune.evaluate import evaluate as evaluate_function
-    from .finetune.train import train as train_function
-    from .finetune.untrusted import CODE, forbid_imports, names_code, read_config
+    from ..finetune.evaluate import evaluate as evaluate_function
+    from ..finetune.train import train as train_function
+    from ..finetune.untrusted import CODE, forbid_imports, names_code, read_config
+    from ..study.compare import compare as compare_function
 
     forbid_imports()
     places: dict[str, str] = {}  # file:line of what came from a config file
@@ -480,7 +482,3 @@ def _main(argv: Sequence[str] | None) -> int:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
             return WriteError.exit_code if full else getattr(error, "exit_code", 1)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import LoRARiteError, LoRARiteValueError
-from .inputs import one_line, resolve
-from .modes import evaluating, two_modes
-from .optimizer import LoRARite
-from .pairs import Pair, find_pairs, param_groups
-from .plan.layout import layouts
+from ..errors import LoRARiteError, LoRARiteValueError
+from ..inputs import one_line, resolve
+from ..optim.modes import evaluating, two_modes
+from ..optim.optimizer import LoRARite
+from ..plan.layout import layouts
+from ..plan.pairs import Pair, find_pairs, param_groups
 
 Loss = Callable[[Any, int], Tensor]
 Takes = Literal["params", "named", "model"]

@@ -558,7 +558,7 @@ class Run:
         import torch
         from safetensors.torch import load_file
 
-        from ..modes import two_modes
+        from ..optim.modes import two_modes
 
         if self.checkpoint is None:
             return
@@ -574,8 +574,8 @@ class Run:
     def _checks(self, trainer: Any) -> Any:
         from transformers import TrainerCallback
 
-        from ..hf import unwrap
-        from ..optimizer import LoRARite
+        from ..integrations.peft import unwrap
+        from ..optim.optimizer import LoRARite
 
         run = self
 
@@ -605,7 +605,7 @@ class Run:
         """
         from safetensors.torch import save_file
 
-        from ..modes import evaluating, two_modes
+        from ..optim.modes import evaluating, two_modes
 
         step = trainer.state.global_step
         for name, p in _trained(trainer.model):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
-from .checkpoint import read_json
+from ..run.checkpoints import read_json
 
 CONFIDENCE = 0.95
 #: Fewer seeds decide nothing, whatever the test says of them.
@@ -237,7 +237,7 @@ def report(folder: Path) -> Path:
     cases = [Case(t, r, study, folder) for t in study["recipe"]["tasks"] for r in study["recipe"]["ranks"]]
     figures = {f"figures/{case.slug}.svg": figure(case, cases).encode() for case in cases if case.rows}
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lora_rite.finetune", "."),
+        loader=jinja2.PackageLoader("lora_rite.study", "."),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,

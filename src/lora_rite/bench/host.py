@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .bench import WARM_UP, Contender, Shapes, check, spread
-from .pairs import Shape
+from ..plan.pairs import Shape
+from .cases import WARM_UP, Contender, Shapes, check, spread
 
 FOREACH = "AdamW (foreach)"
 #: What LoRARite does in each step before it looks at any factor → the methods that do it.

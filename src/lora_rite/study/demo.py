@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
-from .checkpoint import write_json
-from .data import Example
+from ..finetune.data import Example
+from ..finetune.train import train, versions
+from ..run.checkpoints import write_json
 from .report import step_at
-from .train import train, versions
 
 
 class Entry(NamedTuple):

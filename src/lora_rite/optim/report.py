@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from .execute import eager
-from .names import plain_names
+from ..execute import eager
+from ..plan.layout import rank_of
+from ..plan.names import plain_names
+from ..plan.plan import make_plan
+from ..plan.state import ALGEBRA, MATRICES
 from .optimizer import LoRARite
-from .plan.layout import rank_of
-from .plan.plan import make_plan
-from .plan.state import ALGEBRA, MATRICES
 
 
 @torch.no_grad()

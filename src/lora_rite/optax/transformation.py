@@ -19,9 +19,9 @@ from functools import partial
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
-from .errors import LoRARiteTypeError, LoRARiteValueError
-from .options import KNOWN_LATER, PUBLISHED
-from .options import check as check_options
+from ..errors import LoRARiteTypeError, LoRARiteValueError
+from ..options import KNOWN_LATER, PUBLISHED
+from ..options import check as check_options
 
 try:
     import jax
