@@ -27,7 +27,7 @@ def test_the_optimizer_needs_torch_alone():
 
 
 def test_help_of_the_command_line_is_light():
-    code = "from lora_rite.cli.main import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass"
+    code = "from lora_rite.cli.program import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass"
     assert not {"torch", "transformers", "peft"} & loaded_after(code)
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 pytest.importorskip("jsonargparse")
 
 from lora_rite.cli import main
-from lora_rite.cli.main import READER_GONE
+from lora_rite.cli.program import READER_GONE
 from lora_rite.run.output import tolerant_output
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -149,7 +149,7 @@ def test_streams_that_are_none_or_no_files_are_left_alone(monkeypatch, data):
 #: A verb that prints so many bytes, or fails otherwise; the command line around it is the real one.
 STUB = """
 import sys
-import lora_rite.cli.main as cli
+import lora_rite.cli.program as cli
 
 def pairs(model="tiny"):
     {body}

@@ -71,7 +71,7 @@ def fork(arguments: list[str], log: Path, failpoint: str = "", limit: int = 0) -
 
         import torch
 
-        from lora_rite.cli.main import main
+        from lora_rite.cli.program import main
 
         torch.set_num_threads(1)
         os.environ["LORA_RITE_FAILPOINT"] = failpoint

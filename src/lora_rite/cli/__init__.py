@@ -1,5 +1,5 @@
 """The command line, ``lora-rite``."""
 
-from .main import main
+from .program import main
 
 __all__ = ["main"]
