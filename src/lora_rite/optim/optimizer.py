@@ -84,6 +84,9 @@ class LoRARite(torch.optim.Optimizer):
             non-finite gradient, or with a factor that was changed from outside, is skipped on the device, and
             ``report()`` says so. Take a first step before the capture, and give ``lr`` as a tensor if it is to change.
             Not with ``apply_escape``. One value for all groups.
+        scaling: what the model multiplies B·A by (alpha/r; rsLoRA: alpha/√r). lr, clipping and eps are then those of W,
+            lr at rank 16: one value suits every alpha and, nearly, every rank. None: they are those of B·A as it is.
+            :func:`lora_rite.create_lora_rite` and :func:`lora_rite.param_groups` read it off the model's layers.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: for the trainable parameters that are not factors (they
             become ``lr``, ``betas``, … of a group of kind "adamw", so that schedulers act on it too). Without
             ``adamw_lr`` such parameters are an error: LoRA-RITE's learning rate does not suit them.
@@ -137,6 +140,7 @@ class LoRARite(torch.optim.Optimizer):
         balance_param: bool = False,
         maximize: bool = False,
         capturable: bool = False,
+        scaling: float | None = None,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
@@ -147,7 +151,7 @@ class LoRARite(torch.optim.Optimizer):
             "row_equilibration": row_equilibration, "row_beta": row_beta, "relative_eps": relative_eps,
             "clip_unmagnified_grad": clip_unmagnified_grad, "update_skipping": update_skipping,
             "update_capping": update_capping, "apply_escape": apply_escape, "balance_param": balance_param,
-            "maximize": maximize, "capturable": capturable, "skipped": 0,
+            "maximize": maximize, "capturable": capturable, "scaling": scaling, "skipped": 0,
         }  # fmt: skip
         _check_hyperparameters(defaults)
         self._adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
@@ -381,7 +385,7 @@ class LoRARite(torch.optim.Optimizer):
         buckets = plan.buckets
         starts = [eager.begin(bucket, memory) for bucket, memory in zip(buckets, plan.workspaces(), strict=True)]
         measured = [eager.measure(bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
-        squares = [eager.norm_square(m) for m in measured]
+        squares = [eager.norm_square(*of_bucket) for of_bucket in zip(buckets, measured, strict=True)]
         norm = sum((s.to(squares[0].device) for s in squares[1:]), squares[0]).sqrt() if buckets else torch.zeros(())
         so_far = list(zip(buckets, starts, measured, strict=True))
         preconditioned = [eager.precondition(*phases, norm) for phases in so_far]
