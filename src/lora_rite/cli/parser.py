@@ -35,13 +35,13 @@ class CommandLine:
             prog="lora-rite", description="Fine-tuning with LoRA-RITE.", version=__version__, exit_on_error=False
         )
         commands = {"": self.parser.add_subcommands(dest="verb")}
-        for group, what in groups.items():
-            parts = ArgumentParser(description=f"{what}.", exit_on_error=False)
-            names = ", ".join(name.split()[1] for name in verbs if name.startswith(f"{group} "))
-            commands[""].add_subcommand(group, parts, help=f"{what}: {names}.")
-            commands[group] = parts.add_subcommands(dest="part")
         for name, verb in verbs.items():
             parent, _, own = name.rpartition(" ")
+            if parent not in commands:
+                what, names = groups[parent], ", ".join(n.split()[1] for n in verbs if n.startswith(f"{parent} "))
+                group = ArgumentParser(description=f"{what}.", exit_on_error=False)
+                commands[""].add_subcommand(parent, group, help=f"{what}: {names}.")
+                commands[parent] = group.add_subcommands(dest="part")
             function = verb.run if verb.signature is None else resolve(verb.signature)
             summary = (function.__doc__ or "").split("\n")[0]
             commands[parent].add_subcommand(own, self._make(function, verb.positional), help=summary)
