@@ -54,7 +54,7 @@ def pairs(
         rank: rank of a new adapter.
         trust_remote_code: allow the model's own code to run.
     """
-    from ..finetune.train import attach_adapter, load_model
+    from ..finetune.load import attach_adapter, load_model
     from ..plan.pairs import find_pairs
 
     network, _ = load_model(model, trust_remote_code=trust_remote_code)
@@ -170,8 +170,8 @@ def _bench(name: str, arguments: dict[str, Any]) -> None:
     from ..bench import cases as bench
     from ..bench import host as bench_host
     from ..bench import view as bench_view
-    from ..finetune.train import versions
-    from ..run.checkpoints import prepare_file, write_json
+    from ..run.files import prepare_file, write_json
+    from ..run.versions import versions
 
     out, plot = arguments.pop("out"), arguments.pop("plot", None)
     if out is not None:

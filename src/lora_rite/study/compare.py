@@ -31,26 +31,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError, warn
+from ..finetune.checks import check_processes
 from ..finetune.data import Example, read_examples, read_text, split
+from ..finetune.load import load_model
 from ..finetune.optimizers import check_optimizer, find_optimizer
 from ..finetune.schedules import check_schedule
 from ..finetune.tasks import examples, find_task, read_rows, read_task
-from ..finetune.train import check_processes, load_model, train, versions
+from ..finetune.train import train
 from ..finetune.untrusted import forbid_imports, read_config
 from ..inputs import resolve
-from ..run.checkpoints import (
-    ALLOW_CHANGED,
-    LOCK,
-    RESUME,
-    changes,
-    environment,
-    list_changes,
-    read_json,
-    read_settings,
-    write_folder,
-    write_json,
-)
+from ..run.files import LOCK, read_json, write_folder, write_json
 from ..run.output import tolerate
+from ..run.settings import ALLOW_CHANGED, RESUME, changes, list_changes, read_settings
+from ..run.versions import environment, versions
 
 #: Learning rates tried beyond the recipe's grid where the best lies on its edge.
 MAX_EXTENSIONS = 4

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
 from ..finetune.data import Example
-from ..finetune.train import train, versions
-from ..run.checkpoints import write_json
+from ..finetune.train import train
+from ..run.files import write_json
+from ..run.versions import versions
 from .report import step_at
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
-from ..run.checkpoints import read_json
+from ..run.files import read_json
 
 CONFIDENCE = 0.95
 #: Fewer seeds decide nothing, whatever the test says of them.
