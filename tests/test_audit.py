@@ -229,7 +229,7 @@ def test_bad_arguments():
 @pytest.fixture(scope="module")
 def tiny():
     peft = pytest.importorskip("peft")
-    from lora_rite.finetune.train import load_model
+    from lora_rite.finetune.load import load_model
 
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[0], lora_dropout=0.1)

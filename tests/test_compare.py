@@ -25,8 +25,8 @@ import torch
 from lora_rite import LoRARiteValueError, NonFiniteError
 from lora_rite.cli import main
 from lora_rite.finetune import train as train_module
-from lora_rite.run import checkpoints as checkpoint
-from lora_rite.run.checkpoints import write_json
+from lora_rite.run.files import write_json
+from lora_rite.run.run import Run
 from lora_rite.study import compare as compare_module
 from lora_rite.study import data as data_module
 from lora_rite.study import results, runner, workers
@@ -401,15 +401,15 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch,
 
     small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "steps: 2": "steps: 4, save_every: 2", "[0, 1]": "[0]"}
     assert run("compare", recipe(**small), "--out", tmp_path / "whole") == 0
-    save, steps = checkpoint.Run.save, []
+    save, steps = Run.save, []
 
     def save_and_stop(self, *args, **kwargs):
         save(self, *args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.Run, "save", save_and_stop)
+    monkeypatch.setattr(Run, "save", save_and_stop)
     assert run("compare", recipe(**small), "--out", tmp_path / "parts") == 130
-    monkeypatch.setattr(checkpoint.Run, "save", save)
+    monkeypatch.setattr(Run, "save", save)
     original = Trainer.training_step
     monkeypatch.setattr(
         Trainer,

@@ -18,9 +18,9 @@ import adapters  # noqa: E402
 
 from lora_rite.bench import cases as bench  # noqa: E402
 from lora_rite.cli import main  # noqa: E402
+from lora_rite.finetune.load import attach_adapter, load_model  # noqa: E402
 from lora_rite.finetune.models import TINY  # noqa: E402
 from lora_rite.finetune.optimizers import create_optimizer  # noqa: E402
-from lora_rite.finetune.train import attach_adapter, load_model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -71,8 +71,8 @@ def test_configurations_are_those_of_the_models(name, parameters):
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from lora_rite import find_pairs
+    from lora_rite.finetune.load import attach_adapter
     from lora_rite.finetune.models import configuration
-    from lora_rite.finetune.train import attach_adapter
 
     config = configuration(f"google/{name}", "train.model")
     build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

@@ -339,7 +339,7 @@ def bench_scaling(
 
 
 def hardware() -> dict[str, Any]:
-    """What :func:`lora_rite.finetune.train.versions` does not say."""
+    """What :func:`lora_rite.run.versions.versions` does not say."""
     from importlib import metadata, util
 
     info = Path("/proc/cpuinfo")

@@ -73,7 +73,7 @@ def pairs(
         rank: rank of a new adapter.
         trust_remote_code: allow the model's own code to run.
     """
-    from ..finetune.train import attach_adapter, load_model
+    from ..finetune.load import attach_adapter, load_model
     from ..plan.pairs import find_pairs
 
     network, _ = load_model(model, trust_remote_code=trust_remote_code)

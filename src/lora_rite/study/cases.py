@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ..run.checkpoints import read_json
+from ..run.files import read_json
 from .statistics import Difference, difference, mean_interval, plus_minus, step_at
 
 #: A learning rate is good where its validation loss exceeds the optimizer's best by no more than this share.

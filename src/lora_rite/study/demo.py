@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
 from ..finetune.data import Example
-from ..finetune.train import train, versions
-from ..run.checkpoints import write_json
+from ..finetune.train import train
 from ..run.console import table
+from ..run.files import write_json
+from ..run.versions import versions
 from .statistics import step_at
 
 

@@ -16,7 +16,7 @@ from ..finetune.tasks import find_task
 from ..finetune.train import train
 from ..finetune.untrusted import forbid_imports, read_config
 from ..inputs import resolve
-from ..run.checkpoints import ALLOW_CHANGED, RESUME
+from ..run.settings import ALLOW_CHANGED, RESUME
 
 #: The name of the task whose text every installation has.
 HEADERS = "torch-headers"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
-from ..run.checkpoints import read_json
+from ..run.files import read_json
 from .cases import GOOD, Case
 from .plots import figure
 from .statistics import LEAST_SEEDS, plus_minus
