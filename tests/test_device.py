@@ -17,7 +17,7 @@ from lora_rite import LoRARite, NonFiniteError, layer_report
 from lora_rite.algebra.basis import orthonormalise
 from lora_rite.algebra.linalg import inverse_of, trace
 from lora_rite.algebra.step import damped_inverse, preconditioner
-from lora_rite.bench.cases import Watch
+from lora_rite.bench.watch import Watch
 from lora_rite.optim.precision import full_precision
 
 SHAPES = [(4, 9, 7), (4, 9, 7), (4, 18, 13), (3, 5, 6)]

@@ -98,7 +98,10 @@ def test_an_import_is_seen(name, text, expected, tmp_path):
     assert wrong(imports(tmp_path)) == ([expected] if expected else [])
 
 
-@pytest.mark.parametrize("package", ["algebra", "execute", "run", "finetune", "study", "theory", "cli"])
+@pytest.mark.parametrize(
+    "package",
+    ["algebra", "execute", "optax", "invariance", "run", "finetune", "bench", "study", "theory", "cli"],
+)
 def test_the_code_of_the_step_is_short(package):
     """Functions without their docstrings."""
     for path in (PACKAGE / package).rglob("*.py"):
