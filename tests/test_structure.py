@@ -104,7 +104,7 @@ def test_an_import_is_seen(name, text, expected, tmp_path):
     assert wrong(imports(tmp_path)) == ([expected] if expected else [])
 
 
-@pytest.mark.parametrize("package", ["algebra", "execute"])
+@pytest.mark.parametrize("package", ["algebra", "plan", "execute", "optim", "rivals", "integrations"])
 def test_the_code_of_the_step_is_short(package):
     """Functions without their docstrings."""
     for path in (PACKAGE / package).rglob("*.py"):
