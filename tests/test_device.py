@@ -341,9 +341,9 @@ def test_precision_is_one_setting_for_all_threads_and_stays_inherited(monkeypatc
     matmul.fp32_precision = "none"
     monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
     try:
-        with full_precision({"cpu"}):
+        with full_precision([{"params": [torch.zeros(1)]}]):
             assert matmul.fp32_precision == "ieee"
-            inner = full_precision({"cpu"})
+            inner = full_precision([{"params": [torch.zeros(1)]}])
             inner.__enter__()  # (another thread begins)
         assert matmul.fp32_precision == "ieee"
         inner.__exit__(None, None, None)

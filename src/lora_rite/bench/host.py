@@ -19,7 +19,7 @@ from .watch import spread
 
 FOREACH = "AdamW (foreach)"
 #: What LoRARite does in each step before it looks at any factor → the methods that do it.
-PARTS = {"plan": ("_current_plan",), "checks": ("_check_idle", "_check_settings", "_check_adamw")}
+PARTS = {"plan": ("_current_plan",), "checks": ("_check",)}
 #: The rows: parts of LoRARite's step that touch no factor, and whole steps.
 ROWS = (*PARTS, "bookkeeping", "LoRARite", FOREACH)
 
