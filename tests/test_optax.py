@@ -28,7 +28,8 @@ optax = pytest.importorskip("optax")
 nnx = pytest.importorskip("flax.nnx")
 import jax.numpy as jnp  # noqa: E402
 
-from lora_rite.optax import transformation as ours  # noqa: E402
+from lora_rite import optax as ours  # noqa: E402
+from lora_rite.optax import algebra  # noqa: E402
 
 TX, PUBLISHED = ours.lora_rite(1e-2), ours.lora_rite(1e-2, **ours.PUBLISHED)
 PEFT_NAMES = ("lora_A", "lora_B")
@@ -162,6 +163,11 @@ PROBLEMS = {  # (r, n, m) and the zero factor of each pair; options; the gradien
     "defaults": ([((4, 9, 7), "B"), ((4, 20, 7), "B"), ((8, 30, 40), None)], {"weight_decay": 0.1}, None),
     "low_rank": ([((8, 50, 40), "B"), ((8, 40, 50), "A")], {}, 2),
     "everything": ([((4, 9, 7), None), ((4, 9, 7), "B")], EVERYTHING, None),
+    "scaled": (
+        [((4, 9, 7), "B"), ((8, 30, 40), None)],
+        {"scaling": 3.0, "weight_decay": 0.1, "eps": 1e-2, "update_skipping": 4.0, "clip_unmagnified_grad": 5.0},
+        None,
+    ),
     "summed": ([((4, 9, 7), None), ((4, 20, 7), "B")], SUMMED, None),
     "wide": ([((16, 12, 20), None), ((16, 12, 20), "B"), ((6, 30, 4), None)], {}, None),
 }
@@ -571,7 +577,7 @@ def test_stochastic_rounding(dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(np.concatenate([rng.normal(size=20), 1e-6 * rng.normal(size=20), [0.0, 1.0, -2.5]]), jnp.float32)
     many = jnp.tile(x, (4000, 1))
-    rounded = np.asarray(ours._stochastic_round(many, jnp.dtype(dtype), jax.random.key(7)))
+    rounded = np.asarray(algebra.stochastic_round(many, jnp.dtype(dtype), jax.random.key(7)))
     assert np.array_equal(rounded, np.asarray(jnp.asarray(rounded).astype(dtype).astype(jnp.float32)))
     exact = np.asarray(x.astype(dtype).astype(jnp.float32) == x)
     assert exact.sum() >= 3
@@ -704,4 +710,4 @@ def test_imports():
 
 
 def test_constants_are_those_of_torch():
-    assert (ours.PUBLISHED, ours.LIVE, ours.NOISE) == (lora_rite.PUBLISHED, basis.LIVE, basis.NOISE)
+    assert (ours.PUBLISHED, algebra.LIVE, algebra.NOISE) == (lora_rite.PUBLISHED, basis.LIVE, basis.NOISE)

@@ -6,13 +6,15 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
+from ..finetune.load import attach_adapter
 from ..finetune.models import configuration
 from ..finetune.optimizers import create_optimizer
 from ..finetune.tasks import find_task
-from ..finetune.train import attach_adapter
 from ..inputs import one_line
 from ..plan.pairs import Shape
-from .compare import HEADERS, SPLITS, Study, read_data
+from .data import read_data
+from .recipe import HEADERS, SPLITS
+from .search import Study
 
 
 class Needs(NamedTuple):
