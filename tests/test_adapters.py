@@ -262,7 +262,7 @@ def test_plain_products_on_a_grouped_convolution_are_single_pairs():
 
 
 def test_lr_times_alpha_over_rank_is_what_counts():
-    """Without ``scaling``, twice alpha at half the lr is the same fine-tune (clipping apart, and eps, which is small)."""
+    """Without ``scaling``, twice alpha at half the lr is the same fine-tune (clipping and eps apart)."""
     products = []
     for alpha, lr in ((4, 1e-2), (8, 5e-3)):
         model = adapted(linear, lora_alpha=alpha)().double()
