@@ -1,4 +1,4 @@
-"""The command line: ``lora-rite demo | train | eval | compare | report | pairs | bench | audit | theory``.
+"""The command line: ``lora-rite demo | train | eval | generate | chat | merge | push | compare | report | pairs | …``.
 
 Heavy imports are inside the verbs.
 """
@@ -18,7 +18,10 @@ from typing import Any, Literal, get_args, get_origin
 from .. import __version__
 from ..errors import InterruptedRunError, LoRARiteError, LoRARiteValueError, WriteError
 from ..run.output import flush, tolerant_output
+from . import after
 
+#: Verbs whose required arguments have no option's name.
+POSITIONAL = ("compare", "report", "merge", "generate", "chat", "push")
 #: The exit code where whoever read the output has gone: that of SIGPIPE.
 READER_GONE = 141
 
@@ -412,6 +415,10 @@ def _main(argv: Sequence[str] | None) -> int:
         "demo": (demo, demo),
         "train": (train_function, train),
         "eval": (evaluate_function, evaluate),
+        "generate": (after.generate, after.generate),
+        "chat": (after.chat, after.chat),
+        "merge": (after.merge, after.merge),
+        "push": (after.push, after.push),
         "compare": (compare_function, compare),
         "report": (report, report),
         "pairs": (pairs, pairs),
@@ -438,7 +445,7 @@ def _main(argv: Sequence[str] | None) -> int:
         switches = [p for p in parameters if isinstance(p.default, bool)]
         lists.update({f"--{p.name}": p.annotation for p in parameters if _item_type(p.annotation) is not None})
         skip: set[str | int] = {p.name for p in switches}
-        verb.add_function_arguments(signature, as_group=False, as_positional=name in ("compare", "report"), skip=skip)
+        verb.add_function_arguments(signature, as_group=False, as_positional=name in POSITIONAL, skip=skip)
         texts = {p.arg_name: p.description for p in docstring_parser.parse(signature.__doc__ or "").params}
         for p in switches:  # --resume instead of --resume true
             verb.add_argument(f"--{p.name}", action=ActionYesNo, default=p.default, help=texts[p.name])

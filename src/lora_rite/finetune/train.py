@@ -20,6 +20,7 @@ from .gguf import load_gguf
 from .labelled import predict_labelled
 from .models import fused_experts, locate, refuse_adapter
 from .optimizers import OptimizerFactory, check_optimizer, find_optimizer, option
+from .publish import check_push, export, next_commands, push
 from .schedules import check_schedule
 from .tasks import examples, read_rows, read_task
 from .untrusted import check_adapter
@@ -66,12 +67,13 @@ def train(
     allow_changed: list[str] | None = None,
     skip_bad_lines: bool = False,
     trust_remote_code: bool = False,
+    push_to_hub: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Fine-tunes a LoRA adapter and writes it, with the figures of the run, into a folder.
 
-    Into OUT go ``adapter/`` (for ``PeftModel.from_pretrained``), ``result.json`` (settings, versions, losses, times),
-    ``settings.json`` and, while the run goes on, ``checkpoints/``.
+    Into OUT go ``adapter/`` (for ``PeftModel.from_pretrained``; with its tokenizer and model card), ``result.json``
+    (settings, versions, losses, times), ``settings.json`` and, while the run goes on, ``checkpoints/``.
 
     Args:
         out: folder for the results; must be new or empty, except with --resume.
@@ -119,10 +121,17 @@ def train(
             that may differ from the interrupted run.
         skip_bad_lines: leave out lines of .jsonl files that cannot be used, and say how many.
         trust_remote_code: allow the model's own code to run.
+        push_to_hub: then upload the adapter to this repository of the hub (a new one is private), as lora-rite push.
         progress: show a progress bar.
     """
+    if push_to_hub is not None:
+        options = {**locals(), "push_to_hub": None}
+        check_push("--push_to_hub", push_to_hub)
+        result = train(**options)
+        print(push(out, push_to_hub))
+        return result
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in locals().items()}
-    for key in ("resume", "progress", "allow_changed"):
+    for key in ("resume", "progress", "allow_changed", "push_to_hub"):
         settings.pop(key)
     _check(settings)
     if lr is None and optimizer not in DEFAULT_LR:
@@ -236,7 +245,7 @@ def train(
             "versions": versions(),
         }
         with evaluating(trainer.optimizer):
-            run.finish(lambda folder: network.save_pretrained(str(folder), safe_serialization=True), result)
+            run.finish(lambda folder: export(folder, network, tokenizer, result), result)
     return result
 
 
@@ -311,15 +320,16 @@ def _read(
     return split(found, holdout, seed), {"train": source, "held_out": f"{holdout:g} of {source}"}
 
 
-def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_model(name: str, *, bf16: bool = False, dtype: Any = None, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """A language model (encoder–decoder where its config says so) and its tokenizer, from a hub id, a local folder, a
-    GGUF file (whose weights are dequantised, with a warning that says so), or "tiny"."""
+    GGUF file (whose weights are dequantised, with a warning that says so), or "tiny". A ``dtype`` that is given (torch's,
+    or "auto" for the checkpoint's, not for GGUF files) is taken instead of what ``bf16`` says."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = dtype or (torch.bfloat16 if bf16 else torch.float32)
     nowhere = "" if name == "tiny" or Path(name).exists() else " (a hub id: there is no such folder)"
     with blame(f"cannot load --model {name}{nowhere}"):
         place, options = locate(name)
@@ -380,7 +390,8 @@ def summary(result: dict[str, Any]) -> str:
         f"perplexity {perplexity['before']:.2f} → {perplexity['after']:.2f} ({loss['tokens']} tokens)\n"
         + spent.format(**took)
         + (f"{cut} examples are longer than --max_length and were cut\n" if cut else "")
-        + f"adapter and result.json in {result['settings']['out']}"
+        + f"adapter and result.json in {result['settings']['out']}\n"
+        + next_commands(result)
     )
 
 
