@@ -86,7 +86,7 @@ def adapter_card(result: dict[str, Any], config: dict[str, Any]) -> str:
         "held-out data": f"{local(data['held_out'])}, {examples['held_out']} examples",
         "optimizer": f"{settings['optimizer']}{options}, weight decay {settings['weight_decay']:g}",
         "learning rate": f"{settings['lr']:g}, {settings['scheduler']}, warm-up {settings['warmup']:g} of the steps",
-        "steps": f"{settings['steps']} of {windows} windows, each of at most {settings['max_length']} tokens",
+        "steps": f"{settings['steps']}, each of {windows} windows of at most {settings['max_length']} tokens",
         "LoRA": f"rank {settings['rank']}, alpha {settings['alpha']:g}, dropout {settings['dropout']:g}, "
         f"on {settings['target_modules']}",
         "held-out loss": f"{loss['before']:.4f} before, {loss['after']:.4f} after (nat a token, of {loss['tokens']})",
@@ -94,7 +94,8 @@ def adapter_card(result: dict[str, Any], config: dict[str, Any]) -> str:
         "seed": settings["seed"],
         "versions": ", ".join(f"{package} {result['versions'][package]}" for package in PACKAGES),
     }
-    base = settings["model"] if is_hub_id(settings["model"]) else "…"
+    name = settings["model"]
+    base = json.dumps(name) if is_hub_id(name) else f'"…"  # {_plain(_base_name(name))}'
     kind = f"AutoModelFor{'Causal' if causal else 'Seq2Seq'}LM"
     text = f"""
 A LoRA adapter, trained with [LoRA-RITE](https://arxiv.org/abs/2410.20625)'s `lora-rite train`.
@@ -105,7 +106,8 @@ A LoRA adapter, trained with [LoRA-RITE](https://arxiv.org/abs/2410.20625)'s `lo
 from peft import PeftModel
 from transformers import {kind}, AutoTokenizer
 
-base, adapter = {json.dumps(base, ensure_ascii=False)}, "…"  # the adapter: this folder, or its id on the hub
+base = {base}
+adapter = "…"  # this folder, or its id on the hub
 model = PeftModel.from_pretrained({kind}.from_pretrained(base), adapter)
 tokenizer = AutoTokenizer.from_pretrained(adapter)
 ```
@@ -151,7 +153,7 @@ def _table(rows: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     """A value on one line, as text that is no Markdown or HTML."""
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(str(value).split()))
+    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(str(value).split()))
 
 
 def _base_name(model: str) -> str:

@@ -322,8 +322,8 @@ def _read(
 
 def load_model(name: str, *, bf16: bool = False, dtype: Any = None, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """A language model (encoder–decoder where its config says so) and its tokenizer, from a hub id, a local folder, a
-    GGUF file (whose weights are dequantised, with a warning that says so), or "tiny". A ``dtype`` that is given (torch's,
-    or "auto" for the checkpoint's, not for GGUF files) is taken instead of what ``bf16`` says."""
+    GGUF file (whose weights are dequantised, with a warning that says so), or "tiny". A ``dtype`` that is given (of
+    torch, or "auto" for the checkpoint's, not for GGUF files) is taken instead of what ``bf16`` says."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
