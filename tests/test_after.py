@@ -18,7 +18,7 @@ from lora_rite.finetune import merge as merge_module  # noqa: E402
 from lora_rite.finetune import sources  # noqa: E402
 from lora_rite.finetune.models import TINY  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "always::UserWarning")
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -48,13 +48,6 @@ def make_gpt2(folder):
     transformers.AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
     config = transformers.GPT2Config(vocab_size=4096, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
-
-
-def make_mamba(folder):
-    transformers.AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
-    config = transformers.MambaConfig(vocab_size=4096, hidden_size=32, num_hidden_layers=2, state_size=4)
-    transformers.MambaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -145,25 +138,50 @@ def test_a_merged_model_is_base_and_adapter(name, tied, tmp_path):
     assert "adapter_config.json" not in names
 
 
-@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out", "ignore:.*Target module.*", "ignore:.*mamba")
 @pytest.mark.parametrize(
     ("make", "options"),
     [
         (make_mt5, {}),
         (make_mt5, {"use_dora": True}),
-        (make_mt5, {"target_modules": ["shared", "q"]}),
         (make_gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-        (make_mamba, {"target_modules": ["conv1d", "embeddings"]}),
     ],
-    ids=["encoder_decoder", "encoder_decoder_dora", "encoder_decoder_embedding", "transposed", "conv"],
+    ids=["encoder_decoder", "encoder_decoder_dora", "transposed"],
 )
-def test_other_models_are_merged_or_refused_whole(make, options, tmp_path):
-    """Encoder–decoder models, GPT-2's transposed maps, convolutions: the same logits, or an error and no folder."""
+def test_other_models_are_merged(make, options, tmp_path):
+    """Encoder–decoder models, and GPT-2's transposed maps: the same logits, to 1e-4 of their size."""
     base = make(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, **options)
     merge_module.merge(str(adapter), tmp_path / "merged")
+    before = logits(load(base))
     expected = logits(peft.PeftModel.from_pretrained(load(base), adapter).eval())
+    assert (expected - before).norm() > 1e-2 * expected.norm()
     assert (logits(load(tmp_path / "merged")) - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_convolutions_are_merged(size, dora):
+    """In one, two and three dimensions: the outputs are the same to 1e-4 of their size."""
+    kind = getattr(torch.nn, f"Conv{size}d")
+    network = torch.nn.Sequential(kind(3, 6, 3), torch.nn.Tanh(), kind(6, 2, 3, padding=1)).requires_grad_(False)
+    model = peft.get_peft_model(network, peft.LoraConfig(r=2, target_modules=["0", "2"], use_dora=dora)).eval()
+    x = torch.randn(2, 3, *[5] * size)
+    before = model(x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3 * p.requires_grad)
+    expected = model(x)
+    assert (expected - before).norm() > 1e-2 * expected.norm()
+    assert (merge_module._merged(model)(x) - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_what_a_model_cannot_hold_is_refused(tmp_path):
+    """mT5's encoder and decoder share one embedding, of which an adapter of ``shared`` changes neither."""
+    base = make_mt5(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["shared", "q"])
+    with pytest.raises(LoRARiteError, match="cannot be merged"):
+        merge_module.merge(str(adapter), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize(("dtype", "written"), [(None, "bfloat16"), ("float32", "float32"), ("float16", "float16")])
@@ -201,7 +219,7 @@ def test_a_quantised_base_is_dequantised(tmp_path, capsys):
     assert "the quantised weights are dequantised to float32" in capsys.readouterr().err
     merged = load(tmp_path / "merged")
     assert not hasattr(merged.config, "quantization_config")
-    quantised.dequantize()
+    quantised.dequantize(dtype=torch.float32)
     expected = logits(peft.PeftModel.from_pretrained(quantised, adapter).eval())
     assert (logits(merged) - expected).norm() < 1e-4 * expected.norm()
     plain = logits(peft.PeftModel.from_pretrained(load(tmp_path / "plain", dtype=torch.float32), adapter).eval())
@@ -215,7 +233,7 @@ def test_a_gguf_base_is_found_and_dequantised(tmp_path, capsys):
 
     write_gguf(tmp_path / "small.gguf")
     (tmp_path / "data.jsonl").write_text('{"text": "aab cab baa"}\n' * 20)
-    words = ["--steps", 1, "--batch_size", 2, "--max_length", 8, "--rank", 2, "--no_progress"]
+    words = ["--steps", 1, "--batch_size", 2, "--max_length", 32, "--rank", 2, "--no_progress"]
     assert (
         run(
             "train",
@@ -235,6 +253,14 @@ def test_a_gguf_base_is_found_and_dequantised(tmp_path, capsys):
     assert "dequantised to float32" in printed.err
     assert "small.gguf with" in printed.out
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")("cab").input_ids
+
+
+def test_a_generation_config_that_transformers_would_not_write(base, adapter, tmp_path):
+    """Models are published with a temperature and without sampling, which transformers reads and refuses to write."""
+    (base / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "top_p": 0.9}')
+    merge_module.merge(str(adapter), tmp_path / "merged")
+    found = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert found["temperature"] == 0.6
 
 
 def test_what_is_in_out_stays(adapter, tmp_path, capsys, monkeypatch):
@@ -293,7 +319,7 @@ def test_a_merge_that_loses_something_is_found_and_not_written(adapter, tmp_path
         return network
 
     monkeypatch.setattr(merge_module, "_merged", forgetful)
-    with pytest.raises(LoRARiteError, match="is lost in part"):
+    with pytest.raises(LoRARiteError, match="cannot be merged"):
         merge_module.merge(str(adapter), tmp_path / "merged", dtype="float32")
     assert not (tmp_path / "merged").exists()
 
@@ -301,7 +327,7 @@ def test_a_merge_that_loses_something_is_found_and_not_written(adapter, tmp_path
 def test_an_adapter_that_cannot_be_merged_says_why(base, tmp_path, capsys):
     make_adapter(tmp_path / "adapter", base, lora_bias=True)
     assert run("merge", tmp_path / "adapter", "--out", tmp_path / "merged") == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
     assert f"cannot merge {tmp_path / 'adapter'}: " in line
     assert "bias" in line
     assert not (tmp_path / "merged").exists()

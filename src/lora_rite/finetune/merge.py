@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteError, LoRARiteValueError, WriteError, warn
-from ..inputs import blame
+from ..inputs import blame, one_line
 from ..run.checkpoints import check_folder, write_folder, writing
 from .adapted import attach, load_source
 from .publish import merged_card, write_card
@@ -62,8 +62,11 @@ def merge(
 
     def write(folder: Path) -> None:
         nonlocal difference
-        merged.pop().save_pretrained(folder)  # and no reference is left, so that it is read back into its memory
-        tokenizer.save_pretrained(folder)
+        try:
+            merged.pop().save_pretrained(folder)  # no reference is left, so that it is read back into its memory
+            tokenizer.save_pretrained(folder)
+        except (RuntimeError, TypeError, ValueError) as error:  # others are of the disk, see below
+            raise LoRARiteError(f"transformers cannot write the merged model: {one_line(error)}") from error
         difference = _difference(folder, expected, written, trust_remote_code)
         write_card(folder, merged_card(found, str(written).removeprefix("torch."), difference))
         _check_out(out)  # again: merging takes minutes, and what is there by now is somebody's
@@ -97,7 +100,9 @@ def _dequantise(network: Any, model: str) -> None:
         return
     method = getattr(network.config.quantization_config, "quant_method", "quantised")
     with blame(f"--model {model} is quantised ({getattr(method, 'value', method)}) and cannot be dequantised"):
-        network.dequantize()
+        network.dequantize(dtype=network.dtype)
+    # how the quantised tensors were read, transformers would undo in writing, and cannot
+    vars(network).pop("_weight_conversions", None)
     warn(f"{model}: the quantised weights are dequantised to {str(network.dtype).removeprefix('torch.')}")
 
 
@@ -139,7 +144,7 @@ def _difference(folder: Path, expected: Any, dtype: Any, trust_remote_code: bool
     difference = float((found - expected).norm() / expected.norm())
     if not difference <= TOLERANCE[name := str(dtype).removeprefix("torch.")]:
         raise LoRARiteError(
-            f"the merged model's logits, in {name}, differ by {difference:.1e} of their size from those of base and "
-            "adapter: this adapter is lost in part where it is merged into this model; use it as it is, or try --dtype"
+            f"the adapter cannot be merged: in {name}, the logits of the model that was written differ by "
+            f"{difference:.1e} of their size from those of base and adapter; use it as an adapter, or try --dtype"
         )
     return difference
