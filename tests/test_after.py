@@ -1,5 +1,6 @@
 """What comes after training: lora-rite merge, generate and chat, on tiny models, offline."""
 
+import io
 import json
 import sys
 
@@ -14,6 +15,7 @@ from task_files import make_mt5  # noqa: E402
 
 from lora_rite.cli import main  # noqa: E402
 from lora_rite.errors import LoRARiteError, LoRARiteValueError, WriteError  # noqa: E402
+from lora_rite.finetune import generate as generate_module  # noqa: E402
 from lora_rite.finetune import merge as merge_module  # noqa: E402
 from lora_rite.finetune import sources  # noqa: E402
 from lora_rite.finetune.models import TINY  # noqa: E402
@@ -229,24 +231,12 @@ def test_a_quantised_base_is_dequantised(tmp_path, capsys):
 def test_a_gguf_base_is_found_and_dequantised(tmp_path, capsys):
     """The adapter of a run on a GGUF file records the file, of which its folder is not the model."""
     pytest.importorskip("gguf")
-    from test_gguf import write_gguf
+    from test_gguf import train_words, write_gguf
 
     write_gguf(tmp_path / "small.gguf")
-    (tmp_path / "data.jsonl").write_text('{"text": "aab cab baa"}\n' * 20)
-    words = ["--steps", 1, "--batch_size", 2, "--max_length", 32, "--rank", 2, "--no_progress"]
-    assert (
-        run(
-            "train",
-            "--data",
-            tmp_path / "data.jsonl",
-            "--model",
-            tmp_path / "small.gguf",
-            "--out",
-            tmp_path / "run",
-            *words,
-        )
-        == 0
-    )
+    rows = [{"prompt": f"{'ab' * n} ", "completion": "cab baa"} for n in range(1, 13)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(train_words(tmp_path / "small.gguf", tmp_path / "data.jsonl", tmp_path / "run")) == 0
     capsys.readouterr()
     assert run("merge", tmp_path / "run", "--out", tmp_path / "merged") == 0
     printed = capsys.readouterr()
@@ -437,3 +427,242 @@ def test_the_tokenizer_of_a_strangers_adapter_runs_nothing(adapter, tmp_path, ca
     run("generate", adapter, "--prompt", "a", "--max_new_tokens", 1)
     assert not (tmp_path / "canary").exists()
     assert "evil" not in sys.modules
+
+
+# ---------------------------------------------------------------------------------------------------------- generate
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A model with a chat template."""
+    torch.manual_seed(0)
+    return make_llama(tmp_path_factory.mktemp("talker"), "float32", TEMPLATE)
+
+
+def greedy(folder, text, tokens, network=None, **options):
+    """What transformers makes of a text, by itself."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, return_tensors="pt").input_ids if isinstance(text, str) else text
+    network = load(folder) if network is None else network
+    output = network.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, **options)
+    start = 0 if network.config.is_encoder_decoder else ids.shape[1]
+    return tokenizer.decode(output[0, start:], skip_special_tokens=True)
+
+
+def test_generate_writes_what_the_adapter_makes_of_the_prompt(base, adapter, capsys):
+    """Greedily, by transformers and PEFT; another text than the base model's; and nothing else on stdout."""
+    expected = greedy(base, PROMPT, 8, peft.PeftModel.from_pretrained(load(base), adapter).eval())
+    assert expected != greedy(base, PROMPT, 8)
+    assert run("generate", adapter, "--prompt", PROMPT, "--max_new_tokens", 8, "--temperature", 0) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{expected}\n"
+    assert printed.err == "lora-rite: the model has no chat template: it goes on with the text as it is\n"
+
+
+def test_the_text_is_streamed(monkeypatch):
+    """Piece by piece, while the model still writes."""
+    writer = generate_module.Writer("tiny", None, {"max_new_tokens": 12, "temperature": 0})
+    steps, pieces, forward = [], [], writer.network.forward
+    monkeypatch.setattr(writer.network, "forward", lambda *a, **k: steps.append(1) or forward(*a, **k))
+    text = writer.answer("def add(a, b):\n    return a +", lambda piece: pieces.append((len(steps), piece)))
+    assert "".join(piece for _, piece in pieces) == text
+    written = [step for step, piece in pieces if piece.strip()]
+    assert len(written) > 2
+    assert written[0] < 12
+
+
+@pytest.mark.parametrize("how", ["argument", "file", "stdin"])
+def test_the_prompt_comes_from_an_argument_a_file_or_stdin(how, talker, tmp_path, capsys, monkeypatch):
+    """Of a file and of stdin, the end of the last line is none of the prompt."""
+    words = ["generate", talker, "--max_new_tokens", 4, "--raw", "--temperature", 0]
+    (tmp_path / "prompt.txt").write_text(f"{PROMPT}\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPT}\n"))
+    assert (
+        run(
+            *words, *{"argument": ["--prompt", PROMPT], "file": ["--prompt_file", tmp_path / "prompt.txt"]}.get(how, [])
+        )
+        == 0
+    )
+    assert capsys.readouterr().out == greedy(talker, PROMPT, 4) + "\n"
+
+
+def test_sampling_is_reproducible(talker, capsys):
+    def sampled(*words):
+        assert run("generate", talker, "--prompt", PROMPT, "--max_new_tokens", 8, *words) == 0
+        return capsys.readouterr().out
+
+    first = sampled("--temperature", 1.5)
+    assert first == sampled("--temperature", 1.5, "--seed", 0)
+    assert first != sampled("--temperature", 1.5, "--seed", 1)
+    assert sampled("--temperature", 0) == sampled("--temperature", 0, "--seed", 1) == sampled("--top_k", 1)
+
+
+def test_the_chat_template_is_used_where_there_is_one(talker, capsys):
+    """A question in the template, with a system message or without; --raw gives the text as it is."""
+    words = ["generate", talker, "--prompt", "Why?", "--max_new_tokens", 6, "--temperature", 0]
+    prompts = {
+        (): "<user>Why?\n<assistant>",
+        ("--system", "Be brief."): "<system>Be brief.\n<user>Why?\n<assistant>",
+    }
+    tokenizer = transformers.AutoTokenizer.from_pretrained(talker)
+    for more, text in prompts.items():
+        assert run(*words, *more) == 0
+        printed = capsys.readouterr()
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        assert printed.out == greedy(talker, ids, 6) + "\n"
+        assert "in the model's chat template" in printed.err
+    assert run(*words, "--raw") == 0
+    printed = capsys.readouterr()
+    assert printed.out == greedy(talker, "Why?", 6) + "\n"
+    assert printed.err == ""
+
+
+def test_an_adapter_brings_its_own_tokenizer_and_template(base, adapter, capsys):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(adapter)
+    assert run("generate", adapter, "--prompt", "Why?", "--max_new_tokens", 2) == 0
+    assert "in the model's chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--generation_args.repetition_penaltie", "1.2"], "no such option of generation, did you mean repetition_pen"),
+        (["--generation_args.temperature", "1"], "give it by --temperature"),
+        (["--generation_args.return_dict_in_generate", "true"], "no such option of generation"),
+        (["--generation_args.repetition_penalty", "-1.0"], "the options of generation"),
+        (["--temperature", "-1"], "--temperature must be a finite number ≥ 0, got -1.0"),
+        (["--temperature", ".nan"], "--temperature must be a finite number"),
+        (["--top_p", "0"], "--top_p must be above 0 and at most 1, got 0.0"),
+        (["--top_k", "0"], "--top_k must be at least 1"),
+        (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["--max_new_tokens", "64"], "the model 64 positions: that leaves"),
+        (["--seed", "-1"], "--seed must be from 0"),
+        (["--prompt_file", "missing.txt"], "give either --prompt or --prompt_file"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--raw", "--system", "Be brief."], "--system needs the model's chat template"),
+        (["--prompt", "a\udcff"], "the prompt is not UTF-8 text"),
+        (["--prompt", "word " * 99], "positions: that leaves 0"),
+    ],
+)
+def test_what_cannot_be_generated_is_said_in_one_line(words, says, base, capsys):
+    assert run("generate", base, *([] if "--prompt" in words else ["--prompt", "Why?"]), *words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    line = printed.err.splitlines()[-1]
+    assert line.startswith("lora-rite generate: error: ")
+    assert says in line
+
+
+def test_options_of_transformers_are_followed(talker, capsys):
+    words = ["generate", talker, "--prompt", PROMPT, "--raw", "--max_new_tokens", 8, "--temperature", 0]
+    assert run(*words, "--generation_args.repetition_penalty", 1.8) == 0
+    assert capsys.readouterr().out == greedy(talker, PROMPT, 8, repetition_penalty=1.8) + "\n"
+    assert run(*words, "--generation_args.num_beams", 3) == 0  # which cannot be streamed
+    assert capsys.readouterr().out == greedy(talker, PROMPT, 8, num_beams=3) + "\n"
+
+
+def test_encoder_decoder_models_generate(tmp_path, capsys):
+    base = make_mt5(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    expected = greedy(base, "water ice", 5, peft.PeftModel.from_pretrained(load(base), adapter).eval())
+    assert run("generate", adapter, "--prompt", "water ice", "--max_new_tokens", 5, "--temperature", 0) == 0
+    assert capsys.readouterr().out == expected + "\n"
+    assert run("generate", adapter, "--prompt", "") == 2  # its tokenizer adds nothing
+    assert "the prompt is empty" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------------- chat
+
+
+class Lines:
+    """Standard input that gives lines, or raises what is among them."""
+
+    def __init__(self, *lines):
+        self.lines = list(lines)
+
+    def isatty(self):
+        return False
+
+    def readline(self):
+        if not self.lines:
+            return ""
+        line = self.lines.pop(0)
+        if not isinstance(line, str):
+            raise line
+        return f"{line}\n"
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """What the model is given, which answers "first", "second", …"""
+    given, answers = [], iter(["first", "second", "third"])
+
+    def answer(self, prompt, show):
+        given.append(prompt)
+        text = next(answers)
+        if text == "first" and given[0] == "stop\n":
+            show("fi")
+            raise KeyboardInterrupt
+        show(text)
+
+    monkeypatch.setattr(generate_module.Writer, "answer", answer)
+    return given
+
+
+def chat(monkeypatch, model, *lines, more=()):
+    monkeypatch.setattr(sys, "stdin", Lines(*lines))
+    return run("chat", model, *more)
+
+
+@pytest.mark.parametrize("end", [[], ["/exit", "not read"], [KeyboardInterrupt()]], ids=["eof", "exit", "ctrl-c"])
+def test_chat_keeps_the_conversation_and_ends_cleanly(end, talker, prompts, monkeypatch, capsys):
+    """Each message comes after what was said before; /new begins another conversation, of the same system message."""
+    words = ["--system", "Be brief."]
+    assert chat(monkeypatch, talker, "one", "", "two", "/new", "three", *end, more=words) == 0
+    said = lambda *texts: [
+        {"role": role, "content": text}
+        for role, text in zip(["system", *["user", "assistant"] * 2], texts, strict=False)
+    ]
+    assert prompts == [
+        said("Be brief.", "one"),
+        said("Be brief.", "one", "first", "two"),
+        said("Be brief.", "three"),
+    ]
+    assert capsys.readouterr().out == "first\nsecond\nthird\n"
+
+
+def test_chat_without_a_template_goes_on_with_the_text(base, prompts, monkeypatch, capsys):
+    """And says so in one line."""
+    assert chat(monkeypatch, base, "one", "two", "/new", "three") == 0
+    assert prompts == ["one\n", "one\nfirst\ntwo\n", "three\n"]
+    err = capsys.readouterr().err
+    assert err == "lora-rite: the model has no chat template: it goes on with the text as it is\n"
+    assert chat(monkeypatch, base, "one", more=["--system", "Be brief."]) == 2
+    assert "--system needs the model's chat template, and it has none" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(base, prompts, monkeypatch, capsys):
+    assert chat(monkeypatch, base, "stop", "two") == 0
+    assert prompts == ["stop\n", "stop\nfi\ntwo\n"]
+    assert capsys.readouterr().out == "fi …\nsecond\n"
+
+
+def test_a_conversation_that_is_too_long_is_said_and_can_begin_again(talker, monkeypatch, capsys):
+    """What does not fit is not kept: a shorter message goes on where it was. By the model itself."""
+    assert chat(monkeypatch, talker, "a", "word " * 99, "b", more=["--max_new_tokens", 2, "--temperature", 0]) == 0
+    printed = capsys.readouterr()
+    assert "positions: that leaves 0 for --max_new_tokens 2 (/new begins another conversation)" in printed.err
+    first, second = printed.out.splitlines()
+    text = f"<user>a\n<assistant>{first}\n<user>b\n<assistant>"
+    ids = transformers.AutoTokenizer.from_pretrained(talker)(
+        text, add_special_tokens=False, return_tensors="pt"
+    ).input_ids
+    assert second == greedy(talker, ids, 2)
+
+
+def test_input_that_is_not_text_is_one_line(base, monkeypatch, capsys):
+    error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    assert chat(monkeypatch, base, error) == 2
+    assert "standard input is not UTF-8 text: invalid start byte" in capsys.readouterr().err
