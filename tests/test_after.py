@@ -46,6 +46,14 @@ def make_llama(folder, dtype="bfloat16", template=None, **config):
     return folder
 
 
+def make_mixtral(folder):
+    transformers.AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(vocab_size=4096, num_key_value_heads=2, num_local_experts=3, **sizes)
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def make_gpt2(folder):
     transformers.AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
     config = transformers.GPT2Config(vocab_size=4096, n_embd=32, n_layer=2, n_head=4, n_positions=64)
@@ -111,6 +119,7 @@ LORA = {
 OTHERS = {
     "loha": lambda: peft.LoHaConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
     "lokr": lambda: peft.LoKrConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    "hira": lambda: peft.HiraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
     "adalora": lambda: peft.AdaLoraConfig(
         init_r=4, target_r=2, total_step=9, target_modules=["q_proj"], task_type="CAUSAL_LM"
     ),
@@ -146,11 +155,12 @@ def test_a_merged_model_is_base_and_adapter(name, tied, tmp_path):
         (make_mt5, {}),
         (make_mt5, {"use_dora": True}),
         (make_gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+        (make_mixtral, {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}),
     ],
-    ids=["encoder_decoder", "encoder_decoder_dora", "transposed"],
+    ids=["encoder_decoder", "encoder_decoder_dora", "transposed", "experts"],
 )
 def test_other_models_are_merged(make, options, tmp_path):
-    """Encoder–decoder models, and GPT-2's transposed maps: the same logits, to 1e-4 of their size."""
+    """Encoder–decoder models, GPT-2's transposed maps, experts: the same logits, to 1e-4 of their size."""
     base = make(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, **options)
     merge_module.merge(str(adapter), tmp_path / "merged")
@@ -171,7 +181,8 @@ def test_convolutions_are_merged(size, dora):
     before = model(x)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.3 * p.requires_grad)
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.3)
     expected = model(x)
     assert (expected - before).norm() > 1e-2 * expected.norm()
     assert (merge_module._merged(model)(x) - expected).norm() < 1e-4 * expected.norm()

@@ -202,7 +202,7 @@ def test_train_pushes_after_success(trained, tmp_path, hub, capsys, monkeypatch)
     assert hub.private == {"me/adapter": True}
     assert hub.files["me/adapter"].keys() == FILES
     for name, content in hub.files["me/adapter"].items():
-        assert content == (out / "adapter" / name).read_bytes()
+        assert content == (out / "adapter" / name).read_bytes() or name == "adapter_config.json"
     assert "push_to_hub" not in json.loads((out / "result.json").read_text())["settings"]
     hub.files["me/adapter"].clear()
     monkeypatch.setattr(train_module, "training_arguments", lambda *_, **__: pytest.fail("trained again"))
@@ -257,7 +257,11 @@ def test_push_leaves_what_is_no_part_of_an_adapter(finished, hub, capsys):
     assert run("push", finished, "me/adapter", "--public") == 0
     assert hub.private == {"me/adapter": False}
     assert hub.files["me/adapter"].keys() == {*FILES, "notes.md"}
-    assert "names the base model by" in capsys.readouterr().err
+    assert "which the hub does not know; there it is tiny: --model names it" in capsys.readouterr().err
+    assert str(TINY.parent).encode() not in b"".join(hub.files["me/adapter"].values()), "a folder of this machine"
+    config = json.loads((finished / "adapter" / "adapter_config.json").read_text())
+    there = json.loads(hub.files["me/adapter"]["adapter_config.json"])
+    assert there == {**config, "base_model_name_or_path": "tiny"}
     (finished / "adapter" / "adapter_model.safetensors").unlink()
     assert run("push", finished, "me/other") == 2
     assert "is a pickle" in capsys.readouterr().err

@@ -74,16 +74,14 @@ def generate(
     """
     from transformers import set_seed
 
-    from ..finetune.generate import Writer, check_template, generation_options, read_prompt, show
+    from ..finetune.generate import Writer, check_template, conversation, generation_options, read_prompt, show
 
     options = generation_options(max_new_tokens, temperature, top_p, top_k, generation_args, seed)
     text = read_prompt(prompt, prompt_file)
     writer = Writer(source, model, options, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    said: Any = text
-    if check_template(writer, system, raw):
-        said = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": text}]
+    templated = check_template(writer, system, raw)
     set_seed(seed)
-    writer.answer(said, show)
+    writer.answer([*conversation(system), {"role": "user", "content": text}] if templated else text, show)
     show("\n")
 
 

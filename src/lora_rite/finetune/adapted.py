@@ -29,9 +29,9 @@ def load_source(found: Source, dtype: Dtype | None, *, trust_remote_code: bool =
     try:
         network, tokenizer = load_model(found.model, dtype=chosen, trust_remote_code=trust_remote_code)
     except LoRARiteValueError as error:
-        if found.adapter is None:
-            raise
-        raise LoRARiteValueError(f"{error} (the base model of {found.adapter}; --model gives another one)") from error
+        said = str(error).replace("cannot load --model", "cannot load", 1)  # here that option is the adapter's base
+        of = f" (the base model of {found.adapter}; --model gives another one)" if found.adapter else ""
+        raise LoRARiteValueError(said + of) from error
     if found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file():
         with blame(f"cannot load the tokenizer in {found.adapter}"):
             tokenizer = AutoTokenizer.from_pretrained(found.adapter, trust_remote_code=trust_remote_code)

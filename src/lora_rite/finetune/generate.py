@@ -237,12 +237,12 @@ def chat(writer: Writer, system: str | None = None, raw: bool = False) -> None:
         LoRARiteValueError: a system message without a chat template, or input that is not UTF-8.
     """
     templated = check_template(writer, system, raw)
+    begin = conversation(system)
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401 (the keys that edit a line)
         print("/new begins another conversation, /exit or Ctrl-D ends", file=sys.stderr)
-    begin: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages, text = [*begin], ""
     while True:
         try:
@@ -265,8 +265,13 @@ def chat(writer: Writer, system: str | None = None, raw: bool = False) -> None:
 def _answer(writer: Writer, prompt: str | list[Message]) -> str | None:
     """What the model has written, and shown; None where the conversation cannot go on so, which is said."""
     pieces: list[str] = []
+
+    def keep(piece: str) -> None:
+        pieces.append(piece)
+        show(piece)
+
     try:
-        writer.answer(prompt, lambda piece: (pieces.append(piece), show(piece))[1])
+        writer.answer(prompt, keep)
     except KeyboardInterrupt:
         show(" …")
     except LoRARiteValueError as error:
@@ -274,6 +279,11 @@ def _answer(writer: Writer, prompt: str | list[Message]) -> str | None:
         return None
     show("\n")
     return "".join(pieces)
+
+
+def conversation(system: str | None) -> list[Message]:
+    """How a conversation begins: with the system message, if there is one."""
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def check_template(writer: Writer, system: str | None, raw: bool) -> bool:

@@ -247,12 +247,15 @@ def _contents(folder: Path, model: str | None) -> dict[str, Any]:
     config: dict[str, Any] | None = None
     if ADAPTER_CONFIG in files:
         config, _ = find_adapter(folder)
-        base = config.get("base_model_name_or_path")
-        if model is not None:
-            config = {**config, "base_model_name_or_path": model}
+        base = str(config.get("base_model_name_or_path"))
+        if model is None and not is_hub_id(base):
+            model_there = Path(base).name  # whose folder it is in is nobody's business
+            warn(f"the base model is {base}, which the hub does not know; there it is {model_there}: --model names it")
+        else:
+            model_there = model or base
+        if model_there != base:
+            config = {**config, "base_model_name_or_path": model_there}
             files[ADAPTER_CONFIG] = json.dumps(config, indent=2, sort_keys=True).encode()
-        elif not (isinstance(base, str) and is_hub_id(base)):
-            warn(f"{ADAPTER_CONFIG} names the base model by {base}, which the hub does not know: name it by --model")
     elif not any(suffix(p) == ".safetensors" for p in found):
         raise LoRARiteValueError(f"{folder} has no weights in safetensors")
     if (text := _card_text(folder, config, model)) is not None:
