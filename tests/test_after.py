@@ -15,9 +15,9 @@ from task_files import make_mt5  # noqa: E402
 
 from lora_rite.cli import main  # noqa: E402
 from lora_rite.errors import LoRARiteError, LoRARiteValueError, WriteError  # noqa: E402
+from lora_rite.finetune import adapted, sources  # noqa: E402
 from lora_rite.finetune import generate as generate_module  # noqa: E402
 from lora_rite.finetune import merge as merge_module  # noqa: E402
-from lora_rite.finetune import sources  # noqa: E402
 from lora_rite.finetune.models import TINY  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "always::UserWarning")
@@ -582,6 +582,25 @@ def test_encoder_decoder_models_generate(tmp_path, capsys):
     assert capsys.readouterr().out == expected + "\n"
     assert run("generate", adapter, "--prompt", "") == 2  # its tokenizer adds nothing
     assert "the prompt is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "loaded"), [(None, torch.bfloat16), ("float32", torch.float32)])
+def test_the_model_is_loaded_in_the_checkpoints_dtype_or_the_one_given(dtype, loaded, adapter):
+    assert generate_module.Writer(str(adapter), None, {}, dtype=dtype).network.dtype == loaded
+
+
+@pytest.mark.parametrize("verb", [["generate", "--prompt", "a"], ["chat"], ["merge", "--out", "merged"]])
+def test_code_of_a_model_runs_where_it_is_allowed_alone(verb, adapter, tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def refuse(name, *, trust_remote_code, **options):
+        seen.append(trust_remote_code)
+        raise LoRARiteValueError("refused")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(adapted, "load_model", refuse)
+    assert run(verb[0], adapter, *verb[1:]) == run(verb[0], adapter, *verb[1:], "--trust_remote_code") == 2
+    assert seen == [False, True]
 
 
 # -------------------------------------------------------------------------------------------------------------- chat
