@@ -134,7 +134,8 @@ class Writer:
     def _run(self, ids: Any, tokens: int, streamer: Any) -> Any:
         import torch
 
-        options = {**self.options, "max_new_tokens": tokens, "pad_token_id": self.tokenizer.pad_token_id}
+        padding = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        options = {**self.options, "max_new_tokens": tokens, "pad_token_id": padding}
         if "stop_strings" in options:
             options["tokenizer"] = self.tokenizer
         with torch.inference_mode():
