@@ -32,7 +32,11 @@ def check_options(options: SimpleNamespace) -> dict[str, Any]:
         check_schedule(options.scheduler, options.scheduler_args, options.lr, options.steps, options.warmup)
     _check_reporter(options.report_to)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    return {key: value for key, value in settings.items() if key not in ("resume", "progress", "allow_changed")}
+    return {
+        key: value
+        for key, value in settings.items()
+        if key not in ("resume", "progress", "allow_changed", "push_to_hub")
+    }
 
 
 def check_processes() -> None:
