@@ -144,8 +144,8 @@ class _Examples(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What a run needs: the Trainer with its network, the tokenizer, the windows to train on and those held out, digests of what goes
-    in, and the measurement of the held-out loss."""
+    """What a run needs: the Trainer with its network, the tokenizer, the windows to train on and those held out,
+    digests of what goes in, and the measurement of the held-out loss."""
 
     trainer: Any
     tokenizer: Any
