@@ -31,7 +31,7 @@ from lora_rite.study import compare as compare_module
 from lora_rite.study import data as data_module
 from lora_rite.study import results, runner, workers
 from lora_rite.study.recipe import SPLITS, in_words_of_a_study, load_recipe
-from lora_rite.study.search import FINALISTS, MAX_EXTENSIONS, Line, Study
+from lora_rite.study.search import FINALISTS, MAX_EXTENSIONS, Line, Run, Study
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE = """
@@ -291,10 +291,91 @@ def test_plan_and_check_know_what_each_task_trains_with(recipe, capsys):
     assert activations(text) == activations(RECIPE.replace("max_length: 32", "max_length: 64")) > activations(RECIPE)
 
 
+def test_budgets_are_runs_of_their_own_at_the_chosen_rate(recipe, tmp_path, fake_train, capsys):
+    """Each optimizer, at its best rate, with all seeds; the task's own number of steps is not run twice. They can be
+    added to a study, and are counted before a rate is known. Evaluations are of the full run alone."""
+    out, study = tmp_path / "study", Study(load_recipe(recipe()))
+    small = {"[0, 1]": "[0]"}
+    assert run("compare", recipe(**small), "--out", out) == 0
+    before = len(fake_train.calls)
+    text = RECIPE.replace("seeds: [0, 1]", "budgets: [1, 2, 3]\nseeds: [0, 1]")
+    study = Study(load_recipe(recipe(text)))
+    assert study.planned({}) == 3 + 2 * 2 * 3
+    assert study.planned_steps() == 3 * 2 + 2 * 2 * (1 + 2 + 3)
+    assert run("compare", recipe(text), "--out", out, "--dry-run", "--check") == 0
+    printed = capsys.readouterr().out
+    assert "15 runs, 5 of them finished" in printed  # three of the sweep, two final ones
+    assert "15 runs of 1 to 3 steps, 30 steps in all" in printed
+    assert run("compare", recipe(text), "--out", out) == 0
+    assert "seed 0, 3 steps: test loss" in capsys.readouterr().out
+    assert len(fake_train.calls) == before + 2 + 2 * 2 * 2
+    runs = [r for r in json.loads((out / "study.json").read_text())["runs"] if r["split"] == "test"]
+    assert {(r["optimizer"], r["lr"], r["seed"], r["steps"]) for r in runs} == {
+        (name, 0.02, seed, steps) for name in ("AdamW", "LoRA-RITE") for seed in (0, 1) for steps in (None, 1, 3)
+    }
+    for r in runs:
+        settings = json.loads((out / r["path"]).read_text())["settings"]
+        assert settings["steps"] == (r["steps"] or 2)
+        evaluation = study.evaluation(Run(*(r[key] for key in Run._fields)), out, None)
+        assert evaluation["adapter"].parent == (out / r["path"]).parent
+    study.recipe.tasks["sums"].evaluate = ["gsm8k"]
+    assert study.evaluation(Run("sums", 2, "AdamW", 0.02, 0, "test"), out, None)["tasks"] == ["gsm8k"]
+    assert study.evaluation(Run("sums", 2, "AdamW", 0.02, 0, "test", 1), out, None)["tasks"] == []
+
+
+def test_budgets_need_a_function_that_takes_steps(recipe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "without_steps.py").write_text(
+        "def f(data, validation, optimizer, optimizer_args, lr, rank, seed, out): 0"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = RECIPE.replace("title:", 'function: "without_steps:f"\nbudgets: [1]\ntitle:')
+    text = text.replace("{steps: 2, batch_size: 2, max_length: 32, eval_every: 1}", "{}")
+    assert run("compare", recipe(text), "--dry-run") == 2
+    assert "budgets: function without_steps:f takes no steps" in capsys.readouterr().err
+    assert run("compare", recipe(text.replace("budgets: [1]", "notes: x")), "--dry-run") == 0
+
+
+def test_a_finished_study_has_the_measures_of_its_report(recipe, tmp_path, fake_train):
+    """Figures that others may want to plot; while runs are missing there are none."""
+    out = tmp_path / "study"
+    fake_train.interrupt_at = 4
+    assert run("compare", recipe(), "--out", out) == 130
+    assert "measures" not in json.loads((out / "study.json").read_text())
+    assert run("compare", recipe(RECIPE.replace("ranks", "budgets: [1]\nranks")), "--out", out) == 0
+    adamw, ours = sorted(json.loads((out / "study.json").read_text())["measures"], key=lambda m: m["optimizer"])
+    assert (adamw["optimizer"], adamw["task"], adamw["rank"]) == ("AdamW", "sums", 2)
+    assert adamw["steps_to_adamw"] is None  # this loss was measured at the ends alone
+    assert adamw["loss"]["mean"] == pytest.approx(0.0005)
+    assert adamw["budget_to_adamw"] == 1
+    assert set(adamw["loss_by_budget"]) == {"1"}
+    assert adamw["good_rates"]["best"] == 0.02
+    assert 0.01 < adamw["good_rates"]["low"] < 0.02 < adamw["good_rates"]["high"] < 0.04
+    assert ours["good_rates"] is None  # of one rate alone
+
+
+def test_adamw_is_clipped_at_one_and_we_by_ourselves(recipe, tmp_path, monkeypatch):
+    """As every trainer does it, and as docs/study.md says."""
+    from transformers import Trainer
+
+    norms, original = {}, Trainer.training_step
+
+    def step(self, *args, **kwargs):
+        norms[type(self.optimizer.optimizer).__name__] = self.args.max_grad_norm
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "[0, 1]": "[0]"}
+    assert run("compare", recipe(**small), "--out", tmp_path / "study") == 0
+    assert norms == {"AdamW": 1.0, "LoRARite": 0.0}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"title:": "titel:"}, "titel"),
+        ({"ranks: [2]": "budgets: [0]\nranks: [2]"}, "budgets: each once, none below 1"),
+        ({"ranks: [2]": "budgets: [5, 5]\nranks: [2]"}, "budgets: each once, none below 1"),
+        ({"ranks: [2]": "budgets: [5]\nranks: [2]", "adamw,": "muon,"}, "budgets: no optimizer is adamw"),
         ({"steps: 2": "stepps: 2"}, "stepps"),
         ({"steps: 2": "steps: many"}, "steps"),
         ({"steps: 2": "steps: 2, seed: 3"}, "train.seed: the study decides it"),

@@ -142,7 +142,7 @@ def check(study: Study, data_dir: Any = None) -> str:
             f"{_gib(max(need.state.values()))}"
         )
         lines += [f"  state of {name}: {_gib(size)}" for name, size in need.state.items()]
-    runs, steps = study.planned({}), sum(study.planned({}, task) * n for task, n in study.steps().items())
+    runs, steps = study.planned({}), study.planned_steps()
     grids = [len(c.lr) for c in recipe.optimizers.values()]
     lines.append(
         f"{runs} runs of {study.steps_text()}, {steps:,} steps in all: {len(study.lines)} optimizers in cases, "

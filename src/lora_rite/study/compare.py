@@ -189,7 +189,8 @@ def _run_all(
                 bar.update(shown, total=planned, completed=len(losses), description=f"about {duration(left)} left")
                 print(
                     f"[{len(losses)}/{planned}] {run.task}, rank {run.rank}, {run.optimizer}, lr {run.lr:g}, seed "
-                    f"{run.seed}: {run.split} loss {losses[run]:.4f} ({took:.0f} s; about {duration(left)} left)",
+                    f"{run.seed}{f', {run.steps} steps' if run.steps else ''}: {run.split} loss {losses[run]:.4f} "
+                    f"({took:.0f} s; about {duration(left)} left)",
                     flush=True,
                 )
                 write_study(study, out, data, losses)

@@ -15,7 +15,7 @@ from ..finetune.data import Example
 from ..finetune.train import train, versions
 from ..run.checkpoints import write_json
 from ..run.console import table
-from .statistics import step_at
+from .statistics import curve, step_at
 
 
 class Entry(NamedTuple):
@@ -142,7 +142,7 @@ def _row(entry: Entry, runs: list[dict[str, Any]]) -> dict[str, Any]:
     own = [run for run in runs if run["label"] == entry.label]
     final = [run["held_out"]["after"] for run in own]
     target = min(run["held_out"]["after"] for run in runs if run["label"] == ENTRIES[0].label)
-    steps = [step for run in own if (step := step_at(run, target)) is not None]
+    steps = [step for run in own if (step := step_at(curve(run), target)) is not None]
     return {
         "optimizer": entry.label,
         "lr": entry.lr,
@@ -197,8 +197,8 @@ def _plot(runs: list[dict[str, Any]], path: Path) -> None:
         steps = [0] + [e["step"] for e in own[0]["held_out_losses"]]
         training = [_smoothed([e["loss"] for e in run["losses"]]) for run in own]
         for axis, x, curves in ((axes[0], steps, held_out), (axes[1], range(1, len(training[0]) + 1), training)):
-            for curve in curves:
-                axis.plot(x, curve, color=color, linewidth=0.7, alpha=0.5)
+            for values in curves:
+                axis.plot(x, values, color=color, linewidth=0.7, alpha=0.5)
             mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
             axis.plot(x, mean, color=color, linewidth=2, label=label)
     for axis, title in zip(axes, ("held-out loss", "training loss (running mean of 10 steps)"), strict=True):

@@ -16,7 +16,7 @@ def print_plan(study: Study, losses: Losses, out: Path) -> None:
         runs, search = study.runs(line, losses), study.search(line, losses)
         best = search.best
         done = sum(run in losses for run in runs)
-        known = len(runs) + len(study.recipe.seeds) * (best is None)
+        known = len(runs) + study.later(line, losses)
         grid = ", ".join(f"{lr:g}" for lr in search.grid)
         rows.append((*line, grid, "" if best is None else f"{best:g}", done, known - done))
     headings = ("task", "rank", "optimizer", "lr to try", "best lr", "done", "to do")

@@ -1,9 +1,10 @@
 """A study as a YAML file says it: its tasks, its optimizers, and what all runs share."""
 
 import inspect
+import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ class Recipe:
         ranks: of the adapter.
         seeds: of the runs at the best learning rate.
         sweep_seeds: of the runs that choose it: the first tries all rates, the others the best two.
+        budgets: numbers of steps; with each of them, every optimizer is run again, at its best learning rate, with all
+            seeds and a schedule of that length, to find the shortest run that reaches AdamW's loss.
         function: ``package.module:function`` that trains a run in place of ``lora-rite train``: its keywords are the
             options, those that the study decides among them, and it returns what a result.json has
             (:func:`lora_rite.finetune.choices.train_choices` is one).
@@ -91,6 +94,7 @@ class Recipe:
     ranks: list[int] = field(default_factory=lambda: [16])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     sweep_seeds: list[int] = field(default_factory=lambda: [100, 101])
+    budgets: list[int] = field(default_factory=list)
     function: str | None = None
     notes: str = ""
 
@@ -126,12 +130,25 @@ def load_recipe(path: Path) -> Recipe:
     except ArgumentError as error:
         message = re.sub(r"Problem with given class_path '[\w.]+': ", "", " ".join(str(error).split()))
         raise LoRARiteValueError(f"{path}: {message}") from None
+    _check_values(path, recipe)
+    names = {action.dest for action in options._actions}
+    if recipe.budgets and "steps" not in names:
+        raise LoRARiteValueError(f"{path}: budgets: function {recipe.function} takes no steps")
+    _check_schedules(path, recipe, options)
+    return recipe
+
+
+def _check_values(path: Path, recipe: Recipe) -> None:
+    """Checks what the types of a recipe's fields do not say."""
     for key in ("tasks", "optimizers", "ranks", "seeds", "sweep_seeds"):
         if not getattr(recipe, key):
             raise LoRARiteValueError(f"{path}: {key} is empty")
-    for key in ("ranks", "seeds", "sweep_seeds"):
-        if len(set(getattr(recipe, key))) < len(getattr(recipe, key)) or min(getattr(recipe, key)) < (key == "ranks"):
-            raise LoRARiteValueError(f"{path}: {key}: each once, none below {int(key == 'ranks')}")
+    for key, least in (("ranks", 1), ("seeds", 0), ("sweep_seeds", 0), ("budgets", 1)):
+        values = getattr(recipe, key)
+        if len(set(values)) < len(values) or min(values, default=least) < least:
+            raise LoRARiteValueError(f"{path}: {key}: each once, none below {least}")
+    if recipe.budgets and tuned_adamw({name: c.optimizer for name, c in recipe.optimizers.items()}) is None:
+        raise LoRARiteValueError(f"{path}: budgets: no optimizer is adamw, whose loss they are to reach")
     for name in (*recipe.tasks, *recipe.optimizers):
         if not _WORD.fullmatch(name):
             raise LoRARiteValueError(f"{path}: {name!r} names a folder: letters, digits, spaces and . + - _ alone")
@@ -152,8 +169,11 @@ def load_recipe(path: Path) -> Recipe:
         if not grid or len(set(grid)) < len(grid) or not all(0 < lr < math.inf for lr in grid):
             raise LoRARiteValueError(f"{path}: optimizers.{name}.lr: at least one, each once, positive")
         find_optimizer(contender.optimizer)
-    _check_schedules(path, recipe, options)
-    return recipe
+
+
+def tuned_adamw(optimizers: Mapping[str, str]) -> str | None:
+    """The name of the contender whose loss the others are to reach: the first whose optimizer is ``adamw``."""
+    return next((name for name, optimizer in optimizers.items() if optimizer == "adamw"), None)
 
 
 def _check_schedules(path: Path, recipe: Recipe, parser: Any) -> None:
@@ -164,9 +184,10 @@ def _check_schedules(path: Path, recipe: Recipe, parser: Any) -> None:
     for name, task in recipe.tasks.items():
         key = "train" if "scheduler" not in task.train and "scheduler_args" not in task.train else f"tasks.{name}.train"
         given = {**default, **recipe.train, **task.train}
-        for lr in {lr for contender in recipe.optimizers.values() for lr in contender.lr}:
+        rates = {lr for contender in recipe.optimizers.values() for lr in contender.lr}
+        for lr, steps in itertools.product(rates, (given["steps"], *recipe.budgets)):
             try:
-                check_schedule(given["scheduler"], given["scheduler_args"], lr, given["steps"], given["warmup"])
+                check_schedule(given["scheduler"], given["scheduler_args"], lr, steps, given["warmup"])
             except LoRARiteValueError as error:
                 words = in_words_of_a_study(str(error))
                 raise LoRARiteValueError(f"{path}: {key}.scheduler {given['scheduler']}: {words}") from error

@@ -7,9 +7,11 @@ from typing import Any
 
 from ..errors import LoRARiteValueError
 from ..run.checkpoints import read_json
-from .cases import GOOD, Case
-from .plots import figure
-from .statistics import LEAST_SEEDS, plus_minus
+from .cases import all_cases
+from .measures import GOOD
+from .plots import figure, figure_of_ranks
+from .recipe import tuned_adamw
+from .statistics import LEAST_SEEDS, mean_interval, plus_minus
 
 
 def require_packages() -> None:
@@ -37,8 +39,12 @@ def report(folder: Path) -> Path:
     from markdown_it import MarkdownIt
 
     study = read_json(path, "recipe", "data", "runs", "sweeps", "complete", "versions")
-    cases = [Case(t, r, study, folder) for t in study["recipe"]["tasks"] for r in study["recipe"]["ranks"]]
-    figures = {f"figures/{case.slug}.svg": figure(case, cases).encode() for case in cases if case.rows}
+    cases = all_cases(study, folder)
+    by_task = {task: [case for case in cases if case.task == task] for task in study["recipe"]["tasks"]}
+    figures = {f"figures/{case.slug}.svg": figure(case, cases) for case in cases if case.rows}
+    for task, of_ranks in by_task.items():
+        if len(of_ranks) > 1 and any(row.validation for case in of_ranks for row in case.in_order):
+            figures[f"figures/{task}-ranks.svg"] = figure_of_ranks(of_ranks)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lora_rite.study", "."),
         trim_blocks=True,
@@ -47,9 +53,16 @@ def report(folder: Path) -> Path:
     )
     environment.filters.update(g=lambda x: f"{x:g}", link=lambda p: p.replace(" ", "%20"))
     environment.filters.update(plus_minus=plus_minus, known=_known)
+    environment.filters.update(
+        reached=lambda found, unit="": "–" if found is None else found.text(unit),
+        over_seeds=lambda losses: plus_minus(*mean_interval(list(losses.values()))),
+    )
     text = environment.get_template("report.md.j2").render(
         study=study,
         cases=cases,
+        by_task=by_task,
+        figures=figures,
+        adamw=tuned_adamw({name: c["optimizer"] for name, c in study["recipe"]["optimizers"].items()}),
         versions=_versions(study, folder),
         good=GOOD,
         least=LEAST_SEEDS,
@@ -58,13 +71,13 @@ def report(folder: Path) -> Path:
     markdown = MarkdownIt("commonmark").enable("table")
 
     def inline(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
-        return figures[tokens[index].attrGet("src").replace("%20", " ")].decode()
+        return figures[tokens[index].attrGet("src").replace("%20", " ")]
 
     markdown.add_render_rule("image", inline)
     page = environment.get_template("report.html.j2").render(title=study["recipe"]["title"], body=markdown.render(text))
     (folder / "figures").mkdir(exist_ok=True)
     for name, content in figures.items():
-        (folder / name).write_bytes(content)
+        (folder / name).write_text(content, encoding="utf-8")
     (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
