@@ -74,7 +74,7 @@ class Reached(NamedTuple):
             return "not reached"
         if not math.isfinite(self.median):
             return of
-        digits = 0 if self.median >= 100 else 1
+        digits = 0 if max(self.known) >= 100 else 1
         if len(self.known) < len(self.when):
             return f"{plus_minus(self.median, digits=digits)}{unit} (median; {of})"
         return plus_minus(*mean_interval(self.known), digits=digits) + unit

@@ -138,8 +138,8 @@ def _draw_rates(axis: Any, lines: Sequence[tuple[str, Row, Any]]) -> None:
 
 def _limit(axis: Any, rows: Sequence[Row]) -> None:
     """Leaves out of a panel of learning rates what is worse than the loss before training."""
-    before = [curve(result)[0][1] for row in rows for result in row.finished]
-    low = min((loss for row in rows for loss in row.validation.values()), default=math.inf)
-    top = max(before, default=math.nan)
-    if math.isfinite(low) and low < top:
-        axis.set_ylim(low - 0.05 * (top - low), top)
+    losses = [loss for row in rows for loss in row.validation.values() if math.isfinite(loss)]
+    before = max((curve(result)[0][1] for row in rows for result in row.finished), default=math.nan)
+    if losses and min(losses) < (top := min(before, max(losses))):
+        margin = 0.05 * (top - min(losses))
+        axis.set_ylim(min(losses) - margin, top + margin)
