@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -228,6 +230,104 @@ def test_unknown_options_are_refused(data, tmp_path, capsys):
     assert run("fine-tune") == 2
     assert "fine-tune" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", "no verb trian, did you mean train? (there are demo, train, "),
+        ("bench stp", "no verb stp, did you mean step? (there are step, "),
+        ("train", "--out is missing (see lora-rite train --help)"),
+        ("compare", "RECIPE is missing (see lora-rite compare --help)"),
+        ("train --out x --rnak 3", "no option --rnak, did you mean --rank? (see lora-rite train --help)"),
+        ("train --learning-rate=1", "no option --learning_rate, did you mean --lr? (see"),
+        ("train --out x --no_bf17", "no option --no_bf17, did you mean --no_bf16?"),
+        ("bench step --dtype float32", "no option --dtype, did you mean --dtypes? (see lora-rite bench step --help)"),
+        ("train --out x --qqqqqq", "no option --qqqqqq (see"),
+        ("--rank 3 train", "no option --rank (see lora-rite --help)"),
+        ("train --out x extra", "nothing takes the word extra"),
+        ("train --out x --bf16 no", "--bf16 takes no value, got no; --no_bf16 is its opposite"),
+        ("train --out", "--out needs a value"),
+        ("eval --tasks", "--tasks needs a value"),
+        ("train --out x --rank 8.5", "--rank must be a whole number, got 8.5"),
+        ("train --out x --lr fast", "--lr must be a number, got fast"),
+        ("train --out x --optimizer_args 3", "--optimizer_args must be a mapping, got 3"),
+        ("audit --takes foo", "--takes must be one of params, named, model, got foo"),
+        ("bench step --dtypes float32 float16", "--dtypes must be one of float32, bfloat16, got float16"),
+        ("compare r.yaml --devices a", "--devices must be a list of whole numbers, got a"),
+    ],
+)
+def test_wrong_words_are_told_in_the_words_of_the_command_line(words, message, capsys):
+    """Neither Python's types nor the parser's inner names, and what was meant where that can be guessed."""
+    assert run(*words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lora-rite: error: {message}")
+    assert not re.search("VERB|<class|Union|Parser|typing|train\\.out", line)
+
+
+def test_a_value_of_a_config_is_told_with_its_place(data, tmp_path, capsys):
+    """Unless the command line gives it too, which is then to blame."""
+    config = tmp_path / "run.yaml"
+    config.write_text("steps: 3\nrank: many\n")
+    words = ["train", "--data", data, "--out", tmp_path / "run", "--config", config]
+    assert run(*words) == 2
+    assert f"error: {config}:2: rank must be a whole number, got many" in capsys.readouterr().err
+    config.write_text("steps: 3\nrank: 2\n")
+    assert run(*words, "--rank=few") == 2
+    assert "error: --rank must be a whole number, got few" in capsys.readouterr().err
+    config.write_text("lora_r: 2\n")
+    assert run(*words) == 2
+    assert f"{config}:1: no option lora_r, did you mean rank?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "shown"), [([], "pairs"), (["bench"], "scaling")])
+def test_without_a_verb_there_is_help(words, shown, capsys):
+    """As --help prints it, and the exit code of wrong usage."""
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert shown in printed.out
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == printed.out
+
+
+def complete(script, *words):
+    """What bash offers in the place of the last word."""
+    function = "_shtab_lora_rite"
+    code = f'''source {script}
+COMP_WORDS=({" ".join(f"'{word}'" for word in words)}); COMP_CWORD={len(words) - 1}
+{function} lora-rite '{words[-1]}' '{words[-2]}'; printf '%s\n' "${{COMPREPLY[@]}}"'''
+    shell = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    return shell.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes_verbs_options_and_choices(tmp_path, capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit):
+        main(["--print_completion", "shtab-bash"])
+    script = tmp_path / "lora-rite.bash"
+    script.write_text(capsys.readouterr().out)
+    assert complete(script, "lora-rite", "tr") == ["train"]
+    assert complete(script, "lora-rite", "train", "--opt") == ["--optimizer", "--optimizer_args"]
+    assert complete(script, "lora-rite", "bench", "sc") == ["scaling"]
+    assert complete(script, "lora-rite", "bench", "step", "--device", "") == ["cpu", "cuda"]
+
+
+def test_a_file_cannot_print_a_completion(data, tmp_path, capsys):
+    """A config or a recipe has no key print_completion, which would end the process."""
+    path = tmp_path / "file.yaml"
+    path.write_text("print_completion: jsonschema\n")
+    assert run("train", "--data", data, "--out", tmp_path / "run", "--config", path) == 2
+    assert run("compare", path) == 2
+    path.write_text("title: x\ntasks: {a: {task: gsm8k}}\noptimizers: {b: {optimizer: adamw, lr: [1]}}\n"
+                    "train: {print_completion: jsonschema}\n")  # fmt: skip
+    assert run("compare", path) == 2
+    assert capsys.readouterr().err.count("print_completion") == 3
 
 
 def test_debug_shows_the_traceback(tmp_path):

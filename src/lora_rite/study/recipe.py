@@ -16,6 +16,7 @@ from ..finetune.schedules import check_schedule
 from ..finetune.tasks import find_task
 from ..finetune.train import train
 from ..finetune.untrusted import forbid_imports, read_config
+from ..finetune.wording import did_you_mean, in_words
 from ..inputs import resolve
 from ..run.checkpoints import ALLOW_CHANGED, RESUME
 
@@ -112,30 +113,50 @@ def load_recipe(path: Path) -> Recipe:
 
     config = read_config(path)  # which may come from a stranger
     forbid_imports(Data, Contender)
+    known = [f.name for f in fields(Recipe)]
+    if unknown := [key for key in config if key not in known]:
+        raise LoRARiteValueError(f"{path}: no key {unknown[0]}{did_you_mean(unknown[0], known)}")
     for key, kind in (("tasks", Data), ("optimizers", Contender)):
         _check_parts(config.get(key) or {}, kind, f"{path}: {key}")
     parser, options = ArgumentParser(exit_on_error=False), ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, as_group=False)
     try:
         recipe = Recipe(**vars(parser.instantiate(parser.parse_string(read_text(path)))))
-        options.add_function_arguments(run_function(recipe.function), as_group=False, fail_untyped=False)
-        for prefix, part in (("", recipe), *((f"tasks.{name}.", task) for name, task in recipe.tasks.items())):
-            if decided := DECIDED & set(part.train):
-                raise LoRARiteValueError(f"{path}: {prefix}train.{min(decided)}: the study decides it")
-            stand_ins = {"out": ".", "data": ".", "validation": ".", "optimizer": "adamw", "lr": 1.0}
-            parsed = options.parse_object({**stand_ins, **recipe.train, **part.train})
-            part.train = {key: parsed[key] for key in part.train}
-            if part.train.get("trust_remote_code"):
-                raise LoRARiteValueError(f"{path}: {prefix}train.trust_remote_code: not by a file, see lora-rite train")
     except ArgumentError as error:
-        message = re.sub(r"Problem with given class_path '[\w.]+': ", "", " ".join(str(error).split()))
-        raise LoRARiteValueError(f"{path}: {message}") from None
+        raise LoRARiteValueError(f"{path}: {in_words(str(error))}") from None
+    options.add_function_arguments(run_function(recipe.function), as_group=False, fail_untyped=False)
+    for prefix, part in (("", recipe), *((f"tasks.{name}.", task) for name, task in recipe.tasks.items())):
+        _read_options(part, recipe, options, f"{path}: {prefix}train")
     _check_values(path, recipe)
-    names = {action.dest for action in options._actions}
-    if recipe.budgets and "steps" not in names:
+    if recipe.budgets and "steps" not in _names(options):
         raise LoRARiteValueError(f"{path}: budgets: function {recipe.function} takes no steps")
     _check_schedules(path, recipe, options)
     return recipe
+
+
+def _names(parser: Any) -> list[str]:
+    return [action.dest for action in parser._actions]
+
+
+def _read_options(part: Recipe | Data, recipe: Recipe, parser: Any, where: str) -> None:
+    """Reads and checks the options of ``lora-rite train`` of a task, or those that all share; ``parser`` has them."""
+    from argparse import ArgumentError
+
+    if decided := DECIDED & set(part.train):
+        raise LoRARiteValueError(f"{where}.{min(decided)}: the study decides it")
+    if unknown := [key for key in part.train if key not in _names(parser)]:
+        trainer = recipe.function or "lora-rite train"
+        raise LoRARiteValueError(
+            f"{where}.{unknown[0]}: {trainer} has no such option{did_you_mean(unknown[0], _names(parser))}"
+        )
+    stand_ins = {"out": ".", "data": ".", "validation": ".", "optimizer": "adamw", "lr": 1.0}
+    try:
+        parsed = parser.parse_object({**stand_ins, **recipe.train, **part.train})
+    except ArgumentError as error:
+        raise LoRARiteValueError(in_words(str(error), lambda key: f"{where}.{key}")) from None
+    part.train = {key: parsed[key] for key in part.train}
+    if part.train.get("trust_remote_code"):
+        raise LoRARiteValueError(f"{where}.trust_remote_code: not by a file, see lora-rite train")
 
 
 def _check_values(path: Path, recipe: Recipe) -> None:
@@ -178,7 +199,7 @@ def tuned_adamw(optimizers: Mapping[str, str]) -> str | None:
 
 def _check_schedules(path: Path, recipe: Recipe, parser: Any) -> None:
     """Checks the schedule of each task's runs, at the learning rates of all optimizers; ``parser`` has the options."""
-    if not {"scheduler", "scheduler_args"} <= {action.dest for action in parser._actions}:
+    if not {"scheduler", "scheduler_args"} <= set(_names(parser)):
         return  # a function with other options
     default = {key: parser.get_default(key) for key in ("scheduler", "scheduler_args", "steps", "warmup")}
     for name, task in recipe.tasks.items():
@@ -194,8 +215,14 @@ def _check_schedules(path: Path, recipe: Recipe, parser: Any) -> None:
 
 
 def _check_parts(parts: Any, kind: type, where: str) -> None:
-    """Checks that tasks or optimizers are mappings by name, with the keys of ``kind`` alone: errors of jsonargparse are
-    about classes."""
+    """Checks that tasks or optimizers are mappings by name, with the keys of ``kind`` alone and values of their types:
+    errors of jsonargparse about the recipe as a whole do not say of which."""
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, as_group=False)
     known = [f.name for f in fields(kind)]
     keys = ", ".join(known)
     if not isinstance(parts, dict):
@@ -205,6 +232,10 @@ def _check_parts(parts: Any, kind: type, where: str) -> None:
             raise LoRARiteValueError(f"{where}.{name}: expected a mapping, with some of {keys}; got {part!r}")
         if unknown := [key for key in part if key not in known]:
             raise LoRARiteValueError(f"{where}.{name}.{unknown[0]}: there are {keys}")
+        try:
+            parser.parse_object(part)
+        except ArgumentError as error:
+            raise LoRARiteValueError(in_words(str(error), lambda key, name=name: f"{where}.{name}.{key}")) from None
 
 
 def run_function(name: str | None) -> Callable[..., dict[str, Any]]:
