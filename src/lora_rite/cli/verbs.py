@@ -66,6 +66,8 @@ def pairs(
 ) -> None:
     """Shows which factors LoRARite pairs in a model with an adapter, and what it leaves to AdamW, and why.
 
+    A line for each kind of layer. Of the model its configuration is read alone, no weights.
+
     Args:
         model: hub id, local folder or GGUF file of a language model; "tiny" is the one inside this package.
         adapter: folder of a PEFT adapter; without it, a new LoRA adapter is attached.
@@ -73,11 +75,9 @@ def pairs(
         rank: rank of a new adapter.
         trust_remote_code: allow the model's own code to run.
     """
-    from ..finetune.train import attach_adapter, load_model
-    from ..plan.pairs import find_pairs
+    from ..study.shapes import pairs_of
 
-    network, _ = load_model(model, trust_remote_code=trust_remote_code)
-    print(find_pairs(attach_adapter(network, adapter=adapter, rank=rank, target_modules=target_modules)))
+    print(pairs_of(model, adapter, target_modules, rank, trust_remote_code))
 
 
 def audit_verb(

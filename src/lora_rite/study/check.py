@@ -15,6 +15,7 @@ from ..plan.pairs import Shape
 from .data import read_data
 from .recipe import HEADERS, SPLITS
 from .search import Study
+from .shapes import network_of_shapes, number
 
 
 class Needs(NamedTuple):
@@ -55,20 +56,16 @@ def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
     copy of them.
     """
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from .. import find_pairs
 
-    model = options.get("model", "tiny")
-    config = configuration(model, "train.model", options.get("trust_remote_code", False))
-    build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    if study.recipe.function is not None:  # which knows what it puts on top
-        build = AutoModel
+    model, trusted = options.get("model", "tiny"), options.get("trust_remote_code", False)
+    config = configuration(model, "train.model", trusted)
+    # a recipe's function knows what it puts on top of the model
+    network = network_of_shapes(config, base=study.recipe.function is not None, trust_remote_code=trusted)
+    parameters = sum(p.numel() for p in network.parameters())
     with torch.device("meta"):
-        network = build.from_config(config)
-        parameters = sum(p.numel() for p in network.parameters())
-        targets = options.get("target_modules", "all-linear")
-        network = attach_adapter(network, rank=rank, target_modules=targets)
+        network = attach_adapter(network, rank=rank, target_modules=options.get("target_modules", "all-linear"))
     pairing = find_pairs(network)
     if pairing.left_out:
         names = ", ".join(f"{left.name} ({left.reason})" for left in pairing.left_out[:3])
@@ -132,11 +129,12 @@ def check(study: Study, data_dir: Any = None) -> str:
         LoRARiteValueError: what is wrong, by its key in the recipe.
     """
     recipe = study.recipe
-    lines = [f"{recipe.title}: {len(recipe.optimizers)} optimizers, {len(recipe.tasks)} tasks, ranks {recipe.ranks}"]
+    size = f"{number(len(recipe.optimizers), 'optimizer')}, {number(len(recipe.tasks), 'task')}"
+    lines = [f"{recipe.title}: {size}, {'rank' if len(recipe.ranks) == 1 else 'ranks'} {_listed(recipe.ranks)}"]
     for rank in recipe.ranks:
         need = needs(study, rank)
         lines.append(
-            f"rank {rank}: {need.pairs} pairs in {need.model} ({_billions(need.parameters)} parameters); about "
+            f"rank {rank}: {number(need.pairs, 'pair')} in {need.model} ({_billions(need.parameters)} parameters); about "
             f"{_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
             f"{_gib(need.adapter)}, activations roughly {_gib(need.activations)}, optimizer state at most "
             f"{_gib(max(need.state.values()))}"

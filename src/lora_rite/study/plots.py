@@ -59,8 +59,8 @@ def figure_of_ranks(cases: Sequence[Case]) -> str:
     canvas, axes = _canvas(len(names), sharey=True)
     for name, axis in zip(names, axes, strict=True):
         rows = [(case.rank, row) for case in cases for row in case.in_order if row.name == name]
-        shades = colormaps["viridis"].resampled(len(rows) + 1).colors  # (the last is too light a yellow)
-        _draw_rates(axis, [(f"rank {rank}", row, shade) for (rank, row), shade in zip(rows, shades, strict=False)])
+        shades = [colormaps["viridis"](i / len(rows)) for i in range(len(rows))]  # (the last is too light a yellow)
+        _draw_rates(axis, [(f"rank {rank}", row, shade) for (rank, row), shade in zip(rows, shades, strict=True)])
         axis.set(title=name)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
