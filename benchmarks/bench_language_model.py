@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from lora_rite.finetune.tasks import read_task
-from lora_rite.run.checkpoints import write_json
+from lora_rite.run.files import write_json
 
 #: Name → whether the code is the older one, and options.
 SETTINGS = {

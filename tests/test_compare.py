@@ -25,13 +25,13 @@ import torch
 from lora_rite import LoRARiteValueError, NonFiniteError
 from lora_rite.cli import main
 from lora_rite.finetune import train as train_module
-from lora_rite.run import checkpoints as checkpoint
-from lora_rite.run.checkpoints import write_json
+from lora_rite.run.files import write_json
+from lora_rite.run.run import Run
 from lora_rite.study import compare as compare_module
 from lora_rite.study import data as data_module
-from lora_rite.study import results, runner, workers
+from lora_rite.study import results, runner, search, workers
 from lora_rite.study.recipe import SPLITS, in_words_of_a_study, load_recipe
-from lora_rite.study.search import FINALISTS, MAX_EXTENSIONS, Line, Run, Study
+from lora_rite.study.search import FINALISTS, MAX_EXTENSIONS, Line, Study
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE = """
@@ -316,11 +316,11 @@ def test_budgets_are_runs_of_their_own_at_the_chosen_rate(recipe, tmp_path, fake
     for r in runs:
         settings = json.loads((out / r["path"]).read_text())["settings"]
         assert settings["steps"] == (r["steps"] or 2)
-        evaluation = study.evaluation(Run(*(r[key] for key in Run._fields)), out, None)
+        evaluation = study.evaluation(search.Run(*(r[key] for key in search.Run._fields)), out, None)
         assert evaluation["adapter"].parent == (out / r["path"]).parent
     study.recipe.tasks["sums"].evaluate = ["gsm8k"]
-    assert study.evaluation(Run("sums", 2, "AdamW", 0.02, 0, "test"), out, None)["tasks"] == ["gsm8k"]
-    assert study.evaluation(Run("sums", 2, "AdamW", 0.02, 0, "test", 1), out, None)["tasks"] == []
+    assert study.evaluation(search.Run("sums", 2, "AdamW", 0.02, 0, "test"), out, None)["tasks"] == ["gsm8k"]
+    assert study.evaluation(search.Run("sums", 2, "AdamW", 0.02, 0, "test", 1), out, None)["tasks"] == []
 
 
 def test_budgets_need_a_function_that_takes_steps(recipe, tmp_path, monkeypatch, capsys):
@@ -488,15 +488,15 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch,
 
     small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "steps: 2": "steps: 4, save_every: 2", "[0, 1]": "[0]"}
     assert run("compare", recipe(**small), "--out", tmp_path / "whole") == 0
-    save, steps = checkpoint.Run.save, []
+    save, steps = Run.save, []
 
     def save_and_stop(self, *args, **kwargs):
         save(self, *args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.Run, "save", save_and_stop)
+    monkeypatch.setattr(Run, "save", save_and_stop)
     assert run("compare", recipe(**small), "--out", tmp_path / "parts") == 130
-    monkeypatch.setattr(checkpoint.Run, "save", save)
+    monkeypatch.setattr(Run, "save", save)
     original = Trainer.training_step
     monkeypatch.setattr(
         Trainer,

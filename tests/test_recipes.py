@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 pytest.importorskip("jsonargparse")
 pytest.importorskip("pytorch_optimizer")
 
-from lora_rite.bench.cases import linear_maps
+from lora_rite.bench.shapes import linear_maps
 from lora_rite.cli import main
 from lora_rite.finetune.tasks import find_task
 from lora_rite.study import check as module
@@ -71,8 +71,8 @@ def test_configurations_are_those_of_the_models(name, parameters):
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from lora_rite import find_pairs
+    from lora_rite.finetune.load import attach_adapter
     from lora_rite.finetune.models import configuration
-    from lora_rite.finetune.train import attach_adapter
 
     config = configuration(f"google/{name}", "train.model")
     build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

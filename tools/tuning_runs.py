@@ -12,8 +12,9 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-from lora_rite.finetune.train import train, versions
-from lora_rite.run.checkpoints import write_json
+from lora_rite.finetune.train import train
+from lora_rite.run.files import write_json
+from lora_rite.run.versions import versions
 from lora_rite.study.demo import EVAL_EVERY, SETTINGS, write_data
 
 ROOT = Path(__file__).parents[1]

@@ -113,8 +113,8 @@ def _bench(name: str, arguments: dict[str, Any]) -> None:
     from ..bench import cases as bench
     from ..bench import host as bench_host
     from ..bench import view as bench_view
-    from ..finetune.train import versions
-    from ..run.checkpoints import prepare_file, write_json
+    from ..run.files import prepare_file, write_json
+    from ..run.versions import versions
 
     out, plot = arguments.pop("out"), arguments.pop("plot", None)
     if out is not None:

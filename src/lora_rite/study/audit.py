@@ -54,9 +54,9 @@ def audit_command(
 ) -> int:
     """Audits, prints the tables, writes ``audit.json`` and ``audit.png`` into ``out``. Returns 0, or 3 where the
     optimizer does not pass. For the arguments see ``lora-rite audit --help``."""
-    from ..finetune.train import versions
     from ..invariance.audit import audit
-    from ..run.checkpoints import check_folder, prepare_folder, write_json
+    from ..run.files import check_folder, prepare_folder, write_json
+    from ..run.versions import versions
 
     if model is None and (adapter or data):
         raise LoRARiteValueError(f"--{'adapter' if adapter else 'data'} is for a --model; give one")
@@ -97,7 +97,7 @@ def _model_and_loss(
     """The model with its adapter, and its loss on the text in ``data``; None, for one on random tokens, without it."""
     import torch
 
-    from ..finetune.train import attach_adapter, load_model
+    from ..finetune.load import attach_adapter, load_model
 
     network, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
     network.set_experts_implementation("eager")  # grouped products know no float64
@@ -136,7 +136,8 @@ def _loss_on(path: Path, tokenizer: Any, batch_size: int = 2, length: int = 64) 
     """The loss on text: windows in order, ``batch_size`` a step, from the start again after the last."""
     from transformers import DataCollatorForSeq2Seq
 
-    from ..finetune.data import IGNORED, read_examples, windows
+    from ..finetune.data import read_examples
+    from ..finetune.windows import IGNORED, windows
 
     rows = windows(read_examples(path), tokenizer, length).rows
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)

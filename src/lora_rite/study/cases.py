@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..run.checkpoints import read_json
+from ..run.files import read_json
 from .measures import GOOD, Rates, Reached, good_rates
 from .recipe import tuned_adamw
 from .statistics import Difference, curve, difference, mean_interval, plus_minus, smoothed, step_at

@@ -6,16 +6,17 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
+from ..finetune.load import attach_adapter
 from ..finetune.models import configuration
 from ..finetune.optimizers import create_optimizer
 from ..finetune.tasks import find_task
-from ..finetune.train import attach_adapter
 from ..inputs import one_line
 from ..plan.pairs import Shape
+from ..run.console import number
 from .data import read_data
 from .recipe import HEADERS, SPLITS
 from .search import Study
-from .shapes import network_of_shapes, number
+from .shapes import network_of_shapes
 
 
 class Needs(NamedTuple):
@@ -129,13 +130,14 @@ def check(study: Study, data_dir: Any = None) -> str:
         LoRARiteValueError: what is wrong, by its key in the recipe.
     """
     recipe = study.recipe
-    size = f"{number(len(recipe.optimizers), 'optimizer')}, {number(len(recipe.tasks), 'task')}"
-    lines = [f"{recipe.title}: {size}, {'rank' if len(recipe.ranks) == 1 else 'ranks'} {_listed(recipe.ranks)}"]
+    optimizers, tasks = number(len(recipe.optimizers), "optimizer"), number(len(recipe.tasks), "task")
+    ranks = f"rank{'s' * (len(recipe.ranks) > 1)} {', '.join(map(str, recipe.ranks))}"
+    lines = [f"{recipe.title}: {optimizers}, {tasks}, {ranks}"]
     for rank in recipe.ranks:
         need = needs(study, rank)
         lines.append(
-            f"rank {rank}: {number(need.pairs, 'pair')} in {need.model} ({_billions(need.parameters)} parameters); about "
-            f"{_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
+            f"rank {rank}: {number(need.pairs, 'pair')} in {need.model} ({_billions(need.parameters)} parameters); "
+            f"about {_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
             f"{_gib(need.adapter)}, activations roughly {_gib(need.activations)}, optimizer state at most "
             f"{_gib(max(need.state.values()))}"
         )
@@ -143,8 +145,9 @@ def check(study: Study, data_dir: Any = None) -> str:
     runs, steps = study.planned({}), study.planned_steps()
     grids = [len(c.lr) for c in recipe.optimizers.values()]
     lines.append(
-        f"{runs} runs of {study.steps_text()}, {steps:,} steps in all: {len(study.lines)} optimizers in cases, "
-        f"{statistics.fmean(grids):.1f} learning rates each on the average, {len(recipe.seeds)} seeds at the best"
+        f"{number(runs, 'run')} of {study.steps_text()}, {number(steps, 'step')} in all: "
+        f"{number(len(study.lines), 'optimizer')} in cases, {statistics.fmean(grids):.1f} learning rates each on the "
+        f"average, {number(len(recipe.seeds), 'seed')} at the best"
     )
     for name, task in recipe.tasks.items():
         if task.task not in (None, HEADERS):
@@ -154,7 +157,9 @@ def check(study: Study, data_dir: Any = None) -> str:
                 lines.append(f"{name}: {task.task} {where}; not loaded (--data_dir checks local files)")
                 continue
         found = read_data(task, data_dir)
-        lines.append(f"{name}: " + ", ".join(f"{len(found[part])} examples to {_FOR[part]}" for part in SPLITS))
+        lines.append(
+            f"{name}: " + ", ".join(f"{number(len(found[part]), 'example')} to {_FOR[part]}" for part in SPLITS)
+        )
     return "\n".join(lines)
 
 

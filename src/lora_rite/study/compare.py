@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from ..finetune.checks import check_processes
 from ..finetune.data import Example
+from ..finetune.load import load_model
 from ..finetune.optimizers import check_optimizer
-from ..finetune.train import check_processes, load_model, train
-from ..run.checkpoints import LOCK, read_json, write_json
+from ..finetune.train import train
+from ..run.files import LOCK, read_json, write_json
 from .data import missing_files, read_new_data, write_data
 from .plan import duration, print_plan
 from .recipe import SPLITS, Recipe, in_words_of_a_study, load_recipe

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..finetune.data import Example, read_examples, split
 from ..finetune.tasks import examples, read_rows, read_task
-from ..run.checkpoints import write_folder
+from ..run.files import write_folder
 from .recipe import HEADERS, SPLITS, Data, Recipe
 
 

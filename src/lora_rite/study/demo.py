@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
 from ..finetune.data import Example
-from ..finetune.train import train, versions
-from ..run.checkpoints import write_json
-from ..run.console import table
+from ..finetune.train import train
+from ..run.console import number, table
+from ..run.files import write_json
+from ..run.versions import versions
 from .statistics import curve, step_at
 
 
@@ -98,7 +99,7 @@ def demo(out: Path, *, seeds: int = 2, progress: bool = True, settings: dict[str
         raise LoRARiteValueError(f"--seeds must be at least 1, got {seeds}")
     _clear(out)
     data = write_data(out / "data")
-    print(f"The embedded model (Python) learns {data['text']}: {data['files']['train']} files to train on.")
+    print(f"The embedded model (Python) learns {data['text']}: {number(data['files']['train'], 'file')} to train on.")
     runs: list[dict[str, Any]] = []
     for seed in range(seeds):
         for entry in ENTRIES:
@@ -158,7 +159,7 @@ def _print_table(rows: list[dict[str, Any]], runs: list[dict[str, Any]], out: Pa
     from rich.console import Console
 
     steps, seeds = runs[0]["settings"]["steps"], len(runs) // len(rows)
-    title = f"{steps} steps, {seeds} seeds, before: {runs[0]['held_out']['before']:.3f}"
+    title = f"{number(steps, 'step')}, {number(seeds, 'seed')}, before: {runs[0]['held_out']['before']:.3f}"
     headings = ("optimizer", "lr", "held-out loss", "steps to AdamW's best", "optimizer state", "share of a step")
     cells = [
         (

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from ..run.console import table
+from ..run.console import number, table
 from .search import FINALISTS, MAX_EXTENSIONS, Losses, Study
 
 
@@ -23,10 +23,11 @@ def print_plan(study: Study, losses: Losses, out: Path) -> None:
     title = f"{study.recipe.title}: {study.steps_text()} a run"
     console = Console()
     console.print(table(title, headings, rows, left=("optimizer", "lr to try")))
+    more = number(len(study.recipe.sweep_seeds) - 1, "more seed")
     console.print(
-        f"{study.planned(losses)} runs, {len(losses)} of them finished in {out}; and in each line the best {FINALISTS} "
-        f"rates with {len(study.recipe.sweep_seeds) - 1} more seeds, and up to {MAX_EXTENSIONS} more rates where the "
-        "best lies on the edge of the grid",
+        f"{number(study.planned(losses), 'run')}, {len(losses)} of them finished in {out}; and in each line the best "
+        f"{FINALISTS} rates with {more}, and up to {MAX_EXTENSIONS} more rates where the best lies on the edge of the "
+        "grid",
         highlight=False,
         soft_wrap=True,
     )

@@ -18,7 +18,7 @@ from ..finetune.train import train
 from ..finetune.untrusted import forbid_imports, read_config
 from ..finetune.wording import did_you_mean, in_words
 from ..inputs import resolve
-from ..run.checkpoints import ALLOW_CHANGED, RESUME
+from ..run.settings import ALLOW_CHANGED, RESUME
 
 #: The name of the task whose text every installation has.
 HEADERS = "torch-headers"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
-from ..run.checkpoints import read_json
+from ..run.console import number
+from ..run.files import read_json
 from .cases import all_cases
 from .measures import GOOD
 from .plots import figure, figure_of_ranks
@@ -52,7 +53,7 @@ def report(folder: Path) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(g=lambda x: f"{x:g}", link=lambda p: p.replace(" ", "%20"))
-    environment.filters.update(plus_minus=plus_minus, known=_known)
+    environment.filters.update(plus_minus=plus_minus, known=_known, number=number)
     environment.filters.update(
         reached=lambda found, unit="": "–" if found is None else found.text(unit),
         over_seeds=lambda losses: plus_minus(*mean_interval(list(losses.values()))),

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError, warn
-from ..finetune.train import versions
-from ..run.checkpoints import read_json, write_json
+from ..run.files import read_json, write_json
+from ..run.versions import versions
 from .cases import all_cases
 from .search import Losses, Study
 

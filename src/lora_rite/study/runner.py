@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteError, LoRARiteValueError, NonFiniteError
-from ..finetune.train import train, versions
-from ..run.checkpoints import changes, environment, list_changes, read_json, read_settings, write_json
+from ..finetune.train import train
+from ..run.files import read_json, write_json
+from ..run.settings import changes, list_changes, read_settings
+from ..run.versions import environment, versions
 from .recipe import in_words_of_a_study, run_function
 
 

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..run.console import number
 from .recipe import Recipe
 
 #: Learning rates tried beyond the recipe's grid where the best lies on its edge.
@@ -139,7 +140,7 @@ class Study:
     def steps_text(self) -> str:
         """The steps of a run, as in "200 steps" or "210 to 2500 steps"."""
         steps = {*self.steps().values(), *self.recipe.budgets}
-        return f"{min(steps)} steps" if len(steps) == 1 else f"{min(steps)} to {max(steps)} steps"
+        return number(min(steps), "step") if len(steps) == 1 else f"{min(steps)} to {max(steps)} steps"
 
     def options(self, run: Run, out: Path) -> dict[str, Any]:
         """The options of ``lora-rite train`` for a run."""

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from ..finetune.load import attach_adapter
 from ..finetune.models import configuration
-from ..finetune.train import attach_adapter
 from ..inputs import blame
+from ..run.console import number
 
 
 def network_of_shapes(config: Any, base: bool = False, trust_remote_code: bool = False) -> Any:
@@ -26,8 +27,8 @@ def network_of_shapes(config: Any, base: bool = False, trust_remote_code: bool =
 def pairs_of(
     model: str, adapter: Path | None, target_modules: str | list[str], rank: int, trust_remote_code: bool
 ) -> str:
-    """``lora-rite pairs``: the pairs of a model and an adapter, and what else is trained or frozen, a line for each kind
-    of layer.
+    """``lora-rite pairs``: the pairs of a model and an adapter, and what else is trained or frozen, a line for each
+    kind of layer.
 
     Raises:
         LoRARiteValueError: what is wrong with the model, the adapter or an option.
@@ -58,8 +59,3 @@ def _by_kind(lines: Iterable[str]) -> list[str]:
     """The lines, those that differ in the numbers within names (of layers) alone as one, with how many they are."""
     kinds = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", line.replace("base_model.model.", "")) for line in lines)
     return [f"  {count} × {kind}" for kind, count in kinds.items()]
-
-
-def number(count: int, what: str) -> str:
-    """As in "1 pair" and "2 pairs"."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
