@@ -335,17 +335,42 @@ def test_debug_shows_the_traceback(tmp_path):
         run("train", "--data", tmp_path / "missing.txt", "--out", tmp_path / "run", "--debug")
 
 
-def test_pairs(tmp_path, data, capsys):
+def test_pairs(tmp_path, capsys):
+    """A line for each kind of layer, of a new adapter and of one in a folder."""
     assert run("pairs", "--target_modules", "[q_proj, v_proj]", "--rank", 2) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("10 pairs\n")
-    assert "layers.0.self_attn.q_proj.lora_A.default.weight (2, 192)" in printed
+    layer = "model.layers.*.self_attn.{}_proj.lora_A.default.weight (2, 192) with B ({}, 2)"
+    assert capsys.readouterr().out.splitlines() == [
+        "10 pairs",
+        f"  5 × {layer.format('q', 192)}",
+        f"  5 × {layer.format('v', 96)}",
+    ]
     network = train_module.attach_adapter(train_module.load_model("tiny")[0], rank=2)
     network.save_pretrained(str(tmp_path / "adapter"))
     assert run("pairs", "--adapter", tmp_path / "adapter") == 0
-    assert capsys.readouterr().out.startswith("35 pairs\n")
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], len(lines)) == ("35 pairs", 1 + 7)
+    assert run("pairs", "--target_modules", ".*0.self_attn.q_proj") == 0
+    assert capsys.readouterr().out.startswith("1 pair\n  1 × ")
     assert run("pairs", "--adapter", tmp_path) == 2
     assert "adapter_config.json" in capsys.readouterr().err
+
+
+def test_pairs_need_no_weights(monkeypatch, capsys):
+    """Of a model with weights beyond this machine's memory, and a licence that nobody here has."""
+    allocated = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: allocated.append(made := empty(*a, **k)) or made)
+    assert run("pairs", "--model", "google/gemma-7b", "--rank", 4) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], len(lines)) == ("196 pairs", 1 + 7)
+    assert sum(p.numel() for p in allocated) > 8e9
+    assert all(p.is_meta for p in allocated)
+
+
+@pytest.mark.parametrize("words", ["pairs --rank 0", "audit --rank 0", "audit --model tiny --rank -1"])
+def test_a_rank_that_cannot_be_is_blamed_on_rank(words, capsys):
+    assert run(*words.split()) == 2
+    assert "error: --rank must be at least 1, got " in capsys.readouterr().err
 
 
 def test_demo(tmp_path, capsys, monkeypatch):

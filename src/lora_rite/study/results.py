@@ -45,7 +45,7 @@ def warn_of_other_versions(study: Study, out: Path, losses: Losses) -> None:
     """Warns where the finished runs, and those to come, are not all of the same versions."""
     found = [read_json(out / run.folder / "result.json") for run in losses]
     known = [result.get("versions", {}) for result in found] + [versions()] * bool(study.due(losses))
-    keys = set().union(*known) - {"date", "machine", "device", "threads"}
+    keys = set().union(*known) - {"date", "machine", "device", "processor", "threads"}
     if mixed := sorted(key for key in keys if len({str(part[key]) for part in known if key in part}) > 1):
         warn(f"runs of {out} are of different {', '.join(mixed)}, which may be what they differ by; the report has all")
 

@@ -46,7 +46,7 @@ def pairs_of(
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # so it is meant
         network = attach_adapter(network, adapter=adapter, rank=rank, target_modules=target_modules)
     found = find_pairs(network)
-    lines = [number(found.count, "pair"), *_by_kind(map(str, found.pairs))]
+    lines = [number(found.count, "pair"), *_by_kind(str(pair).replace(pair.b_name, "B") for pair in found.pairs)]
     if found.left_out:
         lines.append(f"{number(len(found.left_out), 'other trainable parameter')} (AdamW)")
         lines += _by_kind(f"{o.name} {tuple(o.parameter.shape)}: {o.reason}" for o in found.left_out)
