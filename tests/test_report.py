@@ -390,7 +390,9 @@ def test_accuracies_are_shown_with_what_can_be_detected(study):
 
 def test_a_missing_study_or_run_is_named(study, tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
-    assert "holds no study" in capsys.readouterr().err
+    assert "holds no study (no study.json, which lora-rite compare writes) and no run (no result.json)" in (
+        capsys.readouterr().err
+    )
     path = next(r["path"] for r in json.loads((study / "study.json").read_text())["runs"] if r["split"] == "test")
     (study / path).unlink()
     assert main(["report", str(study)]) == 2
@@ -411,3 +413,60 @@ def test_cases_are_ordered_by_loss(study):
     case = Case("sums", 4, json.loads((study / "study.json").read_text()), study)
     assert [row.name for row in case.rows] == ["LoRA-RITE", "AdamW"]
     assert case.baseline.name == "AdamW"
+
+
+def pixels(path):
+    from matplotlib.image import imread
+
+    return imread(path)[..., :3]
+
+
+def shares(path):
+    """The shares of a picture that are blue (training) and orange (held out)."""
+    red, green, blue = (pixels(path)[..., i] for i in range(3))
+    return ((blue > red + 0.3) & (blue > 0.5)).mean(), ((red > blue + 0.5) & (green < 0.7)).mean()
+
+
+def test_a_single_run_has_a_loss_curve(tmp_path, capsys):
+    """Of training and held out, as PNG beside its result; the result stays as it is."""
+    content = result(0, 0.01, {0: 5.0, 10: 4.0, 20: 3.0})
+    content["losses"] = [{"step": n, "loss": 5 - 0.1 * n + 0.2 * (n % 2)} for n in range(1, 21)]
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(content))
+    before = path.read_bytes()
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "loss.png")
+    blue, orange = shares(tmp_path / "loss.png")
+    assert blue > 0.002
+    assert orange > 0.002
+    assert path.read_bytes() == before
+    path.write_text(json.dumps({**content, "losses": []}))
+    assert main(["report", str(tmp_path)]) == 0
+    assert shares(tmp_path / "loss.png")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"settings": {"steps": 20, "lr": 9.0}, "held_out": {"after": math.inf}, "diverged": "the loss is nan"},
+        {**result(0, 1.0, {0: 5.0, 20: math.inf}), "losses": [{"step": 1, "loss": 5.0}, {"step": 2, "loss": math.nan}]},
+    ],
+)
+def test_a_run_that_has_diverged_has_a_picture_all_the_same(content, tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    assert main(["report", str(tmp_path)]) == 0
+    assert pixels(tmp_path / "loss.png").size
+
+
+def test_a_run_that_is_not_finished_is_said_to_be_so(tmp_path, capsys):
+    (tmp_path / "settings.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is not finished (no result.json); lora-rite train --resume goes on" in capsys.readouterr().err
+
+
+def test_a_result_of_something_else_is_refused(tmp_path, capsys):
+    """As that of a demo."""
+    (tmp_path / "result.json").write_text('{"table": []}')
+    assert main(["report", str(tmp_path)]) == 2
+    assert "result.json is damaged (it has no settings)" in capsys.readouterr().err
+    assert not (tmp_path / "loss.png").exists()

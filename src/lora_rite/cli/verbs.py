@@ -45,12 +45,13 @@ def compare(**kwargs: Any) -> None:
 
 
 def report(folder: Path) -> None:
-    """Writes the report of a study: report.html (one file that needs no server), report.md and figures/.
+    """Writes the report of a study, or the loss curve of a run.
 
-    Also of a study that is not finished.
+    Of a study, also of one that is not finished: report.html (one file that needs no server), report.md and figures/. Of
+    a run: loss.png.
 
     Args:
-        folder: folder of the study, the --out of lora-rite compare.
+        folder: folder of the study, the --out of lora-rite compare, or of a run, the --out of lora-rite train.
     """
     from ..study.report import report as run
 

@@ -1,4 +1,4 @@
-"""The pictures of a study's report, as SVG. An optimizer has the same colour in all cases."""
+"""The pictures of a study's report, as SVG, in which an optimizer has the same colour in all cases; and of a run."""
 
 import io
 import math
@@ -69,17 +69,46 @@ def figure_of_ranks(cases: Sequence[Case]) -> str:
     return _svg(canvas, slug)
 
 
-def _canvas(panels: int, sharey: bool = False) -> tuple[Any, list[Any]]:
-    """A figure with so many panels, three in a row, or two by two."""
+def figure_of_run(result: dict[str, Any]) -> bytes:
+    """The loss of one run over its steps, as PNG: of training (thin as logged, thick its running mean) and held out.
+
+    Args:
+        result: its result.json.
+    """
+    import matplotlib.pyplot as plt
+
+    settings = result["settings"]
+    canvas, (axis,) = _canvas(1, size=(8, 4.5))
+    if entries := result.get("losses", []):
+        steps = [entry["step"] for entry in entries]
+        axis.plot(steps, [entry["loss"] for entry in entries], color="tab:blue", lw=0.6, alpha=0.4)
+        means = [mean for _, mean in _training_curve(result)]
+        axis.plot(steps, means, color="tab:blue", lw=1.8, label=f"training (mean of {WINDOW} logged)")
+    if "before" in result["held_out"]:  # not so in the record of a run that has diverged
+        held_out = curve(result)
+        axis.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", ms=4, lw=1.8, label="held out")
+    words = [f"{key} {settings[key]}" for key in ("model", "optimizer", "lr", "rank") if settings.get(key) is not None]
+    axis.set(title=", ".join(words), xlabel="step", ylabel="loss, nat a token")
+    if axis.lines:
+        axis.legend()
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    plt.close(canvas)
+    return buffer.getvalue()
+
+
+def _canvas(panels: int, sharey: bool = False, size: tuple[float, float] = (13 / 3, 4)) -> tuple[Any, list[Any]]:
+    """A figure with so many panels of a size in inches, three in a row, or two by two."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     columns = 2 if panels == 4 else min(panels, 3)
-    size = {"figsize": (13 / 3 * columns, 4 * math.ceil(panels / columns)), "layout": "constrained"}
+    rows = math.ceil(panels / columns)
+    figsize = (size[0] * columns, size[1] * rows)
     with matplotlib.rc_context({"font.size": 9}):
-        canvas, grid = plt.subplots(math.ceil(panels / columns), columns, squeeze=False, sharey=sharey, **size)
+        canvas, grid = plt.subplots(rows, columns, squeeze=False, sharey=sharey, figsize=figsize, layout="constrained")
     for axis in grid.flat[panels:]:
         axis.remove()
     for axis in grid.flat[:panels]:

@@ -8,9 +8,10 @@ from typing import Any
 from ..errors import LoRARiteValueError
 from ..run.console import number
 from ..run.files import read_json
+from ..run.settings import RESULT, SETTINGS
 from .cases import all_cases
 from .measures import GOOD
-from .plots import figure, figure_of_ranks
+from .plots import figure, figure_of_ranks, figure_of_run
 from .recipe import tuned_adamw
 from .statistics import LEAST_SEEDS, mean_interval, plus_minus
 
@@ -24,22 +25,33 @@ def require_packages() -> None:
 
 def report(folder: Path) -> Path:
     """Writes report.md, report.html (one file, figures inside) and figures/ into the folder of a study, also of one
-    that is not finished. Returns the path of the page.
+    that is not finished; into that of a single run, its loss curve, loss.png. Returns the path of what was written.
 
     Args:
-        folder: of the study, as ``lora-rite compare --out`` names it.
+        folder: of the study, as ``lora-rite compare --out`` names it, or of a run of ``lora-rite train``.
 
     Raises:
-        LoRARiteValueError: no study.json there, or it or a result that it names is missing or damaged.
+        LoRARiteValueError: neither is there, or a file of it is missing or damaged.
     """
     path = folder / "study.json"
-    if not path.is_file():
-        raise LoRARiteValueError(f"{folder} holds no study (no study.json); lora-rite compare writes it")
+    if path.is_file():
+        return _report_study(folder, read_json(path, "recipe", "data", "runs", "sweeps", "complete", "versions"))
+    if (folder / RESULT).is_file():
+        result = read_json(folder / RESULT, "settings", "held_out")
+        (folder / "loss.png").write_bytes(figure_of_run(result))
+        return folder / "loss.png"
+    if (folder / SETTINGS).is_file():
+        raise LoRARiteValueError(f"the run in {folder} is not finished (no {RESULT}); lora-rite train --resume goes on")
+    raise LoRARiteValueError(
+        f"{folder} holds no study (no study.json, which lora-rite compare writes) and no run (no {RESULT})"
+    )
+
+
+def _report_study(folder: Path, study: dict[str, Any]) -> Path:
     require_packages()
     import jinja2
     from markdown_it import MarkdownIt
 
-    study = read_json(path, "recipe", "data", "runs", "sweeps", "complete", "versions")
     cases = all_cases(study, folder)
     by_task = {task: [case for case in cases if case.task == task] for task in study["recipe"]["tasks"]}
     figures = {f"figures/{case.slug}.svg": figure(case, cases) for case in cases if case.rows}
