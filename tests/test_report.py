@@ -202,7 +202,7 @@ def test_without_measurements_the_training_loss_is_drawn(study):
         losses = [{"step": n, "loss": 5 - 0.1 * n} for n in range(1, 21)]
         path.write_text(json.dumps({**json.loads(path.read_text()), "held_out_losses": [], "losses": losses}))
     _, page = render(study)
-    assert "training loss (mean of 10 logged) over steps" in page
+    assert "training loss (running mean) over steps" in page
     assert "test loss over steps" not in page
 
 

@@ -47,8 +47,8 @@ def compare(**kwargs: Any) -> None:
 def report(folder: Path) -> None:
     """Writes the report of a study, or the loss curve of a run.
 
-    Of a study, also of one that is not finished: report.html (one file that needs no server), report.md and figures/. Of
-    a run: loss.png.
+    Of a study, also of one that is not finished: report.html (one file that needs no server), report.md and figures/.
+    Of a run: loss.png.
 
     Args:
         folder: folder of the study, the --out of lora-rite compare, or of a run, the --out of lora-rite train.

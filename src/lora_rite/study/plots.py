@@ -9,8 +9,8 @@ from typing import Any
 from .cases import Case, Row
 from .statistics import curve
 
-#: Logged training losses that are averaged, for the eye.
-WINDOW = 10
+#: The share of a run over which its training loss is averaged, for the eye.
+WINDOW = 0.05
 
 
 def figure(case: Case, cases: Sequence[Case]) -> str:
@@ -33,7 +33,7 @@ def figure(case: Case, cases: Sequence[Case]) -> str:
     if case.adamw is not None and math.isfinite(case.adamw.mean):
         for axis in (*[by_step, by_time] * case.curves, *axes[3:]):
             axis.axhline(case.adamw.mean, color=_color(names.index(case.adamw.name)), lw=0.8, ls="--")
-    what = f"training loss (mean of {WINDOW} logged)" if training else "test loss"
+    what = "training loss (running mean)" if training else "test loss"
     by_step.set(title=f"{what} over steps", xlabel="step", ylabel="nat")
     by_time.set(title=f"{what} over training time", xlabel="seconds (steps × median step time)")
     _draw_rates(by_lr, [(row.name, row, _color(names.index(row.name))) for row in case.rows])
@@ -83,7 +83,7 @@ def figure_of_run(result: dict[str, Any]) -> bytes:
         steps = [entry["step"] for entry in entries]
         axis.plot(steps, [entry["loss"] for entry in entries], color="tab:blue", lw=0.6, alpha=0.4)
         means = [mean for _, mean in _training_curve(result)]
-        axis.plot(steps, means, color="tab:blue", lw=1.8, label=f"training (mean of {WINDOW} logged)")
+        axis.plot(steps, means, color="tab:blue", lw=1.8, label="training (thick: running mean)")
     if "before" in result["held_out"]:  # not so in the record of a run that has diverged
         held_out = curve(result)
         axis.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", ms=4, lw=1.8, label="held out")
@@ -144,11 +144,12 @@ def _draw_curves(by_step: Any, by_time: Any, row: Row, color: Any, training: boo
 
 
 def _training_curve(result: dict[str, Any]) -> list[tuple[int, float]]:
-    """(step, running mean of the training loss) of a run."""
-    entries = result["losses"]
-    losses = [entry["loss"] for entry in entries]
-    means = [statistics.fmean(losses[max(0, i + 1 - WINDOW) : i + 1]) for i in range(len(losses))]
-    return [(entry["step"], mean) for entry, mean in zip(entries, means, strict=True)]
+    """(step, running mean of the training loss) of a run; of as many losses before a step as after it: one that lags
+    would look worse than it is."""
+    losses = [entry["loss"] for entry in result["losses"]]
+    half = int(len(losses) * WINDOW / 2)
+    means = [statistics.fmean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
+    return [(entry["step"], mean) for entry, mean in zip(result["losses"], means, strict=True)]
 
 
 def _draw_rates(axis: Any, lines: Sequence[tuple[str, Row, Any]]) -> None:
