@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("jinja2")
@@ -19,7 +19,7 @@ pytest.importorskip("markdown_it")
 pytest.importorskip("jsonargparse")
 
 from lora_rite.cli import main
-from lora_rite.study.cases import Case
+from lora_rite.study.cases import ROUNDING, Case
 from lora_rite.study.measures import Reached, good_rates
 from lora_rite.study.statistics import curve, difference, mean_interval, smoothed, step_at
 
@@ -121,6 +121,7 @@ def test_step_at_interpolates_and_may_never_come():
     assert step_at(points, 2.9) is None
 
 
+@settings(deadline=None, derandomize=True)  # the first call imports scipy
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=20))
 def test_a_smoothed_curve_falls_and_reaches_what_it_ends_at(losses):
     """It never rises, keeps the mean, leaves a falling curve as it is, and is at its last loss by its last step: AdamW
@@ -133,7 +134,7 @@ def test_a_smoothed_curve_falls_and_reaches_what_it_ends_at(losses):
     falling = sorted(points, key=lambda point: -point[1])
     falling = [(step, loss) for (step, _), (_, loss) in zip(points, falling, strict=True)]
     assert [v for _, v in smoothed(falling)] == pytest.approx([v for _, v in falling])
-    assert step_at(fit, losses[-1] + 1e-9) is not None
+    assert step_at(fit, losses[-1] * (1 + ROUNDING)) is not None
 
 
 def test_a_dip_is_no_end():

@@ -13,6 +13,8 @@ from .statistics import Difference, curve, difference, mean_interval, plus_minus
 
 #: Measurements of a held-out loss below which it is no curve: before, after, and one between.
 LEAST_POINTS = 3
+#: By so much of it, the mean of equal losses may be above them: a curve that ends there has reached it.
+ROUNDING = 1e-12
 
 
 def all_cases(study: dict[str, Any], folder: Path) -> list["Case"]:
@@ -150,7 +152,8 @@ class Case:
         targets = {seed: loss for seed, loss in self.adamw.losses.items() if math.isfinite(loss) and seed in row.losses}
         curves = {seed: row.results[seed] for seed in targets if "diverged" not in row.results[seed]}
         points = {seed: smoothed(curve(result)) for seed, result in curves.items()}
-        when = {s: step_at(points[s], loss) if s in points else None for s, loss in targets.items()}
+        limits = {seed: loss + ROUNDING * abs(loss) for seed, loss in targets.items()}
+        when = {s: step_at(points[s], limit) if s in points else None for s, limit in limits.items()}
         return Reached(when) if when else None
 
     def seconds_to_adamw(self, row: Row) -> Reached | None:
