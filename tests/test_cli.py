@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,7 @@ def test_train_writes_an_adapter_and_the_figures(optimizer, data, tmp_path, caps
     assert result["held_out"]["after"] < result["held_out"]["before"]
     assert result["held_out_losses"][-1]["held_out_loss"] == result["held_out"]["after"]
     assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["processor"]
     assert 0 < result["seconds"]["optimizer_share"] < 1
     assert result["optimizer"]["name"] == {"lora-rite": "LoRARite", "adamw": "AdamW"}[optimizer]
     if optimizer == "lora-rite":
@@ -278,6 +281,19 @@ def test_a_value_of_a_config_is_told_with_its_place(data, tmp_path, capsys):
     config.write_text("lora_r: 2\n")
     assert run(*words) == 2
     assert f"{config}:1: no option lora_r, did you mean rank?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["lora_rite", "lora_rite.cli"])
+def test_python_runs_it_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "pairs", "--rank", "0"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "lora-rite pairs: error: --rank must be at least 1, got 0\n"
+
+
+def test_the_entry_point_is_where_installers_look_for_it():
+    (script,) = metadata.entry_points(group="console_scripts", name="lora-rite")
+    assert script.value == "lora_rite.cli:main"
+    assert script.load() is main
 
 
 @pytest.mark.parametrize(("words", "shown"), [([], "pairs"), (["bench"], "scaling")])

@@ -31,6 +31,10 @@ class Run(NamedTuple):
         name = f"lr{self.lr:g}-seed{self.seed}-{self.split}" + (f"-{self.steps}steps" if self.steps else "")
         return f"runs/{self.task}/r{self.rank}/{self.optimizer}/{name}"
 
+    def __str__(self) -> str:
+        steps = f", {number(self.steps, 'step')}" if self.steps else ""
+        return f"{self.task}, rank {self.rank}, {self.optimizer}, lr {self.lr:g}, seed {self.seed}{steps}"
+
 
 class Line(NamedTuple):
     """One optimizer in one case."""
@@ -103,7 +107,16 @@ class Study:
         return [run for run in done if run in losses] + search.due + finals
 
     def due(self, losses: Losses) -> list[Run]:
-        return [run for line in self.lines for run in self.runs(line, losses) if run not in losses]
+        """The runs to do, in this order: in each case first those that choose the learning rates, then the final ones
+        seed by seed, then those of the budgets, so that a study that is stopped has as many seeds of each optimizer."""
+        cases, seeds, budgets = [line[:2] for line in self.lines], self.recipe.seeds, [None, *self.recipe.budgets]
+        runs = [run for line in self.lines for run in self.runs(line, losses) if run not in losses]
+
+        def order(run: Run) -> tuple[int, ...]:
+            final = run.split == "test"
+            return cases.index(run[:2]), final, budgets.index(run.steps), final and seeds.index(run.seed)
+
+        return sorted(runs, key=order)
 
     def planned(self, losses: Losses, task: str | None = None) -> int:
         """Number of runs in all, or of a task, as far as they are known: the final ones count before their lr is
