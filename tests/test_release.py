@@ -108,6 +108,6 @@ def test_the_commands_of_the_wheel_run(wheel, tmp_path):
         assert with_wheel(wheel, *words, "--version", cwd=tmp_path).split()[-1] == lora_rite.__version__
         assert "compare" in with_wheel(wheel, *words, "--help", cwd=tmp_path)
     (tmp_path / "data.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
-    train = ("train", "--model", "tiny", "--data", "data.txt", "--steps", "1", "--out", "run")
+    train = ("train", "--model", "tiny", "--data", "data.txt", "--holdout", "0", "--steps", "1", "--out", "run")
     with_wheel(wheel, *command, *train, cwd=tmp_path)
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
