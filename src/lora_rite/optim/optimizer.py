@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import LoRARiteTypeError, LoRARiteValueError, warn
 from ..execute import eager
 from ..execute.phases import Measured, Preconditioned, Start
+from ..options import OPTIONS
 from ..plan.plan import Bucket, Limits, Marks, Plan, make_plan
 from ..plan.state import new_state
 from .adamw import adamw_step, check_gradients, finite_gradients
@@ -134,13 +135,8 @@ class LoRARite(torch.optim.Optimizer):
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
     ):
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "damping": damping,
-            "row_equilibration": row_equilibration, "row_beta": row_beta, "relative_eps": relative_eps,
-            "clip_unmagnified_grad": clip_unmagnified_grad, "update_skipping": update_skipping,
-            "update_capping": update_capping, "apply_escape": apply_escape, "balance_param": balance_param,
-            "maximize": maximize, "capturable": capturable, "skipped": 0,
-        }  # fmt: skip
+        arguments = locals()
+        defaults = {**{name: arguments[name] for name in OPTIONS}, "skipped": 0}
         check_hyperparameters(defaults)
         self._adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
         if isinstance(params, torch.nn.Module):
