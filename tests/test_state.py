@@ -55,7 +55,7 @@ def load_into(params, optimizer, weights, state_dict, order="weights first"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shuffled", [False, True], ids=["same_order", "shuffled"])
 @pytest.mark.parametrize("order", ["weights first", "optimizer first"])
-def test_resume_is_bitwise(dtype, shuffled, order, tmp_path):
+def test_resume_is_bitwise(dtype, shuffled, order, tmp_path, engine):
     """C1, C2, C4: saved at step 7, loaded by weights_only into a fresh optimizer (its parameters in another order), 20
     more steps. Loading the optimizer before the weights does not look like a change from outside."""
     params, optimizer = start(dtype)

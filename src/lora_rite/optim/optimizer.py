@@ -157,9 +157,11 @@ class LoRARite(torch.optim.Optimizer):
             raise LoRARiteValueError(f"no LoRA pairs among the trainable parameters; {_ATTACH}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        last_lr = state.get("_last_lr", [])  # of a copy; load_state_dict gives none
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {"lr": None})
         self._begin()
+        self._last_lr = last_lr
 
     def _begin(self) -> None:
         """What is counted and said since this optimizer was made or loaded."""
@@ -169,7 +171,8 @@ class LoRARite(torch.optim.Optimizer):
         self._last_lr: list[float | Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_adamw": self._adamw}
+        self._count_skipped_on_device()
+        return {**super().__getstate__(), "_adamw": self._adamw, "_last_lr": self._last_lr}
 
     # ------------------------------------------------------------------------------------------------- construction
 
@@ -326,7 +329,8 @@ class LoRARite(torch.optim.Optimizer):
         ``damped_share``            share of singular directions of B·A with σ < δ in the last step
         ``sigma_over_delta``        median of σ/δ over pairs and directions in the last step (None without damping)
         ``update_norm``             Frobenius norm, to first order, of the change of W = B·A that the present first
-                                    moments make in one step at the lr of the last one
+                                    moments make in one step at the lr of the last one; after ``load_state_dict``,
+                                    at the present lr until a step is made
         ==========================  ==========================================================================
         """
         self._settle()
@@ -354,11 +358,17 @@ class LoRARite(torch.optim.Optimizer):
     # ----------------------------------------------------------------------------------------------------- state dict
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; tensors, numbers and strings alone."""
+        """As torch's; tensors, numbers and strings alone. The tensors are the optimizer's own, as torch's are, and most
+        are parts of larger ones: ``torch.save`` of the whole stores each once, but of one parameter's state alone, all
+        that lies beside it, unless its tensors are cloned."""
+        self._count_skipped_on_device()
+        return super().state_dict()
+
+    def _count_skipped_on_device(self) -> None:
+        """With ``capturable``: adds the steps to ``skipped`` that the device has skipped since that was last asked."""
         if self._statistics.flags is not None:
             count_skipped(self.param_groups, int(self._statistics.counts[3]))
             self._statistics.counts[3] = 0
-        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of LoRARite. State comes in the dtype of the arithmetic, float32 or for float64 factors
