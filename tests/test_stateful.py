@@ -12,12 +12,14 @@ import io
 import math
 import pickle
 import warnings
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
+    RULE_MARKER,
     RuleBasedStateMachine,
     initialize,
     invariant,
@@ -122,7 +124,9 @@ class Training(RuleBasedStateMachine):
         self.bad_in_a_row = 0
         twin = copy.deepcopy(self.world)  # which has no plan
         for p, q in zip(self.world.params(), twin.params(), strict=True):
-            q.grad = None if p.grad is None else p.grad.clone()
+            if p.grad is not None:
+                data, q.data = q.data, q.data.to(p.grad.dtype)  # (torch takes no gradient of another dtype)
+                q.grad, q.data = p.grad.clone(), data
         warned = self.world.step()
         assert twin.step() == warned
         assert equal(twin.everything(), self.world.everything())
@@ -223,16 +227,20 @@ class Training(RuleBasedStateMachine):
             group["lr"] = lr
 
     @precondition(lambda self: self.world.head.dtype != torch.float64)
-    @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), seed=seeds)
-    def move_to_another_dtype(self, dtype, seed):
-        """As ``model.to(dtype)`` does: what is rounded by that has changed from outside, and that is all.
+    @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), seed=seeds, late=st.booleans())
+    def move_to_another_dtype(self, dtype, seed, late):
+        """As ``model.to(dtype)`` does, before its gradients are made, or afterwards (``late``), which leaves them: what
+        is rounded by that has changed from outside, and that is all.
 
         Not where it would overflow: with damping 0, a factor opposite to a small one becomes as large as it takes."""
         if any(p.abs().max() > torch.finfo(dtype).max for p in self.world.params()):
             return
-        for p in self.world.params():
-            p.data, p.grad = p.data.to(dtype), None
         self.world.set_gradients(seed)
+        for p in self.world.params():
+            p.data = p.data.to(dtype)
+        if not late:
+            self.world.optimizer.zero_grad()
+            self.world.set_gradients(seed)
         assert all("changed from outside" in message for message in self.step())
 
     @rule(which=st.integers(0, 3), factor=st.sampled_from([0.5, 3.0]), seed=seeds)
@@ -294,29 +302,41 @@ class Training(RuleBasedStateMachine):
         original.step()
         assert equal(self.world.everything(), before)
 
-    @rule(seed=seeds, which=st.integers(0, 3))
-    def exchange_a_parameter(self, seed, which):
-        """As Accelerate's FSDP2 does: another tensor in the group's list, with the state of the one before."""
+    @rule(seed=seeds, which=st.integers(0, 3), with_state=st.booleans())
+    def exchange_a_parameter(self, seed, which, with_state):
+        """As Accelerate's FSDP2 does: another tensor in the group's list, with the state of the one before; without
+        it, the pair starts anew."""
         pair = self.world.pairs[which % len(self.world.pairs)]
-        for k, old in enumerate(pair):
+        states, before = self.world.optimizer.state, list(pair)
+        for k, old in enumerate(before):
             pair[k] = new = torch.nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
             for group in self.world.optimizer.param_groups:
                 group["params"] = [new if p is old else p for p in group["params"]]
-            if old in self.world.optimizer.state:
-                self.world.optimizer.state[new] = self.world.optimizer.state.pop(old)
+            if old in states and with_state:
+                states[new] = states.pop(old)
         self.world.set_gradients(seed)
-        assert not self.step()
+        if with_state:
+            assert not self.step()
+        else:  # (torch makes no state_dict while there is a state of a parameter that is in no group)
+            assert not self.world.step()
+            self.bad_in_a_row = 0
+            assert all(states[p]["step"] == 1 for p in pair if p.requires_grad)
+            self.world.forget(before)
 
-    @rule(seed=seeds, which=st.integers(0, 3))
-    def freeze_and_unfreeze_a_pair(self, seed, which):
-        """As an adapter that is not active: it stays as it is, bitwise, and goes on afterwards."""
+    @rule(seed=seeds, which=st.integers(0, 3), late=st.booleans())
+    def freeze_and_unfreeze_a_pair(self, seed, which, late):
+        """As an adapter that is not active: it stays as it is, bitwise, and goes on afterwards. Frozen after its
+        gradients were made (``late``), it has them still."""
         pair = self.world.pairs[which % len(self.world.pairs)]
         before = [p.detach().clone() for p in pair]
         trained = [p.requires_grad for p in pair]
         for flags in ([False, False], trained):
+            if late:
+                self.world.set_gradients(seed)
             for p, flag in zip(pair, flags, strict=True):
                 p.requires_grad_(flag)
-            self.world.set_gradients(seed)
+            if not late or flags == trained:
+                self.world.set_gradients(seed)
             assert not self.step()
             assert flags == trained or equal([p.detach() for p in pair], before)
 
@@ -411,3 +431,49 @@ OPTIONS = {
 def test_any_sequence_of_events(runs, actions, engine):
     """So many runs of at most so many actions."""
     run_state_machine_as_test(Training, settings=settings(max_examples=runs, stateful_step_count=actions, **OPTIONS))
+
+
+def _ways(**choices):
+    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+
+
+#: Event → the ways in which it can happen to the first pair after a step; all but the last few make a kept plan stale.
+EVENTS = {
+    "non_finite_step": _ways(seed=[1], where=[0], bad=[math.nan]),
+    "step_without_gradients_of_a_pair": _ways(seed=[1], which=[0]),
+    "step_without_gradients": [{}],
+    "save_and_load": _ways(seed=[1]),
+    "load_an_earlier_state": _ways(seed=[1]),
+    "step_of_a_copy": _ways(seed=[1]),
+    "go_on_with_a_copy": _ways(seed=[1], how=["deepcopy", "pickle"]),
+    "add_a_group": _ways(zero_b=[False, True], seed=[1]),
+    "change_lr": _ways(lr=[3e-2], as_tensor=[False, True]),
+    "move_to_another_dtype": _ways(dtype=[torch.bfloat16], seed=[1], late=[False, True]),
+    "move_to_float64": _ways(seed=[1]),
+    "change_from_outside": _ways(which=[0], factor=[3.0], seed=[1]),
+    "forget_a_pair": _ways(seed=[1], which=[0]),
+    "forget_everything": _ways(seed=[1]),
+    "exchange_a_parameter": _ways(seed=[1], which=[0], with_state=[False, True]),
+    "freeze_and_unfreeze_a_pair": _ways(seed=[1], which=[0], late=[False, True]),
+    "train_other_factors_of_a_pair": _ways(seed=[1], which=[0], trained=[(True, False), (False, True)]),
+    "put_values_elsewhere": _ways(seed=[1], which=[0], what=["data", "grad"], turned=[False, True]),
+    "put_states_elsewhere": _ways(seed=[1], how=["exchanged", "moved"]),
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_each_event_between_two_steps(event, engine):
+    """No plan that is kept from the first step is stale in the event's own or in the last."""
+    for how in EVENTS[event]:
+        training = Training()
+        training.begin(dtype=torch.float32, zero_b=False, options={})
+        training.good_step(seed=2, rank=None, scale=0.1)
+        training.good_step(seed=3, rank=None, scale=0.1)
+        getattr(training, event)(**how)
+        training.good_step(seed=4, rank=None, scale=0.1)
+        training.all_is_well()
+
+
+def test_every_event_happens():
+    events = {name for name, f in vars(Training).items() if hasattr(f, RULE_MARKER)}
+    assert events - {"good_step", "step_at_lr_zero"} == set(EVENTS)
