@@ -238,7 +238,7 @@ def test_unknown_settings(capsys):
     assert main(["theory", "--experiment", "width", "--settings", '{"with": 3}']) == 2
     assert "--settings: width has no 'with'; it has widths, rank" in capsys.readouterr().err
     assert main(["theory", "--experiment", "noise", "--settings", '{"steps": "x"}']) == 2
-    assert "--settings of noise: Parser key \"steps\": Expected a <class 'int'>" in capsys.readouterr().err
+    assert "--settings of noise: steps must be a whole number, got x" in capsys.readouterr().err
     assert main(["theory", "--experiment", "noise", "--settings", '{"steps": 0}']) == 2
     assert "--settings of noise: " in capsys.readouterr().err
 

@@ -45,12 +45,13 @@ def compare(**kwargs: Any) -> None:
 
 
 def report(folder: Path) -> None:
-    """Writes the report of a study: report.html (one file that needs no server), report.md and figures/.
+    """Writes the report of a study, or the loss curve of a run.
 
-    Also of a study that is not finished.
+    Of a study, also of one that is not finished: report.html (one file that needs no server), report.md and figures/.
+    Of a run: loss.png.
 
     Args:
-        folder: folder of the study, the --out of lora-rite compare.
+        folder: folder of the study, the --out of lora-rite compare, or of a run, the --out of lora-rite train.
     """
     from ..study.report import report as run
 
@@ -66,6 +67,8 @@ def pairs(
 ) -> None:
     """Shows which factors LoRARite pairs in a model with an adapter, and what it leaves to AdamW, and why.
 
+    A line for each kind of layer. Of the model its configuration is read alone, no weights.
+
     Args:
         model: hub id, local folder or GGUF file of a language model; "tiny" is the one inside this package.
         adapter: folder of a PEFT adapter; without it, a new LoRA adapter is attached.
@@ -73,11 +76,9 @@ def pairs(
         rank: rank of a new adapter.
         trust_remote_code: allow the model's own code to run.
     """
-    from ..finetune.load import attach_adapter, load_model
-    from ..plan.pairs import find_pairs
+    from ..study.shapes import pairs_of
 
-    network, _ = load_model(model, trust_remote_code=trust_remote_code)
-    print(find_pairs(attach_adapter(network, adapter=adapter, rank=rank, target_modules=target_modules)))
+    print(pairs_of(model, adapter, target_modules, rank, trust_remote_code))
 
 
 def audit_verb(
