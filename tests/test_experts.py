@@ -217,7 +217,8 @@ def test_block_diagonal_and_ordinary_adapters_of_one_layer():
 def test_bench_and_check_count_each_expert(kind, tmp_path, capsys):
     """Pairs, elements and bytes of state, at two and at sixteen experts; the state is what the optimizer then has."""
     from lora_rite.study.check import needs
-    from lora_rite.study.compare import Study, load_recipe
+    from lora_rite.study.recipe import load_recipe
+    from lora_rite.study.search import Study
 
     for experts in (2, 16):
         folder = tmp_path / f"{kind}{experts}"

@@ -149,13 +149,14 @@ def test_streams_that_are_none_or_no_files_are_left_alone(monkeypatch, data):
 #: A verb that prints so many bytes, or fails otherwise; the command line around it is the real one.
 STUB = """
 import sys
-import lora_rite.cli.program as cli
+from lora_rite.cli import main
+from lora_rite.cli.registry import VERBS, Verb
 
 def pairs(model="tiny"):
     {body}
 
-cli.pairs = pairs
-sys.exit(cli.main(sys.argv[1:]))
+VERBS["pairs"] = Verb(pairs)
+sys.exit(main(sys.argv[1:]))
 """
 
 

@@ -16,7 +16,8 @@ from lora_rite.bench.cases import linear_maps
 from lora_rite.cli import main
 from lora_rite.finetune.tasks import find_task
 from lora_rite.study import check as module
-from lora_rite.study.compare import HEADERS, Study, load_recipe
+from lora_rite.study.recipe import HEADERS, load_recipe
+from lora_rite.study.search import Study
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 ROOT = Path(__file__).resolve().parents[1]

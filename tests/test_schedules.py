@@ -17,7 +17,7 @@ from lora_rite.finetune import train as train_module
 from lora_rite.finetune.optimizers import PRESETS, check_optimizer
 from lora_rite.finetune.schedules import check_schedule
 from lora_rite.plan.pairs import Shape
-from lora_rite.study.compare import load_recipe
+from lora_rite.study.recipe import load_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "default::UserWarning")
 SMALL = ["--batch_size", 2, "--max_length", 32, "--rank", 2, "--no_progress"]

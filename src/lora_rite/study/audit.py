@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import LoRARiteValueError
 from ..inputs import resolve_values
 from ..options import PUBLISHED
+from ..run.console import table
 
 #: Optimizers to show beside the audited one: label, import path, keyword arguments (values that are import paths are
 #: resolved).
@@ -53,9 +54,6 @@ def audit_command(
 ) -> int:
     """Audits, prints the tables, writes ``audit.json`` and ``audit.png`` into ``out``. Returns 0, or 3 where the
     optimizer does not pass. For the arguments see ``lora-rite audit --help``."""
-    import torch
-
-    from ..finetune.load import attach_adapter, load_model
     from ..invariance.audit import audit
     from ..run.files import check_folder, prepare_folder, write_json
     from ..run.versions import versions
@@ -68,27 +66,14 @@ def audit_command(
         check_folder("--out", out)
     network = loss = None
     if model is not None:
-        network, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
-        network.set_experts_implementation("eager")  # grouped products know no float64
-        torch.manual_seed(seed)
-        network = attach_adapter(network, adapter=adapter, rank=rank, target_modules=target_modules).train()
-        loss = _loss_on(data, tokenizer) if data else None
+        network, loss = _model_and_loss(model, adapter, data, rank, target_modules, seed, trust_remote_code)
     if out is not None:
         prepare_folder("--out", out)
     shared = {"dtypes": dtypes, "conditions": conditions, "steps": steps, "tolerance": tolerance, "seed": seed}
     result = audit(optimizer, network, loss, options={"lr": lr, **(optimizer_args or {})}, takes=takes, **shared)
     result["label"] = optimizer.rpartition(":")[2]
-    others = []
     own = (optimizer, optimizer_args or {})
-    for label, path, options in [peer for peer in PEERS if peers and peer[1:] != own]:
-        try:
-            other = audit(path, network, loss, options={"lr": lr, **resolve_values(options)}, **shared)
-        except LoRARiteValueError as error:
-            print(f"{label}: {error}")
-            continue
-        for row in other["rows"]:
-            del row["errors"]
-        others.append({**other, "label": label})
+    others = _audit_peers([peer for peer in PEERS if peers and peer[1:] != own], network, loss, lr, shared)
     print(_tables(result, others))
     if out is not None:
         packages = {name: _version(name) for name in ("pytorch_optimizer",)}
@@ -98,6 +83,46 @@ def audit_command(
         _plot(result, others, out / "audit.png")
         print(f"Figures: {out / 'audit.json'}, picture: {out / 'audit.png'}")
     return 0 if result["passed"] else 3
+
+
+def _model_and_loss(
+    model: str,
+    adapter: Path | None,
+    data: Path | None,
+    rank: int,
+    target_modules: str | list[str],
+    seed: int,
+    trust_remote_code: bool,
+) -> tuple[Any, Any]:
+    """The model with its adapter, and its loss on the text in ``data``; None, for one on random tokens, without it."""
+    import torch
+
+    from ..finetune.load import attach_adapter, load_model
+
+    network, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
+    network.set_experts_implementation("eager")  # grouped products know no float64
+    torch.manual_seed(seed)
+    network = attach_adapter(network, adapter=adapter, rank=rank, target_modules=target_modules).train()
+    return network, _loss_on(data, tokenizer) if data else None
+
+
+def _audit_peers(
+    peers: list[tuple[str, str, dict[str, Any]]], network: Any, loss: Any, lr: float, shared: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The audits of other optimizers, without their errors by step; one that cannot be audited is said to be so."""
+    from ..invariance.audit import audit
+
+    others = []
+    for label, path, options in peers:
+        try:
+            other = audit(path, network, loss, options={"lr": lr, **resolve_values(options)}, **shared)
+        except LoRARiteValueError as error:
+            print(f"{label}: {error}")
+            continue
+        for row in other["rows"]:
+            del row["errors"]
+        others.append({**other, "label": label})
+    return others
 
 
 def _version(package: str) -> str | None:
@@ -130,17 +155,15 @@ def _tables(result: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
     from io import StringIO
 
     from rich.console import Console
-    from rich.table import Table
 
     labels = list(dict.fromkeys(row["transform"] for row in result["rows"]))
 
-    def table(title: str, first: str, lines: dict[str, list[dict[str, Any]]]) -> Table:
-        made = Table(title=title, title_justify="left")
-        for i, heading in enumerate([first, *labels]):
-            made.add_column(heading, justify="right" if i else "left")
-        for name, rows in lines.items():
-            made.add_row(name, *(cell([row for row in rows if row["transform"] == label]) for label in labels))
-        return made
+    def errors(title: str, first: str, lines: dict[str, list[dict[str, Any]]]) -> Any:
+        found = [
+            (name, *(cell([row for row in rows if row["transform"] == label]) for label in labels))
+            for name, rows in lines.items()
+        ]
+        return table(title, [first, *labels], found)
 
     def cell(rows: list[dict[str, Any]]) -> str:
         if not rows:
@@ -161,14 +184,14 @@ def _tables(result: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
         f"{r['start']}{'' if r['start'].startswith(r['layer']) else ' (' + r['layer'] + ')'}, {r['dtype']}"
     )  # fmt: skip
     title = f"{result['label']}: ‖ΔW − ΔW'‖/‖ΔW‖, the largest of {steps} steps"
-    console.print(table(title, "problem", grouped(result["rows"], problem)))
+    console.print(errors(title, "problem", grouped(result["rows"], problem)))
     if others:
         lines = {
             f"{r['label']}, {dtype}": rows
             for r in (result, *others)
             for dtype, rows in grouped(r["rows"], lambda row: row["dtype"]).items()
         }
-        console.print(table("all: the largest error over all problems", "optimizer", lines))
+        console.print(errors("all: the largest error over all problems", "optimizer", lines))
     say = lambda line: console.print(line, soft_wrap=True, markup=False, highlight=False)
     say('✗ depends on the factorisation; ~ within what rounding explains; "rounding" is no K but each element rounded')
     say("once (the control), and ! there: this training amplifies rounding itself")

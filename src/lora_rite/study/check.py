@@ -12,7 +12,9 @@ from ..finetune.optimizers import create_optimizer
 from ..finetune.tasks import find_task
 from ..inputs import one_line
 from ..plan.pairs import Shape
-from .compare import HEADERS, SPLITS, Study, read_data
+from .data import read_data
+from .recipe import HEADERS, SPLITS
+from .search import Study
 
 
 class Needs(NamedTuple):

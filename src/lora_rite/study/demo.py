@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from ..errors import LoRARiteValueError
 from ..finetune.data import Example
 from ..finetune.train import train
+from ..run.console import table
 from ..run.files import write_json
 from ..run.versions import versions
-from .report import step_at
+from .statistics import step_at
 
 
 class Entry(NamedTuple):
@@ -156,16 +157,12 @@ def _row(entry: Entry, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _print_table(rows: list[dict[str, Any]], runs: list[dict[str, Any]], out: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     steps, seeds = runs[0]["settings"]["steps"], len(runs) // len(rows)
     title = f"{steps} steps, {seeds} seeds, before: {runs[0]['held_out']['before']:.3f}"
-    table = Table(title=title, title_justify="left")
     headings = ("optimizer", "lr", "held-out loss", "steps to AdamW's best", "optimizer state", "share of a step")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(
+    cells = [
+        (
             row["optimizer"],
             f"{row['lr']:g}",
             f"{row['held_out_loss']:.3f} ± {row['spread']:.3f}",
@@ -173,8 +170,10 @@ def _print_table(rows: list[dict[str, Any]], runs: list[dict[str, Any]], out: Pa
             f"{row['state_bytes'] / 1e6:.2f} MB",
             f"{row['optimizer_share']:.1%}",
         )
+        for row in rows
+    ]
     console = Console()
-    console.print(table)
+    console.print(table(title, headings, cells))
     console.print(
         f"Curves: {out / 'curves.png'}; figures: {out / 'result.json'}; adapters: {out / 'runs'}/*/adapter\n"
         "Next: lora-rite train --data your.jsonl --out runs/first [--model HUB_ID_OR_FOLDER]",
