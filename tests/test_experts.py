@@ -17,6 +17,7 @@ pytest.importorskip("jsonargparse")
 import adapters  # noqa: E402
 
 from lora_rite.bench import cases as bench  # noqa: E402
+from lora_rite.bench import contenders  # noqa: E402
 from lora_rite.cli import main  # noqa: E402
 from lora_rite.finetune.load import attach_adapter, load_model  # noqa: E402
 from lora_rite.finetune.models import TINY  # noqa: E402
@@ -255,9 +256,9 @@ def test_bench_and_check_count_each_expert(kind, tmp_path, capsys):
 
 def test_the_share_of_a_step_is_measured_with_each_expert_as_a_pair(tmp_path, monkeypatch):
     made = []
-    create = bench.create_lora_rite
+    create = contenders.create_lora_rite
     monkeypatch.setattr(
-        bench, "create_lora_rite", lambda *args, **options: made.append(create(*args, **options)) or made[-1]
+        contenders, "create_lora_rite", lambda *args, **options: made.append(create(*args, **options)) or made[-1]
     )
     CONFIGS["qwen3_moe"](4).save_pretrained(tmp_path)
     bench.bench_train([str(tmp_path)], None, 2, "float32", "cpu", 1, 8, 1)

@@ -14,7 +14,8 @@ from lora_rite import LoRARite, NonFiniteError
 from lora_rite.algebra.basis import initial_basis
 from lora_rite.algebra.linalg import eigh, trace
 from lora_rite.algebra.rounding import stochastic_round
-from lora_rite.bench.cases import Watch, formula
+from lora_rite.bench.shapes import formula
+from lora_rite.bench.watch import Watch
 from lora_rite.optim.optimizer import state_bytes
 from lora_rite.plan.pairs import Shape
 

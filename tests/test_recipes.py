@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 pytest.importorskip("jsonargparse")
 pytest.importorskip("pytorch_optimizer")
 
-from lora_rite.bench.cases import linear_maps
+from lora_rite.bench.shapes import linear_maps
 from lora_rite.cli import main
 from lora_rite.finetune.tasks import find_task
 from lora_rite.study import check as module

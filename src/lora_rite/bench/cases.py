@@ -7,163 +7,24 @@ them), and ratios are taken within a round. Peers that are not installed, or fai
 import math
 import platform
 import statistics
-import time
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..errors import LoRARiteValueError
-from ..finetune.models import SHORT, configuration, fused_experts
-from ..inputs import blame
-from ..integrations.peft import create_lora_rite
-from ..invariance.problems import Adapter, Shapes
+from ..finetune.models import fused_experts
+from ..invariance.problems import Shapes
 from ..optim.optimizer import state_bytes
-from ..plan.pairs import Shape, find_pairs
-from ..rivals import LoRAMuon, PoLoRA, Shampoo
+from ..plan.pairs import Shape
+from .contenders import BASELINE, WARM_UP, TimedOptimizer, optimizers
+from .shapes import formula, linear_maps, network, shallow
+from .watch import seconds, spread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BASELINE = "AdamW (fused)"
 BOTH = (BASELINE, "LoRARite")
-WARM_UP = 3
-
-
-# ------------------------------------------------------------------------------------------------ models and adapters
-
-
-def shallow(model: str, layers: int | None = None) -> Any:
-    """transformers' configuration of a model, whose short name will do; cut to so many layers (of encoder and decoder
-    each)."""
-    config = configuration(SHORT.get(model, model), "--models")
-    if layers is not None:
-        text = config.get_text_config()
-        text.num_hidden_layers = layers
-        if hasattr(text, "num_decoder_layers"):
-            text.num_decoder_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
-    return config
-
-
-def network(model: str, layers: int | None, rank: int, device: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model with random weights and a PEFT adapter on all linear maps."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    config = shallow(model, layers)
-    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device(device), blame(f"--models {model}"), fused_experts():
-        base = kind.from_config(config, dtype=dtype)
-        return get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
-
-
-def linear_maps(model: str, layers: int | None = None, rank: int = 1) -> Shapes:
-    """The pairs of an adapter on all linear maps, those of experts in one; no weights are made. (PEFT gives parameters
-    that two maps share twice the rank.)"""
-    return [pair.shape for pair in find_pairs(network(model, layers, rank, "meta")).pairs]
-
-
-# ----------------------------------------------------------------------------------------------------------- measuring
-
-
-def optimizers(adapter: nn.Module, device: str) -> dict[str, Callable[[], torch.optim.Optimizer]]:
-    """Makers of the optimizers to compare. On CUDA, those named so are replayed as a CUDA graph."""
-    params = [p for p in adapter.parameters() if p.requires_grad]
-
-    def pytorch_optimizer() -> torch.optim.Optimizer:
-        from pytorch_optimizer import LoRARite as Other  # type: ignore[import-not-found]
-
-        return Other(params, lr=1e-4)
-
-    def riemannian() -> torch.optim.Optimizer:
-        from peft.optimizers import create_riemannian_optimizer  # type: ignore[attr-defined]
-
-        return create_riemannian_optimizer(adapter, torch.optim.AdamW, lr=1e-4)  # type: ignore[arg-type]
-
-    cuda = device == "cuda"
-    graphs: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "LoRARite (CUDA graph)" if cuda else "LoRARite (capturable)": lambda: create_lora_rite(
-            adapter, 1e-4, capturable=True
-        )
-    }
-    if cuda:
-        graphs["AdamW (fused, CUDA graph)"] = lambda: torch.optim.AdamW(params, 1e-4, fused=True, capturable=True)
-    return {
-        "LoRARite": lambda: create_lora_rite(adapter, lr=1e-4),
-        **graphs,
-        BASELINE: lambda: torch.optim.AdamW(params, lr=1e-4, fused=True),
-        "AdamW (foreach)": lambda: torch.optim.AdamW(params, lr=1e-4, foreach=True),
-        "pytorch_optimizer.LoRARite": pytorch_optimizer,
-        "peft Riemannian (AdamW)": riemannian,
-        "torch Muon": lambda: torch.optim.Muon(params, lr=1e-4),
-        "PoLoRA": lambda: PoLoRA(adapter, lr=1e-4),
-        "LoRA-Muon": lambda: LoRAMuon(adapter, lr=1e-4),
-        "Shampoo": lambda: Shampoo(adapter, lr=1e-4),
-    }
-
-
-class Contender:
-    """An optimizer on an adapter of its own, warmed up."""
-
-    def __init__(self, name: str, shapes: Shapes, dtype: torch.dtype, device: str):
-        adapter = Adapter(shapes, dtype, device)
-        self.params, self.device = [p for p in adapter.parameters() if p.requires_grad], device
-        self.gradients = [torch.randn_like(p) * 1e-3 for p in self.params]
-        self.optimizer = optimizers(adapter, device)[name]()
-        self.step: Callable[[], Any] = self.optimizer.step
-        for _ in range(WARM_UP):
-            self.seconds()
-        if "CUDA graph" in name:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.optimizer.step()
-            self.step = graph.replay
-
-    def reset_gradients(self) -> None:
-        """Some peers write into them; a graph reads them at the same address."""
-        for p, g in zip(self.params, self.gradients, strict=True):
-            if p.grad is None:
-                p.grad = torch.empty_like(g)
-            p.grad.copy_(g)
-
-    def seconds(self) -> float:
-        self.reset_gradients()
-        return seconds(self.step, self.device)
-
-    def watch(self) -> dict[str, int]:
-        """Bytes at the peak of what a step (in eager mode) allocates and does not keep; reads of the device by the
-        host in what is timed."""
-        self.reset_gradients()
-        with Watch(self.device) as eager:
-            self.optimizer.step()
-        peak = eager.peak
-        if self.device == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            self.optimizer.step()
-            peak = torch.cuda.max_memory_allocated() - before
-        graph = self.step != self.optimizer.step
-        return {"extra_bytes": peak, "synchronisations": 0 if graph else eager.synchronisations}
-
-
-def seconds(call: Callable[[], Any], device: str) -> float:
-    """Of one call, on CUDA by events on the device."""
-    if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def measure(names: Sequence[str], shapes: Shapes, dtype: str, device: str, rounds: int) -> dict[str, Any]:
@@ -172,15 +33,15 @@ def measure(names: Sequence[str], shapes: Shapes, dtype: str, device: str, round
     Returns:
         ``rows``: for each optimizer ``ratio`` to fused AdamW (median of the ratios within rounds, and
         ``ratio_quartiles``), ``seconds`` (and ``quartiles``), ``state_bytes``, ``extra_bytes`` and ``synchronisations``
-        (:meth:`Contender.watch`). ``left_out``: reasons by name. ``parameters``, ``parameter_bytes``,
+        (:meth:`TimedOptimizer.watch`). ``left_out``: reasons by name. ``parameters``, ``parameter_bytes``,
         ``formula_bytes`` (:func:`formula`).
     """
     torch.manual_seed(0)
-    made: dict[str, Contender] = {}
+    made: dict[str, TimedOptimizer] = {}
     left_out: dict[str, str] = {}
     for name in names:
         try:
-            made[name] = Contender(name, shapes, DTYPES[dtype], device)
+            made[name] = TimedOptimizer(name, shapes, DTYPES[dtype], device)
         except ImportError as error:
             left_out[name] = f"not installed ({error})"
         except (RuntimeError, ValueError, TypeError) as error:
@@ -207,18 +68,6 @@ def measure(names: Sequence[str], shapes: Shapes, dtype: str, device: str, round
     }  # fmt: skip
 
 
-def formula(shapes: Shapes) -> int:
-    """Bytes of LoRARite's state for float32, bfloat16 and float16 factors: the first moment and a number a row, five
-    r×r matrices a factor, and a few numbers."""
-    return sum(blocks * (4 * (n + m) * (r + 1) + 40 * r**2 + 8 * r + 26) for n, m, r, blocks, _ in shapes)
-
-
-def spread(values: list[float]) -> tuple[float, list[float]]:
-    """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return median, [low, high]
-
-
 def check(device: str, rounds: int, **sizes: Any) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise LoRARiteValueError("--device cuda: torch sees no CUDA device")
@@ -226,9 +75,6 @@ def check(device: str, rounds: int, **sizes: Any) -> None:
         for value in values if isinstance(values, list) else [values]:
             if value is not None and value < 1:
                 raise LoRARiteValueError(f"--{name} must be at least 1, got {value}")
-
-
-# ----------------------------------------------------------------------------------------------------- the benchmarks
 
 
 def bench_step(
@@ -352,43 +198,3 @@ def hardware() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "pytorch_optimizer": metadata.version("pytorch_optimizer") if found else None,
     }
-
-
-class Watch(TorchDispatchMode):
-    """Bytes of tensors that live at the same time and were made inside (without what single operations use
-    inwardly), and reads of values on the device by the host."""
-
-    def __init__(self, device: str = "cpu") -> None:
-        super().__init__()
-        self.device = device
-        self.live: dict[int, list[int]] = {}  # storage → [tensors on it, bytes]
-        self.now = self.peak = self.synchronisations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        out = func(*args, **kwargs)
-        self.synchronisations += "_local_scalar_dense" in str(func) and args[0].device.type == self.device
-        for t in _tensors(out):
-            storage = t.untyped_storage()
-            key = storage._cdata
-            if key in inputs and key not in self.live:
-                continue  # a view of what was there before
-            entry = self.live.setdefault(key, [0, storage.nbytes()])
-            if entry[0] == 0:
-                self.now += entry[1]
-                self.peak = max(self.peak, self.now)
-            entry[0] += 1
-            weakref.finalize(t, self._dropped, key)
-        return out
-
-    def _dropped(self, key: int) -> None:
-        entry = self.live[key]
-        entry[0] -= 1
-        if entry[0] == 0:
-            self.now -= entry[1]
-            del self.live[key]
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]

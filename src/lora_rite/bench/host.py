@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
+from ..invariance.problems import Shapes
 from ..plan.pairs import Shape
-from .cases import WARM_UP, Contender, Shapes, check, spread
+from .cases import check
+from .contenders import WARM_UP, TimedOptimizer
+from .watch import spread
 
 FOREACH = "AdamW (foreach)"
 #: What LoRARite does in each step before it looks at any factor → the methods that do it.
-PARTS = {"plan": ("_current_plan",), "checks": ("_check_idle", "_check_settings", "_check_adamw")}
+PARTS = {"plan": ("_current_plan",), "checks": ("_check",)}
 #: The rows: parts of LoRARite's step that touch no factor, and whole steps.
 ROWS = (*PARTS, "bookkeeping", "LoRARite", FOREACH)
 
@@ -49,7 +52,8 @@ def bench_host(pairs: list[int], width: int, rank: int, rounds: int) -> dict[str
 def measure(shapes: Shapes, rounds: int) -> list[dict[str, Any]]:
     """The rows of :func:`bench_host`."""
     torch.manual_seed(0)
-    rite, adamw, idle = (Contender(name, shapes, torch.float32, "cpu") for name in ("LoRARite", FOREACH, "LoRARite"))
+    names = ("LoRARite", FOREACH, "LoRARite")
+    rite, adamw, idle = (TimedOptimizer(name, shapes, torch.float32, "cpu") for name in names)
     for p in idle.params:
         p.grad = None
     work = {**_parts(rite.optimizer), "LoRARite": rite.step, FOREACH: adamw.step}

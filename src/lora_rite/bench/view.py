@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cases import BASELINE
+from .contenders import BASELINE
 
 
 def table(result: dict[str, Any]) -> str:

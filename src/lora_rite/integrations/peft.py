@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from ..errors import LoRARiteValueError, warn
 from ..optim.optimizer import LoRARite
-from ..plan.pairs import NO_FACTOR, find_pairs, param_groups
+from ..plan.factors import NO_FACTOR
+from ..plan.pairs import find_pairs, param_groups
 
 #: Keys of ``report()`` that the callbacks log.
 FIGURES = ("damped_share", "sigma_over_delta", "clip_rate", "gradient_norm", "update_norm", "skipped")

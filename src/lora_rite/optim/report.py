@@ -9,7 +9,10 @@ from ..plan.layout import rank_of
 from ..plan.names import plain_names
 from ..plan.plan import make_plan
 from ..plan.state import ALGEBRA, MATRICES
+from .checks import names_by_position
 from .optimizer import LoRARite
+from .precision import full_precision
+from .selection import alike, with_state
 
 
 @torch.no_grad()
@@ -30,11 +33,12 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
     ``docs/tuning.md``. Takes a few r×r decompositions a pair and synchronises with the device: for logging, not for
     every step.
     """
-    names, rows = plain_names(optimizer._names_by_position()), []
-    with optimizer._full_precision(), optimizer._at_last_lr():
-        for group, pairs in optimizer._alike(optimizer._with_state):
+    groups, states, rows = optimizer.param_groups, optimizer.state, []
+    names = plain_names(names_by_position(groups))
+    with full_precision(groups), optimizer._at_last_lr():
+        for group, pairs in alike(groups, states, lambda a, b: with_state(a, b, states)):
             for pair in pairs:
-                plan = make_plan([(group, [pair])], optimizer.state, optimizer._limits)
+                plan = make_plan([(group, [pair])], states, optimizer._limits)
                 (bucket,), (workspace,) = plan.buckets, plan.workspaces()
                 square, product = eager.update_square(bucket, workspace)
                 t = bucket.arena.matrices[:, MATRICES.index("coordinates")].to(ALGEBRA).cpu()

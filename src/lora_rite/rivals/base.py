@@ -90,7 +90,7 @@ class PairOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with full_precision({p.device.type for group in self.param_groups for p in group["params"]}):
+        with full_precision(self.param_groups):
             for group in self.param_groups:
                 for pairs in self._alike(group):
                     self._step_together(pairs, group)
