@@ -93,10 +93,15 @@ class Read(NamedTuple):
         kinds = ", ".join(f"{count:,} of {kind}" if len(self.kinds) > 1 else kind for kind, count in self.kinds.items())
         left_out = [f"{self.empty:,} empty"] * bool(self.empty) + [f"{self.bad:,} bad"] * bool(self.bad)
         return (
-            f"{source}: {len(self.examples):,} examples ({kinds})"
+            f"{source}: {counted(len(self.examples), 'example')} ({kinds})"
             + (f"; left out: {', '.join(left_out)}" if left_out else "")
             + (f"; keys passed over: {', '.join(self.passed_over)}" if self.passed_over else "")
         )
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 window``, ``1,200 windows``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 class _EmptyExample(Exception):
@@ -153,7 +158,7 @@ def read_data(path: Path, skip_bad_lines: bool = False) -> Read:
     if not found:
         raise LoRARiteValueError(f"{path} has no text" + (f": {len(empty)} empty examples alone" if empty else ""))
     if empty:
-        warn(f"{path}: {len(empty)} examples are empty and left out; the first: {empty[0]}")
+        warn(f"{path}: empty examples are left out: {len(empty)}, the first: {empty[0]}")
     return Read(found, dict(kinds), len(empty), len(bad), sorted(keys))
 
 
