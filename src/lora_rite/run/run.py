@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InterruptedRunError, LoRARiteError, NonFiniteError, warn
-from .checkpoints import TRAINING, clear, newest_verified, read_manifest, rotate, seal, step_of
+from .checkpoints import BEST, TRAINING, clear, newest_verified, read_manifest, rotate, seal, step_of
 from .digest import digest_state, trained
 from .failpoints import failpoint
 from .files import write_folder, write_json, writing
@@ -44,6 +44,7 @@ class Run:
         }  # fmt: skip
         self.checkpoint: Path | None = None
         self.last_saved: int | None = None
+        self.best: dict[str, Any] | None = None  # the trained parameters at the lowest held-out loss, on the CPU
 
     def begin(self, resume: bool) -> None:
         """Writes ``settings.json``; where the run is resumed, checks it and chooses the checkpoint to go on from."""
@@ -140,6 +141,8 @@ class Run:
             with torch.no_grad():
                 for name, p in trained(trainer.model):
                     p.copy_(values[name])
+        if (saved := self.checkpoint / BEST).is_file():
+            self.best = load_file(saved)
 
     def _checks(self, trainer: Any) -> Any:
         from transformers import TrainerCallback
@@ -190,6 +193,8 @@ class Run:
             if two_modes(trainer.optimizer) is not None:
                 training = {name: p.detach().contiguous() for name, p in trained(trainer.model)}
                 save_file(training, checkpoint / TRAINING)
+            if self.best is not None:
+                save_file(self.best, checkpoint / BEST)
             failpoint("checkpoint written")
             seal(checkpoint, self.record["id"], state)
         self.last_saved = step
