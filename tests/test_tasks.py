@@ -16,6 +16,7 @@ from lora_rite.cli import main  # noqa: E402
 from lora_rite.finetune import tasks as module  # noqa: E402
 from lora_rite.finetune import train as train_module  # noqa: E402
 from lora_rite.finetune.data import Example  # noqa: E402
+from lora_rite.finetune.header import summary  # noqa: E402
 from lora_rite.finetune.limits import find_limits  # noqa: E402
 from lora_rite.finetune.tasks import TASKS, examples, find_task, read_rows, read_task, require_rows  # noqa: E402
 from lora_rite.finetune.windows import IGNORED, windows  # noqa: E402

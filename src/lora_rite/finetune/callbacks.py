@@ -104,4 +104,3 @@ def has_stopped(state: Any, patience: int) -> bool:
 def copies(model: Any) -> dict[str, Any]:
     """Copies of the trained parameters on the CPU, by name."""
     return {name: p.detach().cpu().contiguous().clone() for name, p in trained(model)}
-

@@ -114,7 +114,9 @@ def _check_adapter(options: SimpleNamespace) -> None:
     for key, (default, name) in NEW_ADAPTER.items():
         given, own = getattr(options, key), config.get(name)
         if given not in (default, own):
-            raise LoRARiteValueError(f"--{key} {given}: --adapter {options.adapter} has {own}, and is gone on with: leave it out")
+            raise LoRARiteValueError(
+                f"--{key} {given}: --adapter {options.adapter} has {own}, and is gone on with: leave it out"
+            )
     options.rank, options.alpha = config.get("r") or options.rank, config.get("lora_alpha")
 
 

@@ -9,9 +9,7 @@ from ..plan.pairs import Shape
 from .optimizers import create_optimizer
 
 
-def optimizer_state(
-    shapes: Mapping[Shape, int], name: str, lr: float, options: dict[str, Any] | None = None
-) -> int:
+def optimizer_state(shapes: Mapping[Shape, int], name: str, lr: float, options: dict[str, Any] | None = None) -> int:
     """Bytes of an optimizer's state after a step on pairs of these shapes (each so many times) in float32.
 
     It is measured on torch's meta device, or where the optimizer needs values (LoRARite), on the CPU with one pair of

@@ -1,6 +1,5 @@
 """``lora-rite compare --check``: what a study needs, from shapes alone. Nothing is trained, no weights are loaded."""
 
-import math
 import statistics
 from collections import Counter
 from typing import Any, NamedTuple
@@ -138,4 +137,3 @@ def check(study: Study, data_dir: Any = None) -> str:
 
 
 _FOR = {"train": "train on", "validation": "choose lr", "test": "test"}
-

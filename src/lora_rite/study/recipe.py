@@ -170,7 +170,9 @@ def _check_schedules(path: Path, recipe: Recipe, parser: Any) -> None:
         given = {**default, **recipe.train, **task.train}
         for lr in {lr for contender in recipe.optimizers.values() for lr in contender.lr}:
             try:
-                check_schedule(given["scheduler"], given["scheduler_args"], lr, given["steps"] or DEFAULT_STEPS, given["warmup"])
+                check_schedule(
+                    given["scheduler"], given["scheduler_args"], lr, given["steps"] or DEFAULT_STEPS, given["warmup"]
+                )
             except LoRARiteValueError as error:
                 words = in_words_of_a_study(str(error))
                 raise LoRARiteValueError(f"{path}: {key}.scheduler {given['scheduler']}: {words}") from error
