@@ -48,7 +48,11 @@ def check_options(options: SimpleNamespace) -> dict[str, Any]:
     check_steps(options, options.steps or DEFAULT_STEPS)  # of epochs, they are not known yet
     _check_reporter(options.report_to)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    return {key: value for key, value in settings.items() if key not in ("resume", "progress", "allow_changed")}
+    return {
+        key: value
+        for key, value in settings.items()
+        if key not in ("resume", "progress", "allow_changed", "push_to_hub")
+    }
 
 
 def check_steps(options: SimpleNamespace, steps: int) -> None:

@@ -1,7 +1,6 @@
 """What ``lora-rite train`` says on the terminal: what it is about to do, and what came of it."""
 
 import math
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +8,15 @@ from typing import Any
 
 from ..run.versions import chip
 from .memory import count_text, estimate, size_text
+from .publish import next_commands
 from .windows import Row, Windows, label_count
 
 
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(file=sys.stderr, highlight=False, soft_wrap=True)  # stdout has what came of it alone
+    width = None if sys.stderr.isatty() else 160
+    return Console(file=sys.stderr, width=width, highlight=False)  # stdout has what came of it alone
 
 
 def announce(options: Any) -> None:
@@ -126,10 +127,8 @@ def show(run: dict[str, Any], options: Any, cut: int, held_out: int) -> None:
     rate = (options.optimizer_args or {}).get("adamw_lr")
     by = f" by AdamW, lr {rate:g}" if rate is not None else ""
     others = f", {outside:,} of them in no pair{by}" if outside else ""
-    grid.add_row(
-        "adapter",
-        f"{run['trained']:,} trained parameters ({run['trained_share']:.2%}) in {_number(run['pairs'], 'pair')}{others}",
-    )
+    trained = f"{run['trained']:,} trained parameters ({run['trained_share']:.2%})"
+    grid.add_row("adapter", f"{trained} in {_number(run['pairs'], 'pair')}{others}")
     known = (f"{key} {size_text(size)}" for key, size in memory.items() if key != "estimated" and size is not None)
     grid.add_row("memory", f"about {size_text(memory['estimated'])}: {', '.join(known)}")
     _console().print(grid)
@@ -155,10 +154,7 @@ def summary(result: dict[str, Any]) -> str:
     if cut:
         lines.append(f"{cut} examples are longer than --max_length and were cut")
     lines.append(f"adapter and result.json in {result['settings']['out']}")
-    model, out = result["settings"]["model"], result["settings"]["out"]
-    words = ["lora-rite", "eval", "--model", model, "--adapter", f"{out}/adapter", "--tasks"]
-    lines.append(f"to evaluate it: {shlex.join(words)} …")
-    return "\n".join(lines)
+    return "\n".join([*lines, next_commands(result)])
 
 
 def advice(result: dict[str, Any]) -> list[str]:

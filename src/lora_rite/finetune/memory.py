@@ -68,8 +68,8 @@ def activations(
 
 def estimate(network: Any, options: Any, longest: int, bytes_each: int) -> dict[str, int | None]:
     """What a run takes on its device, in bytes: ``weights``, ``adapter`` (what is trained, and its gradients),
-    ``optimizer`` (None where it cannot be told), ``activations`` (roughly; None for a model whose config does not tell),
-    and ``estimated``, the sum of what is known.
+    ``optimizer`` (None where it cannot be told), ``activations`` (roughly; None for a model whose config does not
+    tell), and ``estimated``, the sum of what is known.
 
     Args:
         network: the model with its adapter.

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from ..errors import LoRARiteValueError, warn
+from ..inputs import blame
 from ..optim.modes import evaluating
 from ..run import checkpoints, digest
 from ..run.files import locked
@@ -31,6 +32,7 @@ from .load import attach_adapter, load_model, place_quantised, set_attention
 from .memory import peak
 from .optimizers import check_optimizer
 from .plans import adapter_digest
+from .publish import check_push, export, push
 from .tasks import examples, read_rows, read_task
 from .trainer import add_callbacks, describe_optimizer, held_out_loss, log_entries, make_trainer, seconds
 from .windows import IGNORED, Windows, label_count
@@ -54,13 +56,13 @@ def train(
     max_length: int = 256, packing: bool = False, group_by_length: bool = False,
     warmup: float = 0.1, scheduler: str = "cosine", scheduler_args: dict[str, Any] | None = None, seed: int = 0,
     log_every: int = 1, eval_every: int = 0, early_stopping: int = 0, keep_best: bool = False,
-    save_every: int = 0, layers_every: int = 0, report_to: str = "none",
+    save_every: int = 0, layers_every: int = 0, report_to: str = "none", push_to_hub: str | None = None,
     resume: bool = False, allow_changed: list[str] | None = None, progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tunes a LoRA adapter and writes it, with the figures of the run, into a folder.
 
-    Into OUT go ``adapter/`` (for ``PeftModel.from_pretrained``), ``result.json`` (settings, versions, losses, times),
-    ``settings.json`` and, while the run goes on, ``checkpoints/``.
+    Into OUT go ``adapter/`` (for ``PeftModel.from_pretrained``; with its tokenizer and model card), ``result.json``
+    (settings, versions, losses, times), ``settings.json`` and, while the run goes on, ``checkpoints/``.
 
     Args:
         out: folder for the results; must be new or empty, except with --resume.
@@ -92,8 +94,8 @@ def train(
         alpha: LoRA's alpha (the adapter is scaled by alpha/rank); by default the rank.
         target_modules: layers that get an adapter: all-linear, names with commas between them or as a list, or a
             regular expression for the whole path.
-        modules_to_save: names of modules that are trained as a whole and saved with the adapter, as lm_head; by lora-rite
-            with AdamW, at lr 2e-4 or --optimizer_args.adamw_lr.
+        modules_to_save: names of modules that are trained as a whole and saved with the adapter, as lm_head; by
+            lora-rite with AdamW, at lr 2e-4 or --optimizer_args.adamw_lr.
         dropout: dropout on the adapter's input.
         dora: DoRA: a trained magnitude for each output of a layer, as modules_to_save by AdamW.
         rslora: scale the adapter by alpha/√rank.
@@ -103,8 +105,8 @@ def train(
         lr: peak learning rate; by default 5e-4 for lora-rite and 2e-4 for adamw.
         optimizer_args: further keyword arguments of the optimizer.
         weight_decay: decoupled weight decay.
-        max_grad_norm: clip the norm of all gradients to this, 0 does not; by default 1 and for lora-rite, which clips by
-            itself, 0.
+        max_grad_norm: clip the norm of all gradients to this, 0 does not; by default 1, and for lora-rite, which clips
+            by itself, 0.
         steps: optimizer steps; by default 200.
         epochs: instead of steps, how often to go through the data.
         batch_size: windows in a batch, on each device.
@@ -121,18 +123,25 @@ def train(
         seed: of the adapter's initialisation, the split and the order of batches.
         log_every: steps between logged training losses; each is the mean of so many steps.
         eval_every: steps between measurements of the held-out loss; 0 measures before and after training alone.
-        early_stopping: stop after so many measurements in a row without a new lowest held-out loss, and keep the adapter
-            of the lowest; 0 never stops.
+        early_stopping: stop after so many measurements in a row without a new lowest held-out loss, and write the
+            adapter of the lowest; 0 never stops.
         keep_best: write the adapter of the lowest held-out loss that was measured, instead of the last one.
         save_every: steps between checkpoints; 0 saves none, except where a signal ends the run. The last two are kept.
         layers_every: steps between figures of each layer in OUT/layers.jsonl (see docs/tuning.md); 0 writes none.
         report_to: transformers' name of a reporter: none, tensorboard, trackio, wandb, …
+        push_to_hub: then upload the adapter to this repository of the hub (a new one is private), as lora-rite push.
         resume: go on from the newest checkpoint in OUT that verifies, with the same settings, bitwise; a finished run
             goes on where steps or epochs are more.
         allow_changed: names of settings, or of what else a refused --resume has listed (tokens, torch, threads, …),
             that may differ from the interrupted run.
         progress: say what is run, show bars, and print held-out losses as they come.
     """
+    if push_to_hub is not None:
+        given = {**locals(), "push_to_hub": None}
+        check_push("--push_to_hub", push_to_hub)
+        result = train(**given)
+        print(push(out, push_to_hub))
+        return result
     options = SimpleNamespace(**locals())
     settings = check_options(options)
     if options.progress:
@@ -157,10 +166,11 @@ class _Examples(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What a run needs: the Trainer with its network, the windows to train on and those held out, digests of what goes
-    in, the measurement of the held-out loss, and what the run is (:func:`~lora_rite.finetune.header.describe`)."""
+    """What a run needs: the Trainer with its network, the tokenizer, the windows to train on and those held out,
+    digests of what goes in, the measurement of the held-out loss, and what the run is (:func:`~lora_rite.finetune.header.describe`)."""
 
     trainer: Any
+    tokenizer: Any
     train: Windows
     held_out: Windows
     inputs: dict[str, str]
@@ -244,6 +254,10 @@ def _attach(options: SimpleNamespace, network: Any) -> Any:
     if options.max_grad_norm and isinstance(made, LoRARite):
         raise LoRARiteValueError(f"--max_grad_norm {options.max_grad_norm:g}: {RAW_CLIPPING}")
     predict_labelled(network)
+    if options.gradient_checkpointing:
+        with blame("--gradient_checkpointing"):  # not by the Trainer's argument, which has another name from version 6
+            enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
     return network
 
 
@@ -278,8 +292,6 @@ def _prepare(options: SimpleNamespace, examples: _Examples) -> _Prepared:
         gradient_accumulation_steps=options.accumulation,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        gradient_checkpointing=options.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         include_num_input_tokens_seen="non_padding",
         save_strategy="steps" if options.save_every else "no",
         save_steps=options.save_every or 500,
@@ -301,7 +313,7 @@ def _prepare(options: SimpleNamespace, examples: _Examples) -> _Prepared:
     run["max_grad_norm"] = trainer.args.max_grad_norm
     if options.progress:
         show(run, options, train.cut + held_out.cut, there)
-    return _Prepared(trainer, train, held_out, inputs, measure, run)
+    return _Prepared(trainer, tokenizer, train, held_out, inputs, measure, run)
 
 
 def _train(options: SimpleNamespace, settings: dict[str, Any], prepared: _Prepared) -> tuple[Run, float, float]:
@@ -363,7 +375,7 @@ def _run(
     }
     with evaluating(trainer.optimizer):
         run.restore_best(network)
-        run.finish(lambda folder: network.save_pretrained(str(folder), safe_serialization=True), result)
+        run.finish(lambda folder: export(folder, network, prepared.tokenizer, result), result)
     return result
 
 
