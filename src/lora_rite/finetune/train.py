@@ -167,7 +167,8 @@ class _Examples(NamedTuple):
 
 class _Prepared(NamedTuple):
     """What a run needs: the Trainer with its network, the tokenizer, the windows to train on and those held out,
-    digests of what goes in, the measurement of the held-out loss, and what the run is (:func:`~lora_rite.finetune.header.describe`)."""
+    digests of what goes in, the measurement of the held-out loss, and what the run is
+    (:func:`~lora_rite.finetune.header.describe`)."""
 
     trainer: Any
     tokenizer: Any
