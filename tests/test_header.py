@@ -67,8 +67,10 @@ def test_a_run_says_what_it_is_before_the_first_loss(data, tmp_path, capsys):
     parts = [run["memory"][key] for key in ("weights", "adapter", "optimizer", "activations")]
     assert run["memory"]["estimated"] == sum(parts)
     assert run["memory"]["peak"] > run["memory"]["weights"]
-    for says in (f"{trained:,} trained parameters ({trained / whole:.2%}) in 35 pairs", "2 steps of 4 windows (0.67 epochs)",
-                 "12 examples", "held out: 1 window", "longer than --max_length 16, cut", "memory", "float32"):  # fmt: skip
+    for says in (
+        f"{trained:,} trained parameters ({trained / whole:.2%}) in 35 pairs", "2 steps of 4 windows (0.67 epochs)",
+        "12 examples", "held out: 1 window", "longer than --max_length 16, cut", "memory", "float32",
+    ):  # fmt: skip
         assert says in error
     assert "GiB of memory" in printed or "MiB of memory" in printed
 
