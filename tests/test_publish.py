@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard  # noqa: E402
 
 from lora_rite.cli import main  # noqa: E402
 from lora_rite.finetune import publish  # noqa: E402
-from lora_rite.finetune import train as train_module  # noqa: E402
+from lora_rite.finetune import trainer as train_module  # noqa: E402
 from lora_rite.finetune.models import TINY  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "always::UserWarning")

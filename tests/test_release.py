@@ -1,6 +1,7 @@
 """What the release workflow asks of the repository."""
 
 import importlib.metadata
+import json
 import os
 import runpy
 import subprocess
@@ -107,7 +108,8 @@ def test_the_commands_of_the_wheel_run(wheel, tmp_path):
     for words in (command, ("-m", "lora_rite"), ("-m", "lora_rite.cli")):
         assert with_wheel(wheel, *words, "--version", cwd=tmp_path).split()[-1] == lora_rite.__version__
         assert "compare" in with_wheel(wheel, *words, "--help", cwd=tmp_path)
-    (tmp_path / "data.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
-    train = ("train", "--model", "tiny", "--data", "data.txt", "--steps", "1", "--out", "run")
+    rows = [{"prompt": f"Say word {i}: ", "completion": "the quick brown fox jumps"} for i in range(20)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ("train", "--model", "tiny", "--data", "data.jsonl", "--steps", "1", "--out", "run")
     with_wheel(wheel, *command, *train, cwd=tmp_path)
-    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -13,6 +13,7 @@ from ..run.checkpoints import checkpoints
 from ..run.files import LOCK, read_json
 from ..run.settings import PLACES, RESULT, changes, read_settings, refuse_changes
 from .optimizers import find_optimizer
+from .records import read_text
 from .schedules import check_schedule
 from .untrusted import find_adapter
 
@@ -28,6 +29,8 @@ NEW_ADAPTER = {
     "dropout": (0.0, "lora_dropout"), "dora": (False, "use_dora"), "rslora": (False, "use_rslora"),
     "modules_to_save": (None, "modules_to_save"),
 }  # fmt: skip
+#: Options of a run on which its outcome does not depend.
+NO_SETTINGS = ("resume", "progress", "allow_changed", "preview", "push_to_hub")
 
 
 def check_options(options: SimpleNamespace) -> dict[str, Any]:
@@ -47,12 +50,11 @@ def check_options(options: SimpleNamespace) -> dict[str, Any]:
         options.steps = DEFAULT_STEPS if options.steps is None else options.steps
     check_steps(options, options.steps or DEFAULT_STEPS)  # of epochs, they are not known yet
     _check_reporter(options.report_to)
+    if options.chat_template is not None:  # whether it can be used is seen with the model's tokenizer
+        with blame(f"--chat_template {options.chat_template}"):
+            read_text(options.chat_template)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    return {
-        key: value
-        for key, value in settings.items()
-        if key not in ("resume", "progress", "allow_changed", "push_to_hub")
-    }
+    return {key: value for key, value in settings.items() if key not in NO_SETTINGS}
 
 
 def check_steps(options: SimpleNamespace, steps: int) -> None:
@@ -168,6 +170,7 @@ def _check_ranges(settings: dict[str, Any]) -> None:
         "eval_limit": 0,
         "early_stopping": 0,
         "max_grad_norm": 0,
+        "preview": 0,
     }
     for key, value in least.items():
         if settings[key] is not None and not value <= settings[key] < math.inf:

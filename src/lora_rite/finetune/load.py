@@ -67,6 +67,7 @@ def load_model(
             network = kind.from_pretrained(
                 place, dtype=given, trust_remote_code=trust_remote_code, use_safetensors=True, **more
             )
+    module: Any
     for module in network.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # After a pass without gradients, bitsandbytes would keep 4-bit weights in a layout whose products have no

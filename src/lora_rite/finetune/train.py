@@ -7,13 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
-from ..errors import LoRARiteValueError, warn
+from ..errors import LoRARiteValueError
 from ..inputs import blame
 from ..optim.modes import evaluating
 from ..run import checkpoints, digest
 from ..run.files import locked
 from ..run.run import Run, crash_safe
 from ..run.versions import versions
+from .chats import set_chat_template
 from .checks import (
     DEFAULT_LR,
     NEW_ADAPTER,
@@ -25,15 +26,15 @@ from .checks import (
     raised_steps,
     weights_of,
 )  # fmt: skip
-from .data import Split, read_examples, split
 from .header import announce, busy, describe, show
 from .labelled import predict_labelled
 from .load import attach_adapter, load_model, place_quantised, set_attention
 from .memory import peak
 from .optimizers import check_optimizer
 from .plans import adapter_digest
+from .preview import describe_windows, show_examples
 from .publish import check_push, export, push
-from .tasks import examples, read_rows, read_task
+from .reading import Examples, read, say
 from .trainer import add_callbacks, describe_optimizer, held_out_loss, log_entries, make_trainer, seconds
 from .windows import IGNORED, Windows, label_count
 
@@ -53,7 +54,8 @@ def train(
     optimizer: str = "lora-rite", lr: float | None = None, optimizer_args: dict[str, Any] | None = None,
     weight_decay: float = 0.0, max_grad_norm: float | None = None,
     steps: int | None = None, epochs: float | None = None, batch_size: int = 8, accumulation: int = 1,
-    max_length: int = 256, packing: bool = False, group_by_length: bool = False,
+    max_length: int = 256, packing: bool = False, chat_template: Path | None = None, preview: int = 0,
+    group_by_length: bool = False,
     warmup: float = 0.1, scheduler: str = "cosine", scheduler_args: dict[str, Any] | None = None, seed: int = 0,
     log_every: int = 1, eval_every: int = 0, early_stopping: int = 0, keep_best: bool = False,
     save_every: int = 0, layers_every: int = 0, report_to: str = "none", push_to_hub: str | None = None,
@@ -66,8 +68,10 @@ def train(
 
     Args:
         out: folder for the results; must be new or empty, except with --resume.
-        data: training text: a .jsonl file with {"text": …} or {"prompt": …, "completion": …} a line (loss on the
-            completion alone; not both), a .json or .parquet file with such records, or any other text file.
+        data: training text: a .jsonl, .json, .csv, .tsv or .parquet file (or .gz of one) of conversations ("messages",
+            "conversations"), of "prompt" and "completion", of "instruction", "input" and "output", or of "text", with
+            loss on what the assistant says, or the completion; a data set as NAME:SPLIT, by its hub id or folder; or
+            any other text file.
         task: instead of data, the training split of a task by its name, in lm_eval's format, loss on the answer alone:
             hellaswag, arc_challenge, arc_easy, openbookqa, gsm8k, natural_instructions or natural_instructions:TASK.
         data_dir: folder with the task's rows as local files; without it, they come from the hub.
@@ -115,6 +119,9 @@ def train(
             a completion, each.
         packing: put several prompts with their completions into a window, each seeing itself alone: saves the padding
             where they are much shorter than max_length; a batch then has more of them.
+        chat_template: file with the chat template (Jinja) for conversations; by default the model's own.
+        preview: print so many windows of the training text as the model sees them, with « » around what carries loss,
+            and stop.
         group_by_length: make batches of windows of about the same length, in training and where the held-out loss is
             measured: saves padding (each batch is padded to its longest window), and changes which come together.
         warmup: share of the steps in which lr rises linearly.
@@ -136,33 +143,32 @@ def train(
             that may differ from the interrupted run.
         progress: say what is run, show bars, and print held-out losses as they come.
     """
-    if push_to_hub is not None:
-        given = {**locals(), "push_to_hub": None}
-        check_push("--push_to_hub", push_to_hub)
-        result = train(**given)
-        print(push(out, push_to_hub))
-        return result
     options = SimpleNamespace(**locals())
+    if push_to_hub is not None:
+        check_push("--push_to_hub", push_to_hub)
+    result = _train(options)
+    if push_to_hub is not None and not preview:
+        print(push(out, push_to_hub))
+    return result
+
+
+def _train(options: SimpleNamespace) -> dict[str, Any]:
+    """:func:`train` with its options in one place."""
     settings = check_options(options)
-    if options.progress:
+    if options.progress and not options.preview:
         announce(options)
-    examples = _read(options)
-    if (finished := finished_result(out, settings, resume, allow_changed)) is not None:
+    examples = read(options)
+    if options.preview:
+        where = options.model, options.max_length, options.chat_template, options.trust_remote_code
+        show_examples(options.preview, examples.parts.train, *where)
+        return {}
+    if (finished := finished_result(options.out, settings, options.resume, options.allow_changed)) is not None:
         return finished
     prepared = _prepare(options, examples)
-    with locked(out):
-        if (finished := finished_result(out, settings, resume, allow_changed)) is not None:
+    with locked(options.out):
+        if (finished := finished_result(options.out, settings, options.resume, options.allow_changed)) is not None:
             return finished  # by the process that had the lock before
         return _run(options, settings, examples, prepared)
-
-
-class _Examples(NamedTuple):
-    """The examples to train on and those held out, where they come from, and how many of the latter are among the
-    former."""
-
-    parts: Split
-    sources: dict[str, str]
-    contaminated: int
 
 
 class _Prepared(NamedTuple):
@@ -179,34 +185,7 @@ class _Prepared(NamedTuple):
     run: dict[str, Any]
 
 
-def _read(options: SimpleNamespace) -> _Examples:
-    """Reads the examples, and warns of held-out ones that are in the training data too."""
-    parts, sources = _parts(options)
-    parts = parts._replace(train=parts.train[: options.limit])
-    contaminated = len(set(parts.train) & set(parts.held_out))
-    if contaminated:
-        warn(f"{contaminated} held-out examples are in the training data too: the held-out loss is too good")
-    return _Examples(parts, sources, contaminated)
-
-
-def _parts(options: SimpleNamespace) -> tuple[Split, dict[str, str]]:
-    data, task, data_dir, validation = options.data, options.task, options.data_dir, options.validation
-    if data is not None and task is None:
-        found, source = read_examples(data, options.skip_bad_lines), str(data)
-    elif task is not None and data is None:
-        found, source = read_task(task, "train", data_dir, progress=options.progress)
-    else:
-        raise LoRARiteValueError("give either --data or --task")
-    if validation is not None:
-        held_out = read_examples(validation, options.skip_bad_lines)
-        return Split(found, held_out), {"train": source, "held_out": str(validation)}
-    if task is not None and (rows := read_rows(task, "validation", data_dir)) is not None:
-        return Split(found, examples(task, rows)), {"train": source, "held_out": rows.source}
-    sources = {"train": source, "held_out": f"{options.holdout:g} of {source}"}
-    return split(found, options.holdout, options.seed), sources
-
-
-def _load(options: SimpleNamespace, examples: _Examples) -> tuple[Any, Any, Windows, Windows, int]:
+def _load(options: SimpleNamespace, examples: Examples) -> tuple[Any, Any, Windows, Windows, int]:
     """The model, its tokenizer, the windows to train on and to measure the held-out loss on, and how many there were of
     the latter before ``eval_limit``. From the windows follow the steps, where epochs are given."""
     from .limits import prepare_windows
@@ -220,10 +199,14 @@ def _load(options: SimpleNamespace, examples: _Examples) -> tuple[Any, Any, Wind
         trust_remote_code=options.trust_remote_code,
         progress=options.progress,
     )
+    if options.chat_template is not None:
+        set_chat_template(tokenizer, options.chat_template)
     with busy("making tokens of the data, and trying the model on a few", options.progress):
         train, held_out = prepare_windows(
             examples.parts, network, tokenizer, options.model, options.max_length, packing=options.packing
         )
+    for name, part, found in zip(("training", "held out"), examples.parts, (train, held_out), strict=True):
+        say(options, describe_windows(name, part, found, options.max_length, network.config.is_encoder_decoder))
     set_attention(network, options.attn_implementation)
     there = len(held_out.rows)
     if 0 < options.eval_limit < there:  # the same for all seeds and optimizers
@@ -262,7 +245,7 @@ def _attach(options: SimpleNamespace, network: Any) -> Any:
     return network
 
 
-def _prepare(options: SimpleNamespace, examples: _Examples) -> _Prepared:
+def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
     """Loads the model, makes windows of the examples and the Trainer, which is the first to write into the folder."""
     import torch
     from tqdm.auto import tqdm
@@ -313,11 +296,13 @@ def _prepare(options: SimpleNamespace, examples: _Examples) -> _Prepared:
     run = describe(options, network, dtype, train, held_out, examples)
     run["max_grad_norm"] = trainer.args.max_grad_norm
     if options.progress:
-        show(run, options, train.cut + held_out.cut, there)
+        show(run, options, there)
     return _Prepared(trainer, tokenizer, train, held_out, inputs, measure, run)
 
 
-def _train(options: SimpleNamespace, settings: dict[str, Any], prepared: _Prepared) -> tuple[Run, float, float]:
+def _begin_and_train(
+    options: SimpleNamespace, settings: dict[str, Any], prepared: _Prepared
+) -> tuple[Run, float, float]:
     """Begins or resumes the run and trains. Returns it with the held-out losses before and after."""
     from .callbacks import has_stopped
 
@@ -335,13 +320,11 @@ def _train(options: SimpleNamespace, settings: dict[str, Any], prepared: _Prepar
     return run, before, after
 
 
-def _run(
-    options: SimpleNamespace, settings: dict[str, Any], examples: _Examples, prepared: _Prepared
-) -> dict[str, Any]:
+def _run(options: SimpleNamespace, settings: dict[str, Any], examples: Examples, prepared: _Prepared) -> dict[str, Any]:
     """Trains, and writes adapter and result, which it returns."""
     from .callbacks import LOWEST
 
-    run, before, last = _train(options, settings, prepared)
+    run, before, last = _begin_and_train(options, settings, prepared)
     trainer, train, held_out = prepared.trainer, prepared.train, prepared.held_out
     network, state = trainer.model, trainer.state
     best = None
@@ -351,6 +334,8 @@ def _run(
             run.best, lowest = None, {"loss": last, "step": state.global_step}
         best = {"step": lowest["step"], "held_out_loss": lowest["loss"], "last": last, "last_step": state.global_step}
     after = last if best is None else best["held_out_loss"]
+    cut = {"train": train.cut, "held_out": held_out.cut}
+    dropped = {"train": train.dropped, "held_out": held_out.dropped}
     result = {
         "settings": {**settings, "steps": options.steps},
         "run": {**prepared.run, "memory": {**prepared.run["memory"], "peak": peak()}, "steps_done": state.global_step},
@@ -371,7 +356,7 @@ def _run(
         "seconds": seconds(state),
         "optimizer": describe_optimizer(trainer.optimizer),
         "windows": prepared.run["windows"],
-        "examples": {**prepared.run["examples"], "cut": {"train": train.cut, "held_out": held_out.cut}},
+        "examples": {**prepared.run["examples"], "cut": cut, "dropped": dropped},
         "versions": versions(),
     }
     with evaluating(trainer.optimizer):
