@@ -49,7 +49,7 @@ def start_of(shape, zero, condition):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_lora_rite(case):
+def test_equals_lora_rite(case, engine):
     """20 steps in float64. Where r exceeds a dimension the condition number of a factor, up to 1e3, multiplies rounding
     once more."""
     shape, zero, condition, options = CASES[case]

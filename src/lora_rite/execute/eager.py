@@ -332,8 +332,8 @@ def dead(bucket: Bucket) -> list[bool]:
     return zero.reshape(2, -1).all(0).tolist()
 
 
-def update_square(bucket: Bucket, workspace: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """‖δB·A‖² + ‖B·δA‖² of the step that the present first moments make, summed over pairs, a scalar; and S and δ.
+def update_squares(bucket: Bucket, workspace: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """‖δB·A‖² or ‖B·δA‖² of the step that the present first moment of each factor makes, (2p,); and S and δ.
 
     δB·A = −lr·M_B·(T_A·D_B)ᵀ·Q_Aᵀ, and Q_A is orthonormal."""
     start = begin(bucket, workspace, with_gradients=False)
@@ -341,11 +341,11 @@ def update_square(bucket: Bucket, workspace: list[Tensor]) -> tuple[Tensor, tupl
     seen = start.transport.mT @ (bucket.partners(start.basis.coordinates) @ d).mT * start.lr
     norm, cap = Numbers.of(start.numbers).moment_norm, bucket.group["update_capping"]
     seen = equations.capped(seen, norm, bucket.num_rows, cap)
-    total = torch.zeros((), dtype=bucket.dtype, device=bucket.device)
-    for tall, part in zip(start.tall, bucket.by_segment(seen), strict=True):
-        if tall.segment.moves:
-            total += tall.moment_times(part).square_().sum()
-    return bucket.shards.total(total)[0], product
+    squares = [
+        tall.moment_times(part).square_().sum((-2, -1)) if tall.segment.moves else part.new_zeros(len(part))
+        for tall, part in zip(start.tall, bucket.by_segment(seen), strict=True)
+    ]
+    return bucket.shards.total(torch.cat(squares))[0], product
 
 
 def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from .data import Split, read_examples, split
 from .labelled import predict_labelled
 from .load import attach_adapter, load_model
 from .optimizers import check_optimizer
+from .publish import check_push, export, next_commands, push
 from .tasks import examples, read_rows, read_task
 from .trainer import add_callbacks, describe_optimizer, held_out_loss, log_entries, make_trainer, seconds
 from .windows import IGNORED, Windows, label_count
@@ -58,12 +59,13 @@ def train(
     allow_changed: list[str] | None = None,
     skip_bad_lines: bool = False,
     trust_remote_code: bool = False,
+    push_to_hub: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Fine-tunes a LoRA adapter and writes it, with the figures of the run, into a folder.
 
-    Into OUT go ``adapter/`` (for ``PeftModel.from_pretrained``), ``result.json`` (settings, versions, losses, times),
-    ``settings.json`` and, while the run goes on, ``checkpoints/``.
+    Into OUT go ``adapter/`` (for ``PeftModel.from_pretrained``; with its tokenizer and model card), ``result.json``
+    (settings, versions, losses, times), ``settings.json`` and, while the run goes on, ``checkpoints/``.
 
     Args:
         out: folder for the results; must be new or empty, except with --resume.
@@ -111,8 +113,15 @@ def train(
             that may differ from the interrupted run.
         skip_bad_lines: leave out lines of .jsonl files that cannot be used, and say how many.
         trust_remote_code: allow the model's own code to run.
+        push_to_hub: then upload the adapter to this repository of the hub (a new one is private), as lora-rite push.
         progress: show a progress bar.
     """
+    if push_to_hub is not None:
+        given = {**locals(), "push_to_hub": None}
+        check_push("--push_to_hub", push_to_hub)
+        result = train(**given)
+        print(push(out, push_to_hub))
+        return result
     options = SimpleNamespace(**locals())
     settings = check_options(options)
     examples = _read(options)
@@ -135,10 +144,11 @@ class _Examples(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What a run needs: the Trainer with its network, the windows to train on and those held out, digests of what goes
-    in, and the measurement of the held-out loss."""
+    """What a run needs: the Trainer with its network, the tokenizer, the windows to train on and those held out,
+    digests of what goes in, and the measurement of the held-out loss."""
 
     trainer: Any
+    tokenizer: Any
     train: Windows
     held_out: Windows
     inputs: dict[str, str]
@@ -224,14 +234,14 @@ def _prepare(options: SimpleNamespace, examples: _Examples) -> _Prepared:
     every = options.layers_every
     reporter = LoRARiteCallback(options.out / "layers.jsonl" if every else None, every or 1) if is_lora_rite else None
     add_callbacks(trainer, reporter, options.progress, measure, options.eval_every)
-    return _Prepared(trainer, train, held_out, inputs, measure)
+    return _Prepared(trainer, tokenizer, train, held_out, inputs, measure)
 
 
 def _run(
     options: SimpleNamespace, settings: dict[str, Any], examples: _Examples, prepared: _Prepared
 ) -> dict[str, Any]:
     """Begins or resumes the run, trains, and writes adapter and result, which it returns."""
-    trainer, train, held_out, inputs, measure = prepared
+    trainer, _, train, held_out, inputs, measure = prepared
     network = trainer.model
     if options.save_every:
         checkpoints.check_space(options.out, network)
@@ -268,7 +278,7 @@ def _run(
         "versions": versions(),
     }
     with evaluating(trainer.optimizer):
-        run.finish(lambda folder: network.save_pretrained(str(folder), safe_serialization=True), result)
+        run.finish(lambda folder: export(folder, network, prepared.tokenizer, result), result)
     return result
 
 
@@ -282,7 +292,8 @@ def summary(result: dict[str, Any]) -> str:
         f"perplexity {perplexity['before']:.2f} → {perplexity['after']:.2f} ({loss['tokens']} tokens)\n"
         + spent.format(**took)
         + (f"{cut} examples are longer than --max_length and were cut\n" if cut else "")
-        + f"adapter and result.json in {result['settings']['out']}"
+        + f"adapter and result.json in {result['settings']['out']}\n"
+        + next_commands(result)
     )
 
 

@@ -190,12 +190,9 @@ def scale_by_lora_rite(
 
     Args: as those of :func:`lora_rite`.
     """
-    return _transformation(
-        None, layouts, betas=betas, eps=eps, weight_decay=0.0, damping=0.0, row_equilibration=row_equilibration,
-        row_beta=row_beta, relative_eps=relative_eps, clip_unmagnified_grad=clip_unmagnified_grad,
-        update_skipping=update_skipping, update_capping=update_capping, apply_escape=apply_escape, balance_param=False,
-        maximize=False, scaled_later=True,
-    )  # fmt: skip
+    options = locals()
+    absent = {"weight_decay": 0.0, "damping": 0.0, "balance_param": False, "maximize": False}
+    return _transformation(learning_rate=None, scaled_later=True, **options, **absent)
 
 
 def lora_rite(
@@ -261,9 +258,5 @@ def lora_rite(
         LoRARiteValueError, LoRARiteTypeError: hyperparameters out of range; from ``init`` and ``update``, leaves that
             do not form pairs.
     """
-    return _transformation(
-        learning_rate, layouts, betas=betas, eps=eps, weight_decay=weight_decay, damping=damping,
-        row_equilibration=row_equilibration, row_beta=row_beta, relative_eps=relative_eps,
-        clip_unmagnified_grad=clip_unmagnified_grad, update_skipping=update_skipping, update_capping=update_capping,
-        apply_escape=apply_escape, balance_param=balance_param, maximize=maximize, scaled_later=False,
-    )  # fmt: skip
+    options = locals()
+    return _transformation(**options, scaled_later=False)

@@ -2,10 +2,11 @@
 gradients or states change in kind, and kept while they do not; nothing is computed here.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, compress
 from operator import attrgetter, is_
 from typing import Any
 
@@ -142,13 +143,13 @@ class Bucket:
 class Plan:
     """``buckets``, and the states of their parameters as views of the buckets' tensors (``views``), which
     :meth:`install` puts in place. ``fresh``: parameters whose states begin here; while the plan is not installed, the
-    optimizer's own states are as they were."""
+    optimizer's own states are as they were. ``marks``: what a plan that is kept rests on."""
 
     buckets: list[Bucket]
     views: dict[Tensor, State]
     fresh: set[Tensor]
     marks: "Marks | None" = None
-    installed: bool = field(default=False)
+    installed: bool = False
 
     @property
     def pairs(self) -> list[FactorPair]:
@@ -165,8 +166,27 @@ class Plan:
         for p, state in states.items():
             if p not in self.views:
                 state.update({key: of_its_own(t) for key, t in state.items() if isinstance(t, Tensor)})
-        self.fresh.clear()
-        self.installed = True
+        self.views, self.fresh, self.installed = {}, set(), True
+
+    def keep(self, groups: list[dict[str, Any]], states: dict[Tensor, State]) -> None:
+        """Marks what the plan rests on, so that it can serve further steps. It is given up as soon as a tensor of the
+        states is gone (``optimizer.state.clear()``, an offload), as the arenas would stay in memory for nothing."""
+        kept = weakref.ref(self)
+
+        def give_up(tensor: Any) -> None:
+            plan = kept()
+            if plan is not None:
+                plan.marks, plan.buckets = None, []
+
+        self.marks = Marks(groups, states, give_up)
+
+    def holds(self, groups: list[dict[str, Any]], states: dict[Tensor, State]) -> bool:
+        """Whether what the plan rests on, gradients left aside, is as it was when the plan was kept."""
+        return self.marks is not None and self.marks.hold(groups, states)
+
+    def gradients_hold(self) -> bool:
+        """Whether the same parameters have gradients, of the same dtypes and layouts, as when the plan was kept."""
+        return self.marks is not None and self.marks.gradients_hold()
 
     def write_back(self, states: dict[Tensor, State]) -> None:
         """Copies the views into the states."""
@@ -193,15 +213,23 @@ _OF_GRADIENTS = attrgetter("dtype"), attrgetter("layout")
 
 
 class Marks:
-    """What a plan rests on, to be compared with what there is now: a plan whose marks differ is stale."""
+    """What a plan rests on, to be compared with what there is now: a plan whose marks differ is stale.
 
-    def __init__(self, groups: list[dict[str, Any]], states: dict[Tensor, State]):
+    Of the states' tensors it has the identities and the addresses, and no reference, which would keep them in memory.
+    An identity is free to be another object's once ``gone`` has been called, with the first tensor that is no more."""
+
+    def __init__(self, groups: list[dict[str, Any]], states: dict[Tensor, State], gone: Callable[[Any], None]):
         self.groups = list(groups)
         self.params = [list(group["params"]) for group in groups]
         self.options = [_options(group) for group in groups]
         self.kinds = self._kinds()
         self.gradients = self._gradients()
-        self.see_states(states)
+        self.owners = list(states)
+        tensors = list(_tensors(states))
+        self.counts, self.identities = list(map(len, states.values())), list(map(id, tensors))
+        self.whole = [isinstance(t, Tensor) and not is_sharded(t) for t in tensors]
+        self.addresses = list(map(Tensor.data_ptr, compress(tensors, self.whole)))
+        self.references = [weakref.ref(t, gone) if isinstance(t, Tensor) else t for t in tensors]
 
     def _kinds(self) -> list[list[Any]]:
         """What decides how parameters are stepped, a list a property: no object is made for each parameter."""
@@ -212,26 +240,20 @@ class Marks:
         gradients = [p.grad for p in chain.from_iterable(self.params)]
         return [[g if g is None else read(g) for g in gradients] for read in _OF_GRADIENTS]
 
-    def see_states(self, states: dict[Tensor, State]) -> None:
-        """Takes the states as they are for what the plan rests on."""
-        self.owners, self.dicts = list(states), list(states.values())
-        self.tensors = list(_tensors(self.dicts))
-        self.plain = [t for t in self.tensors if isinstance(t, Tensor) and not is_sharded(t)]
-        self.addresses = list(map(Tensor.data_ptr, self.plain))
+    def gradients_hold(self) -> bool:
+        return self._gradients() == self.gradients
 
-    def hold(self, groups: list[dict[str, Any]], states: dict[Tensor, State], gradients: bool = True) -> bool:
-        """Whether groups, parameters, gradients (unless they do not matter) and states are of the same kind and in the
-        same place as before."""
+    def hold(self, groups: list[dict[str, Any]], states: dict[Tensor, State]) -> bool:
+        """Whether groups, parameters and states are of the same kind and in the same place as before."""
         return (
             _same(groups, self.groups)
             and all(_same(group["params"], params) for group, params in zip(groups, self.params, strict=True))
             and [_options(group) for group in groups] == self.options
             and self._kinds() == self.kinds
-            and (not gradients or self._gradients() == self.gradients)
             and _same(states, self.owners)
-            and _same(states.values(), self.dicts)
-            and _same(_tensors(self.dicts), self.tensors)
-            and list(map(Tensor.data_ptr, self.plain)) == self.addresses
+            and list(map(len, states.values())) == self.counts
+            and list(map(id, tensors := list(_tensors(states)))) == self.identities
+            and list(map(Tensor.data_ptr, compress(tensors, self.whole))) == self.addresses
         )
 
 
@@ -241,8 +263,8 @@ def _same(now: Iterable[Any], before: Sequence[Any]) -> bool:
     return len(now) == len(before) and all(map(is_, now, before))
 
 
-def _tensors(states: Iterable[State]) -> Iterator[Any]:
-    return chain.from_iterable(map(dict.values, states))
+def _tensors(states: dict[Tensor, State]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, states.values()))
 
 
 def _options(group: dict[str, Any]) -> tuple[Any, ...]:
