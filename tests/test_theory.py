@@ -132,6 +132,7 @@ SMALL = {
 
 #: On the embedded model: half a minute each.
 SLOW = {
+    "ranks": {"ranks": [2, 8], "steps": 2, "lrs": [5e-3, 1e-2, 2e-2], "adamw_lrs": [5e-3, 1e-2, 2e-2]},
     "factors": {"steps": 4, "every": 2, "rank": 2},
     "few_tokens": {"rank": 2, "steps": 2, "lrs": [1e-2], "expert_steps": 4, "expert_lrs": [1e-2], "expert_seeds": 1},
 }

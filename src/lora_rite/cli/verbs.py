@@ -137,17 +137,19 @@ def audit_verb(
 
 
 def theory(
-    experiment: Literal["width", "transfer", "regret", "factors", "cost", "damping", "few_tokens", "noise", "ablation"],
+    experiment: Literal[
+        "width", "transfer", "ranks", "regret", "factors", "cost", "damping", "few_tokens", "noise", "ablation"
+    ],
     out: Path | None = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
     """Puts the paper's theorems, the costs and our own additions to the test: figures, a picture and a paragraph each.
 
     width: Theorem 1, the change of the output through A and through B over the width. transfer: the best lr over width
-    and rank. regret: Theorems 3 and 4. factors: how much A and B learn, on the embedded model. cost: operations, time
-    and memory over width and rank. damping: where the published step blows up; few_tokens: the same where it occurs.
-    noise: 20,000 steps of noise. ablation: every part of the step taken out or exchanged. Each takes one to ten minutes
-    on one core.
+    and rank. ranks: one lr for every rank? regret: Theorems 3 and 4. factors: how much A and B learn, on the embedded
+    model. cost: operations, time and memory over width and rank. damping: where the published step blows up;
+    few_tokens: the same where it occurs. noise: 20,000 steps of noise. ablation: every part of the step taken out or
+    exchanged. Each takes one to ten minutes on one core.
 
     Args:
         experiment: which one to run.

@@ -1,7 +1,6 @@
 """``LoRARite``: its groups, and the order in which a step is checked, planned, measured, decided and made."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -14,8 +13,8 @@ from ..options import OPTIONS
 from ..plan.plan import Bucket, Limits, Plan, make_plan
 from ..plan.state import new_state
 from .adamw import adamw_step, check_gradients, finite_gradients
-from .groups import check_hyperparameters, check_settings, group_at, new_groups
-from .guard import Guard, complain, count_skipped, read_flags, warn_of_change
+from .groups import at_lrs, check_hyperparameters, check_settings, group_at, new_groups
+from .guard import Guard, complain, count_skipped, joined_flags, read_flags, warn_of_change
 from .load import match_state, put_states
 from .precision import full_precision
 from .selection import alike, have_gradients, with_state
@@ -80,6 +79,9 @@ class LoRARite(torch.optim.Optimizer):
             non-finite gradient, or with a factor that was changed from outside, is skipped on the device, and
             ``report()`` says so. Take a first step before the capture, and give ``lr`` as a tensor if it is to change.
             Not with ``apply_escape``. One value for all groups.
+        scaling: what the model multiplies B·A by (alpha/r; rsLoRA: alpha/√r). lr, clipping and eps are then those of W,
+            lr at rank 16: one value suits every alpha and, nearly, every rank. None: they are those of B·A as it is.
+            :func:`lora_rite.create_lora_rite` and :func:`lora_rite.param_groups` read it off the model's layers.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: for the trainable parameters that are not factors (they
             become ``lr``, ``betas``, … of a group of kind "adamw", so that schedulers act on it too). Without
             ``adamw_lr`` such parameters are an error: LoRA-RITE's learning rate does not suit them.
@@ -133,6 +135,7 @@ class LoRARite(torch.optim.Optimizer):
         balance_param: bool = False,
         maximize: bool = False,
         capturable: bool = False,
+        scaling: float | None = None,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
@@ -254,18 +257,6 @@ class LoRARite(torch.optim.Optimizer):
             for k in range(0, len(pairs), PAIRS_AT_ONCE):
                 yield make_plan([(group, pairs[k : k + PAIRS_AT_ONCE])], self.state, self._limits)
 
-    @contextmanager
-    def _at_last_lr(self) -> Iterator[None]:
-        """Within, each group has the lr of the last step: when that is reported, the scheduler has moved on."""
-        present = [group["lr"] for group in self.param_groups]
-        for group, lr in zip(self.param_groups, self._last_lr, strict=False):  # (groups may have been added)
-            group["lr"] = lr
-        try:
-            yield
-        finally:
-            for group, lr in zip(self.param_groups, present, strict=True):
-                group["lr"] = lr
-
     def _measure(
         self, plan: Plan
     ) -> tuple[Plan, list[tuple[Bucket, Start, Measured, Preconditioned]], Tensor | None] | None:
@@ -274,7 +265,7 @@ class LoRARite(torch.optim.Optimizer):
         buckets = plan.buckets
         starts = [eager.begin(bucket, memory) for bucket, memory in zip(buckets, plan.workspaces(), strict=True)]
         measured = [eager.measure(bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
-        squares = [eager.norm_square(m) for m in measured]
+        squares = [eager.norm_square(*of_bucket) for of_bucket in zip(buckets, measured, strict=True)]
         norm = sum((s.to(squares[0].device) for s in squares[1:]), squares[0]).sqrt() if buckets else torch.zeros(())
         so_far = list(zip(buckets, starts, measured, strict=True))
         preconditioned = [eager.precondition(*phases, norm) for phases in so_far]
@@ -282,7 +273,7 @@ class LoRARite(torch.optim.Optimizer):
         verdicts = [eager.decide(*phases) for phases in work]
         others = [finite_gradients(group) for group in self.param_groups if group["kind"] == "adamw"]
         finite = [v.finite for v in verdicts] + others
-        flags = joined(finite + [v.unchanged for v in verdicts])
+        flags = joined_flags(finite + [v.unchanged for v in verdicts])
         ok = flags.all()
         if self.param_groups[0]["capturable"]:
             self._statistics.add(buckets, measured, norm, ok)
@@ -330,7 +321,7 @@ class LoRARite(torch.optim.Optimizer):
         ==========================  ==========================================================================
         """
         self._settle()
-        with full_precision(self.param_groups), self._at_last_lr():
+        with full_precision(self.param_groups), at_lrs(self.param_groups, self._last_lr):
             return report(self, self._plans_of_states(), self._statistics)
 
     def _settle(self) -> None:
@@ -386,7 +377,3 @@ class LoRARite(torch.optim.Optimizer):
         finally:
             hook.remove()
         put_states(self.state, self.param_groups, matched)
-
-
-def joined(flags: list[Tensor]) -> Tensor:
-    return torch.cat([flag.to(flags[0].device) for flag in flags] or [torch.ones(0, dtype=torch.bool)])

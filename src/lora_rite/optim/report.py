@@ -10,6 +10,7 @@ from ..plan.names import plain_names
 from ..plan.plan import Bucket
 from ..plan.state import ALGEBRA, MATRICES
 from .checks import names_by_position
+from .groups import at_lrs
 from .optimizer import LoRARite
 from .precision import full_precision
 
@@ -34,7 +35,7 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
     """
     names = plain_names(names_by_position(optimizer.param_groups))
     rows: dict[int, dict[str, Any]] = {}
-    with full_precision(optimizer.param_groups), optimizer._at_last_lr():
+    with full_precision(optimizer.param_groups), at_lrs(optimizer.param_groups, optimizer._last_lr):
         for plan in optimizer._plans_of_states():
             for bucket, workspace in zip(plan.buckets, plan.workspaces(), strict=True):
                 of_bucket = zip(bucket.pairs, *_figures(bucket, workspace), strict=True)
