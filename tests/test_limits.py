@@ -433,15 +433,6 @@ def test_other_files_are_one_text(suffix, tmp_path):
     assert read_examples(path) == [Example("", '{"id": 1}\nint a;')]
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".ndjson", ".jsonl.bak", ""])
-@pytest.mark.parametrize("text", ['\n{"text": "a"}\n{"text": "b"}', json.dumps(RECORDS, indent=1)])
-def test_records_in_a_file_of_another_suffix_are_an_error(suffix, text, tmp_path):
-    path = tmp_path / f"data{suffix}"
-    path.write_text(text)
-    with pytest.raises(LoRARiteValueError, match=r"has records of JSON, .* rename it"):
-        read_examples(path)
-
-
 def test_suffixes_of_what_else_is_named(data, tmp_path, capsys):
     """A config, the files of a task, a folder of data for eval, and a model's files in its digest."""
     (tmp_path / "run.YAML").write_text("rank: 3\n")

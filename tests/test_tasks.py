@@ -235,7 +235,7 @@ def test_prompt_and_answer_are_tokenised_together(tiny):
     """The text is that of the whole; what is not the prompt's own tokens carries loss, a spanning token too."""
     _, tokenizer = tiny
     for example in (Example("def f(x):\n    ret", "urn x"), Example("Question: 1?\nAnswer:", " 2")):
-        ((row,), _) = windows([example], tokenizer, 64)
+        (row,) = windows([example], tokenizer, 64).rows
         assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == example.prompt + example.completion
         answer = [label for label in row["labels"] if label != IGNORED]
         assert tokenizer.decode(answer, skip_special_tokens=True).endswith(example.completion)
@@ -245,7 +245,7 @@ def test_prompt_and_answer_are_tokenised_together(tiny):
 def test_a_shorter_prompt_is_taken_where_the_whole_does_not_fit(tiny):
     _, tokenizer = tiny
     example = Example("a b c d e f g h i j k l", " x", ("a b c d e f", "a"))
-    sizes = [len(windows([example], tokenizer, length)[0][0]["input_ids"]) for length in (64, 14, 5)]
+    sizes = [len(windows([example], tokenizer, length).rows[0]["input_ids"]) for length in (64, 14, 5)]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 3
     assert windows([example, example], tokenizer, 5).cut == 0
@@ -254,12 +254,12 @@ def test_a_shorter_prompt_is_taken_where_the_whole_does_not_fit(tiny):
 
 def test_encoder_decoder_windows(mt5):
     _, tokenizer = train_module.load_model(str(mt5))
-    ((row,), cut) = windows([Example("water and ice", " steam")], tokenizer, 64, encoder_decoder=True)
+    ((row,), cut, _) = windows([Example("water and ice", " steam")], tokenizer, 64, encoder_decoder=True)
     assert tokenizer.decode(row["input_ids"]).replace(" </s>", "</s>") == "water and ice</s>"
     assert row["labels"][-1] == tokenizer.eos_token_id
     assert IGNORED not in row["labels"]
     assert cut == 0
-    ((row,), cut) = windows([Example("water and ice", " steam" * 9)], tokenizer, 4, encoder_decoder=True)
+    ((row,), cut, _) = windows([Example("water and ice", " steam" * 9)], tokenizer, 4, encoder_decoder=True)
     assert (len(row["labels"]), cut) == (4, 1)
     with pytest.raises(ValueError, match="not from texts"):
         windows([Example("", "water")], tokenizer, 64, encoder_decoder=True)

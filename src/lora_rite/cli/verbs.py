@@ -27,7 +27,8 @@ def train(**kwargs: Any) -> None:
     from ..finetune.train import summary
     from ..finetune.train import train as run
 
-    print(summary(run(**kwargs)))
+    if result := run(**kwargs):
+        print(summary(result))
 
 
 def evaluate(**kwargs: Any) -> None:

@@ -10,6 +10,7 @@ wherever it stopped.
 import inspect
 import itertools
 import statistics
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from ..errors import LoRARiteValueError
 from ..finetune.checks import check_processes
-from ..finetune.data import Example
+from ..finetune.data import Sample
 from ..finetune.load import load_model
 from ..finetune.optimizers import check_optimizer
 from ..finetune.train import train
@@ -138,7 +139,7 @@ def _check_folder(out: Path, recipe: Recipe) -> None:
         raise LoRARiteValueError(f"{out} is not an empty folder or a study; choose another --out")
 
 
-def _check_models(study: Study, found: dict[str, dict[str, list[Example]]]) -> None:
+def _check_models(study: Study, found: dict[str, dict[str, Sequence[Sample]]]) -> None:
     """Loads the models of new tasks, and checks them and the tasks' texts as ``lora-rite train`` does, one model at a
     time. Where a recipe's function trains, it is the one that knows what it takes."""
     from ..finetune.limits import prepare_windows

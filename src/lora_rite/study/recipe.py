@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
-from ..finetune.data import read_text
 from ..finetune.optimizers import find_optimizer
+from ..finetune.records import read_text
 from ..finetune.schedules import check_schedule
 from ..finetune.tasks import find_task
 from ..finetune.train import train
