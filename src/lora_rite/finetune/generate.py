@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import LoRARiteValueError
 from ..inputs import blame
 from .adapted import attach, load_source
-from .data import read_text
+from .records import read_text
 from .sources import Dtype, find_source
 
 #: Tokens of an answer where nothing else is said, and the positions of the model allow it.
