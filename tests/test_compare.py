@@ -29,9 +29,9 @@ from lora_rite.run.files import write_json
 from lora_rite.run.run import Run
 from lora_rite.study import compare as compare_module
 from lora_rite.study import data as data_module
-from lora_rite.study import results, runner, search, workers
+from lora_rite.study import results, runner, workers
 from lora_rite.study.recipe import SPLITS, in_words_of_a_study, load_recipe
-from lora_rite.study.search import FINALISTS, MAX_EXTENSIONS, Line, Study
+from lora_rite.study.search import FINALISTS, MAX_EXTENSIONS, Line, Study, Trial
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE = """
@@ -270,7 +270,7 @@ def test_a_failed_copy_of_the_data_leaves_nothing_behind(recipe, tmp_path, fake_
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_module, "record", fail)
+        patch.setattr(data_module, "as_record", fail)
         assert run("compare", recipe(), "--out", tmp_path / "study") == 4
     assert "No space left" in capsys.readouterr().err
     assert not list((tmp_path / "study").rglob("*.tmp"))
@@ -339,11 +339,11 @@ def test_budgets_are_runs_of_their_own_at_the_chosen_rate(recipe, tmp_path, fake
     for r in runs:
         settings = json.loads((out / r["path"]).read_text())["settings"]
         assert settings["steps"] == (r["steps"] or 2)
-        evaluation = study.evaluation(search.Run(*(r[key] for key in search.Run._fields)), out, None)
+        evaluation = study.evaluation(Trial(*(r[key] for key in Trial._fields)), out, None)
         assert evaluation["adapter"].parent == (out / r["path"]).parent
     study.recipe.tasks["sums"].evaluate = ["gsm8k"]
-    assert study.evaluation(search.Run("sums", 2, "AdamW", 0.02, 0, "test"), out, None)["tasks"] == ["gsm8k"]
-    assert study.evaluation(search.Run("sums", 2, "AdamW", 0.02, 0, "test", 1), out, None)["tasks"] == []
+    assert study.evaluation(Trial("sums", 2, "AdamW", 0.02, 0, "test"), out, None)["tasks"] == ["gsm8k"]
+    assert study.evaluation(Trial("sums", 2, "AdamW", 0.02, 0, "test", 1), out, None)["tasks"] == []
 
 
 def test_budgets_need_a_function_that_takes_steps(recipe, tmp_path, monkeypatch, capsys):
@@ -761,7 +761,7 @@ def test_shorter_prompts_travel_with_the_data(tmp_path):
     from lora_rite.finetune.data import Example, read_examples
 
     examples = [Example("long prompt", "a", ("short", "s")), Example("p", "b"), Example("", "text")]
-    lines = [json.dumps(data_module.record(example)) for example in examples]
+    lines = [json.dumps(data_module.as_record(example)) for example in examples]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     assert read_examples(tmp_path / "x.jsonl") == examples
     (tmp_path / "x.jsonl").write_text('{"prompt": "p", "completion": "c", "shorter": "no list"}')
