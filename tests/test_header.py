@@ -13,23 +13,14 @@ from lora_rite.cli import main
 from lora_rite.finetune import train as train_module
 from lora_rite.finetune.header import advice, summary
 from lora_rite.finetune.load import attach_adapter, load_model
+from lora_rite.finetune.memory import optimizer_state
+from lora_rite.plan.pairs import Shape
 from lora_rite.run.versions import chip
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 WORDS = [
-    "--steps",
-    "2",
-    "--batch_size",
-    "2",
-    "--accumulation",
-    "2",
-    "--max_length",
-    "16",
-    "--rank",
-    "2",
-    "--lr",
-    "0.01",
-]
+    "--steps", "2", "--batch_size", "2", "--accumulation", "2", "--max_length", "16", "--rank", "2", "--lr", "0.01",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
