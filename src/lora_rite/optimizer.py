@@ -1,7 +1,7 @@
 """``LoRARite``: its groups, and the order in which a step is checked, planned, measured, decided and made."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate, chain
 from typing import Any, ClassVar, TypeVar
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from . import kernels
 from .errors import LoRARiteTypeError, LoRARiteValueError, NonFiniteError, warn
 from .execute import eager
-from .execute.phases import Measured, Preconditioned, Start
+from .execute.engine import Decided, measure
 from .optim.adamw import adamw_step, finite_gradients
 from .optim.checks import all_finite, changed_shape, check_tensors, meant_option, names_of, sparse_gradient
 from .optim.load import match_state
@@ -21,7 +22,7 @@ from .optim.statistics import MAX_DROPPED_IN_A_ROW, Statistics
 from .options import check as check_options
 from .pairs import check_order, check_pair, is_cut_through, overlapping_storage, param_groups
 from .plan.layout import LAYOUT_KEYS, layout_options, rank_of
-from .plan.plan import Bucket, Limits, Marks, Plan, make_plan
+from .plan.plan import Limits, Marks, Plan, make_plan
 from .plan.sharding import is_sharded, local
 from .plan.state import FactorPair, new_state, work_dtype
 
@@ -84,6 +85,10 @@ class LoRARite(torch.optim.Optimizer):
             non-finite gradient, or with a factor that was changed from outside, is skipped on the device, and
             ``report()`` says so. Take a first step before the capture, and give ``lr`` as a tensor if it is to change.
             Not with ``apply_escape``. One value for all groups.
+        engine: what makes the step: "eager", PyTorch's operations, or "triton", nine kernels for all factors together
+            (GPUs of NVIDIA; on a CPU with TRITON_INTERPRET=1, to try it out). What the latter does not do stays with the
+            former, and ``report()["engine"]`` says which one stepped: ``apply_escape``, ``update_capping``,
+            ``balance_param``, DTensors, float64, ranks above 64. None chooses. Both have the same state.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: for the trainable parameters that are not factors (they
             become ``lr``, ``betas``, … of a group of kind "adamw", so that schedulers act on it too). Without
             ``adamw_lr`` such parameters are an error: LoRA-RITE's learning rate does not suit them.
@@ -137,6 +142,7 @@ class LoRARite(torch.optim.Optimizer):
         balance_param: bool = False,
         maximize: bool = False,
         capturable: bool = False,
+        engine: str | None = None,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
@@ -150,6 +156,8 @@ class LoRARite(torch.optim.Optimizer):
             "maximize": maximize, "capturable": capturable, "skipped": 0,
         }  # fmt: skip
         _check_hyperparameters(defaults)
+        kernels.check_engine(engine)
+        self._engine = engine
         self._adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
         if isinstance(params, torch.nn.Module):
             raise LoRARiteTypeError("params is a model; pass model.named_parameters(), which names the factors")
@@ -164,18 +172,19 @@ class LoRARite(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {"lr": None})
+        self.__dict__.setdefault("_engine", None)
         self._begin()
 
     def _begin(self) -> None:
         """What is counted and said since this optimizer was made or loaded."""
         self._statistics, self._skipped_in_a_row, self._warned_one_sided = Statistics(), 0, False
-        self._idle_in_a_row, self._warned_idle = 0, False
+        self._idle_in_a_row, self._warned_idle, self._warned_eager = 0, False, False
         self._plan: Plan | None = None
         self._empty_plan: Plan | None = None
         self._last_lr: list[float | Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_adamw": self._adamw}
+        return {**super().__getstate__(), "_adamw": self._adamw, "_engine": self._engine}
 
     # ------------------------------------------------------------------------------------------------- construction
 
@@ -292,11 +301,11 @@ class LoRARite(torch.optim.Optimizer):
             decided = self._measure(self._current_plan(), others)
             if decided is None:
                 return loss
-            plan, work, ok = decided
+            plan, moves, ok = decided
             if not plan.installed and plan.adopts(self.state):
                 plan.install(self.state)
-            for bucket, start, measured, preconditioned in work:
-                eager.move(bucket, start, measured, preconditioned, ok)
+            for move in moves:
+                move(ok)
             offset = 0
             for group in self.param_groups:
                 if group["kind"] == "adamw":
@@ -375,25 +384,15 @@ class LoRARite(torch.optim.Optimizer):
 
     def _measure(
         self, plan: Plan, others: list[dict[str, Any]]
-    ) -> tuple[Plan, list[tuple[Bucket, Start, Measured, Preconditioned]], Tensor | None] | None:
-        """All buckets, measured, and, where the device is to decide, whether the step is taken; None where it is to be
-        skipped. Reads parameters, gradients and state only."""
-        buckets = plan.buckets
-        starts = [eager.begin(bucket, memory) for bucket, memory in zip(buckets, plan.workspaces(), strict=True)]
-        measured = [eager.measure(bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
-        squares = [eager.norm_square(m) for m in measured]
-        norm = sum((s.to(squares[0].device) for s in squares[1:]), squares[0]).sqrt() if buckets else torch.zeros(())
-        so_far = list(zip(buckets, starts, measured, strict=True))
-        preconditioned = [eager.precondition(*phases, norm) for phases in so_far]
-        work = [(*phases, p) for phases, p in zip(so_far, preconditioned, strict=True)]
-        verdicts = [eager.decide(*phases) for phases in work]
-        finite = [v.finite for v in verdicts] + [finite_gradients(group) for group in others]
-        flags = joined(finite + [v.unchanged for v in verdicts])
-        ok = flags.all()
+    ) -> tuple[Plan, Sequence[Callable[[Tensor | None], None]], Tensor | None] | None:
+        """All buckets, measured: what makes the step, and, where the device is to decide, whether it is taken; None where
+        it is to be skipped. Reads parameters, gradients and state only."""
+        decided = self._by_engine(plan, [finite_gradients(group) for group in others])
+        flags, ok = decided.flags, decided.ok
         if self.param_groups[0]["capturable"]:
-            self._statistics.add(buckets, measured, norm, ok)
-            self._statistics.skip(plan.pairs, flags, ok)
-            return plan, work, ok
+            self._statistics.add(plan.buckets, decided)
+            self._statistics.skip(plan.pairs, decided)
+            return plan, decided.moves, ok
         if not ok:  # the one host synchronisation of a step
             good, changed = _read(plan.pairs, flags)
             if changed:
@@ -404,13 +403,25 @@ class LoRARite(torch.optim.Optimizer):
             self._complain(plan.pairs, others, good, self._skipped_in_a_row)
             return None
         self._skipped_in_a_row = 0
-        self._statistics.add(buckets, measured, norm, ok)
-        if self._statistics.dropped_in_a_row(buckets, measured) >= MAX_DROPPED_IN_A_ROW:
+        self._statistics.add(plan.buckets, decided)
+        if self._statistics.dropped_in_a_row(plan.buckets, decided.kept) >= MAX_DROPPED_IN_A_ROW:
             warn(
                 f"update_skipping has dropped gradients in {MAX_DROPPED_IN_A_ROW} steps in a row: their unmagnified "
                 "root mean square is above it; raise it, or set it to 0"
             )
-        return plan, work, None
+        return plan, decided.moves, None
+
+    def _by_engine(self, plan: Plan, others: list[Tensor]) -> Decided:
+        """The first half of a step, by the engine that is asked for, or that suits the plan."""
+        wanted = self._engine or ("triton" if kernels.PASSED else "eager")
+        reason = kernels.supports(plan) if wanted == "triton" else None
+        if wanted == "eager" or reason:
+            if reason and self._engine and plan.buckets and not self._warned_eager:
+                self._warned_eager = True
+                warn(f'engine="triton" does not step {reason}: the eager engine does. This is said once')
+            return measure(plan, others)
+        counts = self._statistics.counts_on(plan.buckets[0].device)
+        return kernels.measure(plan, others, counts, self.param_groups[0]["capturable"])
 
     def _alike(self, wanted: Callable[[Tensor, Tensor], Any]) -> Iterator[tuple[dict[str, Any], list[FactorPair]]]:
         """Pairs (A, B) that are wanted, by group, rank, dtype of the arithmetic and device."""
@@ -570,6 +581,7 @@ class LoRARite(torch.optim.Optimizer):
         ``clip_rate``               share of steps that were clipped, since this optimizer was made or loaded
         ``damped_share``            share of singular directions of B·A with σ < δ in the last step
         ``sigma_over_delta``        median of σ/δ over pairs and directions in the last step (None without damping)
+        ``engine``                  what made the last step, "eager" or "triton"; None before the first
         ``update_norm``             Frobenius norm, to first order, of the change of W = B·A that the present first
                                     moments make in one step at the lr of the last one
         ==========================  ==========================================================================
@@ -667,10 +679,6 @@ def _have_gradients(a: Tensor, b: Tensor) -> bool:
     """Whether the factors that are trained, both or one, have gradients."""
     trained = [p for p in (a, b) if p.requires_grad]
     return bool(trained) and all(p.grad is not None for p in trained)
-
-
-def joined(flags: list[Tensor]) -> Tensor:
-    return torch.cat([flag.to(flags[0].device) for flag in flags] or [torch.ones(0, dtype=torch.bool)])
 
 
 def _read(pairs: list[FactorPair], flags: Tensor) -> tuple[list[bool], list[FactorPair]]:
