@@ -11,12 +11,21 @@ from torch import Tensor
 
 from ..execute.engine import Decided
 from ..plan.plan import Bucket, Plan
-from .small import basis_kernel, decide_kernel, invert_kernel, precondition_kernel, reduce_kernel, scales_kernel
+from .small import (
+    basis_kernel,
+    carry_kernel,
+    decide_kernel,
+    invert_kernel,
+    precondition_kernel,
+    reduce_kernel,
+    scales_kernel,
+)
 from .tables import DTYPES, LR, OPTIONS, TILE, Launch, launches, options_of, smallest_clip
 from .tall import apply_kernel, measure_kernel, rows_kernel
 
-#: Of the padded rank: rows that a program works on at a time, its warps, those of one for r×r matrices.
-SHAPES = {16: (64, 4, 1), 32: (32, 4, 4), 64: (32, 8, 8)}
+#: Of the padded rank: rows that a program works on at a time, its warps and stages of loads, the warps of one for r×r
+#: matrices. (More stages at 64 would take more shared memory than there is.)
+SHAPES = {16: (64, 4, 3, 1), 32: (32, 4, 2, 4), 64: (32, 8, 1, 8)}
 
 
 class Kernels:
@@ -50,10 +59,10 @@ class Kernels:
     def _constants(self, launch: Launch) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments that kernels of tall and of r×r matrices are compiled for."""
         padded = max(16, triton.next_power_of_2(launch.rank))
-        block, warps, small_warps = SHAPES[padded]
+        block, warps, stages, small_warps = SHAPES[padded]
         common = {"RANK": launch.rank, "R": padded}
-        tall = {**common, "BLOCK": block, "STEPS": TILE // block, "STRIDED": launch.strided, "num_warps": warps}
-        return tall, {**common, "num_warps": small_warps}
+        tall = {**common, "BLOCK": block, "STEPS": TILE // block, "STRIDED": launch.strided}
+        return {**tall, "num_warps": warps, "num_stages": stages}, {**common, "num_warps": small_warps, "num_stages": 1}
 
     def refresh(self) -> tuple[Tensor, Tensor]:
         """Brings what has changed since the last step to the device: the addresses, the numbers."""
@@ -171,7 +180,7 @@ class Kernels:
     def _precondition(self, launch: Launch, numbers: Tensor, small: dict[str, Any]) -> None:
         precondition_kernel[(len(launch.factors),)](
             launch.factors, numbers, self.traces, len(self.traces), self.traces[launch.first :], launch.grams,
-            launch.kept, launch.unmagnifier, launch.second_moment, launch.preconditioner, launch.warm, launch.bound,
+            launch.kept, launch.unmagnifier, launch.second_moment, launch.preconditioner, launch.warm,
             launch.escaped, launch.gates, self.flags, launch.noise, **small,
         )  # fmt: skip
 
@@ -195,8 +204,13 @@ class Kernels:
                     **dtypes, **tall,
                 )  # fmt: skip
                 basis_kernel[count](
-                    launch.factors, numbers, launch.partial, launch.unmagnifier, launch.second_moment, launch.warm,
-                    launch.escaped, launch.gates, self.ok, LOW=launch.dtype != torch.float32, **small,
+                    launch.factors, launch.partial, launch.warm, launch.grams, launch.inverses, launch.preconditioner,
+                    launch.turns, launch.gates, self.ok, **small,
+                )  # fmt: skip
+                carry_kernel[count](
+                    launch.factors, numbers, launch.partial, launch.unmagnifier, launch.second_moment, launch.grams,
+                    launch.inverses, launch.preconditioner, launch.turns, launch.escaped, launch.gates, self.ok,
+                    LOW=launch.dtype != torch.float32, **small,
                 )  # fmt: skip
 
 

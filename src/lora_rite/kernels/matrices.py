@@ -140,11 +140,12 @@ def stacked_inverse(top, bottom, PASSES: tl.constexpr, RANK: tl.constexpr, R: tl
 
 @triton.jit
 def largest_eigenvalue(a, SQUARINGS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr):
+    """By the average of all with the weights λᴺ, N = 2^SQUARINGS; five at a time do not underflow."""
     power = a
-    for j in range(SQUARINGS):
-        if j % 5 == 0:
-            power = power / tl.maximum(norm(power), 1e-300)
-        power = times(power, power)
+    for _ in tl.static_range(SQUARINGS // 5):
+        power = power / tl.maximum(norm(power), 1e-300)
+        for _ in range(5):
+            power = tl.dot(power, power, out_dtype=tl.float64, input_precision="ieee")
     return total(power * a) / tl.maximum(trace(power, RANK, R), 1e-300)
 
 
@@ -152,11 +153,12 @@ def largest_eigenvalue(a, SQUARINGS: tl.constexpr, RANK: tl.constexpr, R: tl.con
 def polar(x, R: tl.constexpr):
     """The orthogonal polar factor of x, whose singular values are 1 at most, by scaled Newton-Schulz iterations (Chen
     and Chow 2014); those below 1e-9 may come out as less than 1."""
-    least = tl.full([], 1e-9, tl.float64)
+    least, one = tl.full([], 1e-9, tl.float64), eye(R, 0)
     for _ in range(28):
         scale = tl.sqrt(3 / (1 + least + least * least))
-        square = times(tl.trans(x), x)
-        x = times(x, 1.5 * scale * eye(R, 0) - 0.5 * scale * scale * scale * square)
+        square = tl.dot(tl.trans(x), x, out_dtype=tl.float64, input_precision="ieee")
+        by = 1.5 * scale * one - 0.5 * scale * scale * scale * square
+        x = tl.dot(x, by, out_dtype=tl.float64, input_precision="ieee")
         least = tl.minimum(0.5 * scale * least * (3 - scale * scale * least * least), 1.0)
     return x
 
@@ -184,7 +186,7 @@ def root_of(a, RANK: tl.constexpr, R: tl.constexpr):
 def preconditioner(v, escaped, eps, relative_eps, RANK: tl.constexpr, R: tl.constexpr):
     """U diag(1/(√(λ + escaped) + eps + relative_eps·√(λ + escaped)_max)) Uᵀ of V = U diag(λ) Uᵀ."""
     v = (v + tl.trans(v)) * 0.5 + escaped * own_eye(RANK, R)
-    added = eps + relative_eps * tl.sqrt(largest_eigenvalue(v, 16, RANK, R))
+    added = eps + relative_eps * tl.sqrt(largest_eigenvalue(v, 15, RANK, R))
     _, inverse, _ = cholesky(
         root_of(v, RANK, R) * own_block(RANK, R) + added * own_eye(RANK, R) + eye(R, RANK), RANK, R
     )
@@ -199,36 +201,48 @@ def own_block(RANK: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def orthonormalise(warm, inverse_warm, gram, RANK: tl.constexpr, R: tl.constexpr):
-    """K and T of the basis of X, and c, Q = z·c, from K_w and the Gram matrix of z = X·K_w (padded with zeros)."""
-    own = own_block(RANK, R)
-    lower, inverse, failed = cholesky(gram + eye(R, RANK), RANK, R)
-    c = tl.trans(inverse) * own
-    inverse_gram = times(c, tl.trans(c))
-    condition = norm(times(gram, gram)) * norm(times(inverse_gram, inverse_gram))  # its square at most
-    k, t = times(warm, c), times(tl.trans(lower) * own, inverse_warm)
-    if tl.where((failed == 0) & (condition * LIVE * LIVE < 1), 1, 0) == 0:  # NaN too
-        k, t, c = projected(warm, inverse_warm, gram, RANK, R)
-    return k, t, c
+def orthonormalise(
+    warm, inverse_warm, gram, k, t, c, RANK: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """K and T of the basis of X, and c, Q = z·c, from K_w, K_w⁻¹ and the Gram matrix of z = X·K_w; all are places in
+    memory, so that no more of them than are needed are held in registers."""
+    z, own = load(gram, RANK, R), own_block(RANK, R)
+    lower, inverse, failed = cholesky(z + eye(R, RANK), RANK, R)
+    by = tl.trans(inverse) * own
+    inverse = times(by, tl.trans(by))
+    condition = norm(times(z, z)) * norm(times(inverse, inverse))  # its square at most
+    if tl.where((failed == 0) & (condition * LIVE * LIVE < 1), 1, 0) == 1:  # not for NaN
+        store(c, by, RANK, R)
+        store(k, times(load(warm, RANK, R), by), RANK, R)
+        store(t, times(tl.trans(lower) * own, load(inverse_warm, RANK, R)), RANK, R)
+    else:
+        projected(warm, inverse_warm, gram, k, t, c, RANK, R)
 
 
 @triton.jit
-def projected(warm, inverse_warm, gram, RANK: tl.constexpr, R: tl.constexpr):
+def projected(warm, inverse_warm, gram, k, t, c, RANK: tl.constexpr, R: tl.constexpr):
     """The same of factors of any rank: on the eigenvectors of ``gram`` with a share of the largest above LIVE."""
+    live = live_part(load(gram, RANK, R), RANK, R)
+    form = times(times(live, load(gram, RANK, R)), live) + eye(R, 0) - live
+    lower, inverse, _ = cholesky(form, RANK, R)
+    by = times(live, tl.trans(inverse))
+    store(c, by, RANK, R)
+    store(k, times(load(warm, RANK, R), by), RANK, R)
+    coordinates = times(times(tl.trans(lower), live), load(inverse_warm, RANK, R))
+    store(t, coordinates, RANK, R)
+    if trace(live, RANK, R) <= RANK - 0.5:
+        rest = times(eye(R, 0) - live, tl.trans(inverse))
+        rest = times(tl.trans(rest), rest) * tl.maximum(norm(coordinates), 1e-30)
+        # T⁺: k has parts of the size 1/eps in the null space of T, into which the other factor would then move.
+        store(k, stacked_inverse(tl.trans(coordinates), rest, 3, RANK, R), RANK, R)
+
+
+@triton.jit
+def live_part(gram, RANK: tl.constexpr, R: tl.constexpr):
+    """The projection on the eigenvectors of ``gram`` with a share of the largest eigenvalue above LIVE."""
     largest = largest_eigenvalue(gram, 10, RANK, R)
     shifted = (gram - largest * LIVE * eye(R, 0)) / tl.maximum(norm(gram), 1e-300)
-    # The padding has to stay within 1, and is to come out as null.
+    # The padding has to stay within 1.
     shifted = tl.where(own_block(RANK, R) > 0, (shifted + tl.trans(shifted)) * 0.5, 0.0) - eye(R, RANK)
     live = (eye(R, 0) + polar(shifted, R)) * 0.5
-    live = tl.where(largest > 0, live, 0.0) * own_block(RANK, R)
-    null = eye(R, 0) - live
-    lower, inverse, _ = cholesky(times(times(live, gram), live) + null, RANK, R)
-    by = tl.trans(inverse)
-    c, t = times(live, by), times(times(tl.trans(lower), live), inverse_warm)
-    k = times(warm, c)
-    if trace(live, RANK, R) <= RANK - 0.5:
-        null = times(null, by)
-        null = times(tl.trans(null), null) * tl.maximum(norm(t), 1e-30)
-        # T⁺: k has parts of the size 1/eps in the null space of T, into which the other factor would then move.
-        k = stacked_inverse(tl.trans(t), null, 3, RANK, R)
-    return k, t, c
+    return tl.where(largest > 0, live, 0.0) * own_block(RANK, R)

@@ -159,7 +159,7 @@ def reduce_kernel(
 
 @triton.jit
 def precondition_kernel(
-    factors, options, traces, num_traces, own_traces, grams, kept, d, v, w, warm, bound, escaped, gates, flags, noise,
+    factors, options, traces, num_traces, own_traces, grams, kept, d, v, w, warm, escaped, gates, flags, noise,
     RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Clipping by the norm of all gradients, V and W = D·V^-½ of this step, whether they are finite, K_w of the factor
@@ -271,46 +271,59 @@ def scales_kernel(factors, options, row_partial, squares, gates, ok, scales):
 
 @triton.jit
 def basis_kernel(
-    factors, options, partial, d, v, warm, escaped, gates, ok, LOW: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr
+    factors, partial, warm, grams, inverses, k, c, gates, ok, RANK: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
-    """The state of the factors that have moved: K and T of each, P of its partner and V ← P·V·Pᵀ there."""
+    """Of the factors that have moved, T and K_w in the state; zᵀz, K_w⁻¹, K and c for ``carry``."""
     f = tl.program_id(0)
     if (tl.load(ok) != 0) & (tl.load(gates + f) != 0):
-        _keep(factors, options, partial, d, v, warm, escaped, f, LOW, RANK, R)
+        at = f * RANK * RANK
+        mx.store(grams + at, total_of(partial, f, factors, 2 * RANK * RANK + 1, RANK, R), RANK, R)
+        k_warm = mx.load(warm + at, RANK, R)
+        mx.store(state_of(factors, f, WARM, RANK), k_warm, RANK, R)
+        mx.store(inverses + at, mx.inverse_of(k_warm + mx.eye(R, RANK), RANK, R), RANK, R)
+        tl.debug_barrier()  # Else a thread may load what another one has not stored yet.
+        t = state_of(factors, f, COORDINATES, RANK)
+        mx.orthonormalise(warm + at, inverses + at, grams + at, k + at, t, c + at, RANK, R)
 
 
 @triton.jit
-def _keep(
-    factors, options, partial, d, v, warm, escaped, f, LOW: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr
+def carry_kernel(
+    factors, options, partial, d, v, grams, inverses, k, c, escaped, gates, ok, LOW: tl.constexpr, RANK: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
-    at, y = f * RANK * RANK, entry(factors, f, PARTNER)
-    stride: tl.constexpr = 2 * RANK * RANK + 1
-    lr = option(options, factors, f, LR)
-    gram = total_of(partial, f, factors, stride, RANK, R)
-    shift = total_of(partial + RANK * RANK, f, factors, stride, RANK, R)
-    if not LOW:
-        step = mx.load_transposed(d + at, RANK, R) * lr
-        shift = mx.times(shift, step.to(tl.float32).to(tl.float64))
-    k_warm = mx.load(warm + at, RANK, R)
-    inverse_warm = mx.inverse_of(k_warm + mx.eye(R, RANK), RANK, R) * mx.own_block(RANK, R)
-    k, t, c = mx.orthonormalise(k_warm, inverse_warm, gram, RANK, R)
-    old = mx.load(state_of(factors, f, BASIS, RANK), RANK, R)
-    cross = (mx.times(gram, inverse_warm) + shift) / (1 - lr * option(options, factors, f, WEIGHT_DECAY))
-    p = mx.times(mx.times(tl.trans(c), cross), old)
-    mx.store(state_of(factors, f, BASIS, RANK), k, RANK, R)
-    mx.store(state_of(factors, f, COORDINATES, RANK), t, RANK, R)
-    mx.store(state_of(factors, f, WARM, RANK), k_warm, RANK, R)
-    if entry(factors, y, MOVES) != 0:
-        moment = mx.load(v + y * RANK * RANK, RANK, R)
-        mx.store(state_of(factors, y, TRANSPORT, RANK), p, RANK, R)
-        mx.store(state_of(factors, y, SECOND_MOMENT, RANK), mx.times(mx.times(p, moment), tl.trans(p)), RANK, R)
-    else:  # The basis of a frozen partner stays; it counts steps as this one does.
-        mx.store(state_of(factors, f, TRANSPORT, RANK), mx.eye(R, 0), RANK, R)
-        mx.store(state_of(factors, f, SECOND_MOMENT, RANK), mx.load(v + at, RANK, R), RANK, R)
-        count = entry(factors, y, STEP).to(tl.pointer_type(tl.float32))
-        tl.store(count, tl.load(count) + 1)
-    sizes = partial + entry(factors, f, FIRST_TILE) * stride + 2 * RANK * RANK
-    tl.store(number(factors, f, RANK), tl.sqrt(sum_of(sizes, entry(factors, f, TILES), stride)).to(tl.float32))
-    tl.store(number(factors, f, RANK + 1), tl.load(escaped + f).to(tl.float32))
+    """The rest of the state of the factors that have moved: K, and P of the partner and V ← P·V·Pᵀ there."""
+    f = tl.program_id(0)
+    if (tl.load(ok) != 0) & (tl.load(gates + f) != 0):
+        at, y = f * RANK * RANK, entry(factors, f, PARTNER)
+        stride: tl.constexpr = 2 * RANK * RANK + 1
+        lr = option(options, factors, f, LR)
+        shift = total_of(partial + RANK * RANK, f, factors, stride, RANK, R)
+        if not LOW:
+            step = mx.load_transposed(d + at, RANK, R) * lr
+            shift = mx.times(shift, step.to(tl.float32).to(tl.float64))
+        # zᵀ·X_old, with z = X_new·K_w, from X_old = (X_new + what it moved by)/shrink.
+        cross = mx.times(mx.load(grams + at, RANK, R), mx.load(inverses + at, RANK, R)) + shift
+        cross /= 1 - lr * option(options, factors, f, WEIGHT_DECAY)
+        basis = state_of(factors, f, BASIS, RANK)
+        p = mx.times(mx.times(mx.load_transposed(c + at, RANK, R), cross), mx.load(basis, RANK, R))
+        if entry(factors, y, MOVES) != 0:
+            moment = mx.load(v + y * RANK * RANK, RANK, R)
+            mx.store(state_of(factors, y, TRANSPORT, RANK), p, RANK, R)
+            mx.store(state_of(factors, y, SECOND_MOMENT, RANK), mx.times(mx.times(p, moment), tl.trans(p)), RANK, R)
+        else:  # The basis of a frozen partner stays; it counts steps as this one does.
+            mx.store(state_of(factors, f, TRANSPORT, RANK), mx.eye(R, 0), RANK, R)
+            mx.store(state_of(factors, f, SECOND_MOMENT, RANK), mx.load(v + at, RANK, R), RANK, R)
+            count_step(factors, y)
+        tl.debug_barrier()  # Else a thread may store to what another one has not loaded yet.
+        mx.store(basis, mx.load(k + at, RANK, R), RANK, R)
+        sizes = partial + entry(factors, f, FIRST_TILE) * stride + 2 * RANK * RANK
+        size = sum_of(sizes, entry(factors, f, TILES), stride)
+        tl.store(number(factors, f, RANK), tl.sqrt(size).to(tl.float32))
+        tl.store(number(factors, f, RANK + 1), tl.load(escaped + f).to(tl.float32))
+        count_step(factors, f)
+
+
+@triton.jit
+def count_step(factors, f):
     count = entry(factors, f, STEP).to(tl.pointer_type(tl.float32))
     tl.store(count, tl.load(count) + 1)

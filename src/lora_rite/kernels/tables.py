@@ -21,7 +21,7 @@ assert TILE >= CHECKED_ROWS
 #: Columns of the table of factors. Addresses: of the first moment, the rows' moment, the r×r matrices, the numbers, the
 #: steps (of the factor, and of the first one in its parameter) and whether it is damped.
 FIRST_MOMENT, ROW_MOMENT, MATRICES, NUMBERS, STEP, FIRST_STEP, DAMPED = (tl.constexpr(i) for i in range(7))
-#: Integers: how many rows and where its tiles and rows are in those of all; which the partner, the pair, the group, the
+#: Integers: how many rows and where its tiles and rows are in those of all; which its partner, pair, group, parameter
 #: parameter and the pair of parameters are; whether it moves; how it lies in its parameter; its position, for noise.
 ROWS, RANK_FIRST, FIRST_TILE, TILES, FIRST_ROW = (tl.constexpr(i) for i in range(7, 12))
 PARTNER, PAIR, GROUP, PARAMETER, FLAG, MOVES = (tl.constexpr(i) for i in range(12, 18))
@@ -66,8 +66,10 @@ class Launch:
     factors   (F, COLUMNS) int64;  tiles (T, 2) int32, the factor and its first row;  ``params`` (of parameter and
               gradient) and ``groups`` are what their columns PARAMETER and GROUP count
     first     where these factors begin among all of the plan
-    unmagnifier, second_moment, grams (F, r, r), product (P, r, r), delta (P,), bound, escaped (F,)   float64
-    preconditioner, warm (F, r, r), checksums (F, r), scales (F, 2), squares (rows,), row_partial (T,)   float32
+    unmagnifier, second_moment, grams, inverses (of K_w), turns (c, to the new basis) (F, r, r), product (P, r, r),
+              delta (P,), escaped (F,)   float64
+    preconditioner (and then K), warm (F, r, r), checksums (F, r), scales (F, 2), squares (rows,), row_partial (T,)
+              float32
     partial   (T·(2r² + 1),) float32, of ``measure`` and then of ``apply``
     kept, gates (F,) int32
     """
@@ -189,10 +191,9 @@ def _launch(
     zeros = lambda *shape, dtype=torch.float64: torch.zeros(shape, dtype=dtype, device=device)
     single = lambda *shape: zeros(*shape, dtype=torch.float32)
     memory = {
-        **{key: zeros(count, r, r) for key in ("unmagnifier", "second_moment", "grams")},
+        **{key: zeros(count, r, r) for key in ("unmagnifier", "second_moment", "grams", "inverses", "turns")},
         "product": zeros(table.pairs, r, r),
         "delta": zeros(table.pairs),
-        "bound": zeros(count),
         "escaped": zeros(count),
         **{key: single(count, r, r) for key in ("preconditioner", "warm")},
         "checksums": single(count, r),

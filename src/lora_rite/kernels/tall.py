@@ -227,8 +227,8 @@ def _apply(
     lr = option(options, factors, f, LR)
     shrink = (1 - lr * option(options, factors, f, WEIGHT_DECAY)).to(tl.float32)
     decay = decay_of(factors, f, option(options, factors, f, BETA1))
-    at = f * RANK * RANK
-    w, d, warm, transport = w + at, d + at, warm + at, state_of(factors, f, TRANSPORT, RANK)
+    own = f * RANK * RANK
+    w, d, warm, transport = w + own, d + own, warm + own, state_of(factors, f, TRANSPORT, RANK)
     key = _key(factors, f)
     if R < 64:
         by_w, by_c, by_s, by_k = _factors(w, d, warm, transport, lr, decay, RANK, R)
