@@ -71,8 +71,8 @@ def decay_of(factors, f, beta):
     before = tl.load(entry(factors, f, STEP).to(tl.pointer_type(tl.float32))).to(tl.float64)
     safe = tl.where((beta > 0) & (beta < 1), beta, 0.5)
     power = tl.exp(before * tl.log(safe))
-    decay = tl.where(beta > 0, beta * (1 - power) / (1 - beta * power), 0.0)
-    return tl.where(beta == 1, 1.0, decay)
+    decay = safe * (1 - power) / (1 - safe * power)
+    return tl.where(safe == beta, decay, beta)  # 0 and 1 stay as they are
 
 
 @triton.jit

@@ -21,7 +21,7 @@ assert TILE >= CHECKED_ROWS
 #: Columns of the table of factors. Addresses: of the first moment, the rows' moment, the r×r matrices, the numbers, the
 #: steps (of the factor, and of the first one in its parameter) and whether it is damped.
 FIRST_MOMENT, ROW_MOMENT, MATRICES, NUMBERS, STEP, FIRST_STEP, DAMPED = (tl.constexpr(i) for i in range(7))
-#: Integers: how many rows and where its tiles and rows are in those of all; which its partner, pair, group, parameter
+#: Integers: how many rows, and where its tiles and rows are in those of all; which its partner, pair, group,
 #: parameter and the pair of parameters are; whether it moves; how it lies in its parameter; its position, for noise.
 ROWS, RANK_FIRST, FIRST_TILE, TILES, FIRST_ROW = (tl.constexpr(i) for i in range(7, 12))
 PARTNER, PAIR, GROUP, PARAMETER, FLAG, MOVES = (tl.constexpr(i) for i in range(12, 18))

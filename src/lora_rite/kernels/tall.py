@@ -240,7 +240,7 @@ def _apply(
         rows = first + step * BLOCK + tl.arange(0, BLOCK)
         at, inside = _where(factors, f, rows, n, RANK, R, FIRST, STRIDED)
         row_scale = tl.sqrt(tl.load(moment + rows, mask=rows < n, other=1.0)) + floor
-        row_scale = tl.where(floor < 0, scale, scale / row_scale)
+        row_scale = scale / tl.where(floor < 0, 1.0, row_scale)
         g = tl.load(g_base + at, mask=inside, other=0.0).to(tl.float32)
         m = _product(g, by_w) * row_scale[:, None]
         m = tl.dot(tl.load(m_base + at, mask=inside, other=0.0), by_c, m, input_precision="ieee")
