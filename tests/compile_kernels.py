@@ -1,5 +1,5 @@
-"""Compiles every kernel of a step for GPUs that need not be there. Writes a line of JSON for each: registers and bytes of
-spills a thread, bytes of shared memory. In a process of its own, without TRITON_INTERPRET:
+"""Compiles every kernel of a step for GPUs that need not be there. Writes a line of JSON for each: registers and bytes
+of spills a thread, bytes of shared memory. In a process of its own, without TRITON_INTERPRET:
 
     python tests/compile_kernels.py RANK DTYPE CAPABILITY …
 """

@@ -1,5 +1,5 @@
-"""Triton's interpreter, faster: it makes ``triton.language`` interpretable anew in every call of a device function, which
-takes half of the time, though the kernel that calls has done it already."""
+"""Triton's interpreter, faster: it makes ``triton.language`` interpretable anew in every call of a device function,
+which takes half of the time, though the kernel that calls has done it already."""
 
 from triton.runtime.interpreter import InterpretedFunction
 

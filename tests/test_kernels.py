@@ -1,5 +1,5 @@
-"""The step by Triton's kernels against that of the eager engine: in Triton's interpreter on a CPU, and on a GPU where one
-is to be seen (`make test-gpu`)."""
+"""The step by Triton's kernels against that of the eager engine: in Triton's interpreter on a CPU, and on a GPU where
+one is to be seen (`make test-gpu`)."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ if DEVICE == "cpu":
 
     interpreter.hurry()
 # In the interpreter NumPy warns of what a GPU makes Inf or NaN of in silence.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 SHAPE = (3, 9, 7)
 
 
@@ -55,8 +55,10 @@ def assert_alike(runs, tolerance=1e-5):
     report, expected = optimizer.report(), other.report()
     assert report.keys() == expected.keys()
     for key in report.keys() - {"engine"}:
-        approx = pytest.approx(expected[key], rel=100 * tolerance, abs=1e-9)
-        assert report[key] == (approx if isinstance(expected[key], float) else expected[key]), key
+        value = expected[key]
+        if isinstance(value, float):
+            value = pytest.approx(value, rel=100 * tolerance, abs=1e-9)
+        assert report[key] == value, key
 
 
 def assert_same_state(state, expected, tolerance):
@@ -136,7 +138,8 @@ def test_w_does_not_depend_on_the_factorisation(condition):
     other = regauged(*plain, random_matrix(r, condition, seed=5))
     gradients = [gradients_of_w(6, m, n, seed=3).to(DEVICE)]
     results = [
-        w(train([[x.to(DEVICE) for x in pair]], gradients, lr=0.01, engine="triton")[0][0]) for pair in (plain, other)
+        w(train([[x.contiguous().to(DEVICE) for x in pair]], gradients, lr=0.01, engine="triton")[0][0])
+        for pair in (plain, other)
     ]
     assert relative(results[1], results[0]) < 1e-4
 
@@ -303,10 +306,11 @@ def test_ten_launches_and_one_read_by_the_host(capturable):
         with Launches() as launches, Watch(DEVICE) as watch:
             optimizer.step()
         assert launches.count == 10
-        assert watch.synchronisations == (0 if capturable else 1)
-        (own,) = (kernels._kernels[plan] for plan in [optimizer._plan])
-        sent.append(own.table[2].data_ptr())
-    assert sent[1] == sent[2] != sent[3], kept
+        if t > 0:  # the first step makes states and tables
+            assert watch.synchronisations == (0 if capturable else 1)
+        sent.append(kernels._kernels[optimizer._plan].table[2])
+    assert sent[1] is sent[2]
+    assert sent[3] is not sent[2], kept
 
 
 def test_steps_are_deterministic():
@@ -403,9 +407,11 @@ def test_a_change_from_outside_is_noticed(capturable):
     assert not torch.equal(params[0], before[0])
     with torch.no_grad():
         params[0][0, 0] = torch.nan
+    then = optimizer.report if capturable else optimizer.step
+    if capturable:
+        optimizer.step()
     with pytest.raises(NonFiniteError, match="parameter 0 contains NaN"):
-        advance(params, optimizer, gradients[:1])
-        optimizer.report()
+        then()
 
 
 @pytest.mark.parametrize(("first", "then"), [("triton", "triton"), ("triton", "eager"), ("eager", "triton")])
@@ -449,7 +455,7 @@ def test_the_engine_is_kept_by_copies():
         assert other.report()["engine"] == "triton"
 
 
-# ------------------------------------------------------------------------------------------------ what engine steps what
+# ----------------------------------------------------------------------------------------------- what engine steps what
 
 
 def plan_of(pair, **options):

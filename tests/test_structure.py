@@ -12,9 +12,9 @@ import lora_rite
 PACKAGE = Path(lora_rite.__file__).parent
 #: Each module (or package) imports those before it alone, also inside functions and by names in strings.
 LAYERS = (
-    "simple", "algebra", "errors", "plan", "execute", "names", "output", "options", "optax", "inputs", "modes", "pairs",
-    "optim", "optimizer", "layers", "rivals", "hf", "callback", "lightning", "invariance", "models", "bench",
-    "bench_view", "bench_host", "finetune", "theory", "cli",
+    "simple", "algebra", "errors", "plan", "execute", "kernels", "names", "output", "options", "optax", "inputs",
+    "modes", "pairs", "optim", "optimizer", "layers", "rivals", "hf", "callback", "lightning", "invariance", "models",
+    "bench", "bench_view", "bench_host", "finetune", "theory", "cli",
 )  # fmt: skip
 #: Imports that would close a circle within a package.
 CIRCLES = {
@@ -105,7 +105,7 @@ def test_an_import_is_seen(name, text, expected, tmp_path):
     assert wrong(imports(tmp_path)) == ([expected] if expected else [])
 
 
-@pytest.mark.parametrize("package", ["algebra", "plan", "execute"])
+@pytest.mark.parametrize("package", ["algebra", "plan", "execute", "kernels"])
 def test_the_code_of_the_step_is_short(package):
     """Functions without their docstrings."""
     for path in (PACKAGE / package).rglob("*.py"):

@@ -85,10 +85,11 @@ class LoRARite(torch.optim.Optimizer):
             non-finite gradient, or with a factor that was changed from outside, is skipped on the device, and
             ``report()`` says so. Take a first step before the capture, and give ``lr`` as a tensor if it is to change.
             Not with ``apply_escape``. One value for all groups.
-        engine: what makes the step: "eager", PyTorch's operations, or "triton", nine kernels for all factors together
-            (GPUs of NVIDIA; on a CPU with TRITON_INTERPRET=1, to try it out). What the latter does not do stays with the
-            former, and ``report()["engine"]`` says which one stepped: ``apply_escape``, ``update_capping``,
-            ``balance_param``, DTensors, float64, ranks above 64. None chooses. Both have the same state.
+        engine: what makes the step: "eager", PyTorch's operations, or "triton", ten kernels for all factors together
+            (the extra ``kernels``; for NVIDIA's GPUs, and on a CPU with TRITON_INTERPRET=1, to try it out). What the
+            latter does not do the former does, with a warning, and ``report()["engine"]`` says which one stepped:
+            ``apply_escape``, ``update_capping``, ``balance_param``, DTensors, float64, ranks above 64. None chooses.
+            Both keep the same state.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: for the trainable parameters that are not factors (they
             become ``lr``, ``betas``, … of a group of kind "adamw", so that schedulers act on it too). Without
             ``adamw_lr`` such parameters are an error: LoRA-RITE's learning rate does not suit them.
@@ -385,8 +386,8 @@ class LoRARite(torch.optim.Optimizer):
     def _measure(
         self, plan: Plan, others: list[dict[str, Any]]
     ) -> tuple[Plan, Sequence[Callable[[Tensor | None], None]], Tensor | None] | None:
-        """All buckets, measured: what makes the step, and, where the device is to decide, whether it is taken; None where
-        it is to be skipped. Reads parameters, gradients and state only."""
+        """All buckets, measured: what makes the step, and, where the device is to decide, whether it is taken; None
+        where it is to be skipped. Reads parameters, gradients and state only."""
         decided = self._by_engine(plan, [finite_gradients(group) for group in others])
         flags, ok = decided.flags, decided.ok
         if self.param_groups[0]["capturable"]:

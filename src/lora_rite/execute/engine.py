@@ -15,8 +15,8 @@ from . import eager
 class Decided:
     """A step before anything is written.
 
-    flags     (k,) bool: what is finite, pair of parameters by pair and then group of AdamW by group, and then which pairs
-              are what the last step left
+    flags     (k,) bool: what is finite, pair of parameters by pair and then group of AdamW by group, and then which
+              pairs are what the last step left
     ok        (), whether all are up
     norm      (), of all unmagnified gradients
     products  S (p, r, r) and δ (p, 1, 1) of each bucket with damping
@@ -37,8 +37,8 @@ class Decided:
 
 
 def measure(plan: Plan, others: Sequence[Tensor]) -> Decided:
-    """All buckets, measured, and whether the step can be made. Reads parameters, gradients and state only; ``others`` are
-    further flags that have to be up."""
+    """All buckets, measured, and whether the step can be made. Reads parameters, gradients and state only; ``others``
+    are further flags that have to be up."""
     buckets = plan.buckets
     starts = [eager.begin(bucket, memory) for bucket, memory in zip(buckets, plan.workspaces(), strict=True)]
     measured = [eager.measure(bucket, start) for bucket, start in zip(buckets, starts, strict=True)]

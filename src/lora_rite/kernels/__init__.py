@@ -1,4 +1,4 @@
-"""The second engine of a plan: the step in nine launches of Triton kernels over all factors at once, with the phases and
+"""The second engine of a plan: the step in ten launches of Triton kernels over all factors at once, with the phases and
 the state of :mod:`lora_rite.execute`. Triton is imported when a step is made by it."""
 
 import os

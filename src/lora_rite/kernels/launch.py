@@ -1,5 +1,7 @@
 """The step as launches of kernels: the second engine of a plan."""
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -138,7 +140,7 @@ class Kernels:
             flags=torch.cat([flags[0], more, flags[1]]) if others else flags.view(-1),
             ok=self.ok.view(torch.bool)[0],
             norm=self.norm,
-            products=[(product, delta) for _, product, delta in parts if product is not None],
+            products=[(s, delta) for _, s, delta in parts if s is not None and delta is not None],
             kept=[kept for kept, *_ in parts],
             moves=[lambda _: self._move(addresses, numbers)],
             engine="triton",

@@ -5,6 +5,8 @@ are padded with zeros, what is decomposed or inverted with the identity. The fun
 :mod:`lora_rite.algebra` of the same names, but that roots and signs of matrices come from products alone.
 """
 
+# pyright: reportMissingImports=false
+
 import triton
 import triton.language as tl
 

@@ -1,6 +1,8 @@
 """The kernels of r×r matrices, one program a factor: ``invert``, ``reduce``, ``precondition``, ``scales``, ``basis``;
 and ``decide``, one for all."""
 
+# pyright: reportMissingImports=false
+
 import triton
 import triton.language as tl
 

@@ -1,6 +1,8 @@
 """What the kernels read of a plan: tables of factors and of tiles, hyperparameters, and the memory for what is handed
 from one kernel to the next."""
 
+# pyright: reportMissingImports=false
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -119,8 +121,9 @@ class _Table:
         self, buckets: list[Bucket], rank: int, plan: Plan, parameters: dict[Tensor, int], groups: list[dict[str, Any]]
     ):
         self.rank, self.factors, self.tiles, self.num_rows = rank, [], [], 0
-        self.parameters, self.groups = parameters, groups
-        self.flags = {pair.position: i for i, pair in enumerate(plan.pairs)}
+        self.parameters, self.groups = parameters, {id(group): i for i, group in enumerate(groups)}
+        self.flags = {p: i for i, pair in enumerate(plan.pairs) for p in pair[:2]}
+        self.positions = {p: pair.position + side for pair in plan.pairs for side, p in enumerate(pair[:2])}
         self.strided, self.pairs, self.addresses = False, 0, []
         for bucket in buckets:
             self._add(bucket)
@@ -130,25 +133,17 @@ class _Table:
         blocks = bucket.group.get("blocks", 1)
         for segment in bucket.segments:
             for k, p in enumerate(segment.params):
-                side = int(done + k * blocks >= n)
-                position = int(segment.positions[k])
                 for b in range(blocks):
-                    index = done + k * blocks + b
-                    self._factor(
-                        bucket, segment, k, b, index, start,
-                        self.parameters[p], self.flags[position - side], position,
-                    )  # fmt: skip
+                    self._factor(bucket, segment, p, k, b, done + k * blocks + b, start)
             done += segment.count
         self.pairs += n
 
-    def _factor(
-        self, bucket: Bucket, segment: Segment, k: int, b: int, index: int, start: int, parameter: int, flag: int,
-        position: int,
-    ) -> None:  # fmt: skip
-        layout, r, rows, n = segment.layout, self.rank, segment.num_rows, bucket.count
+    def _factor(self, bucket: Bucket, segment: Segment, p: Tensor, k: int, b: int, index: int, start: int) -> None:
+        """The b-th one of the k-th parameter of a segment, the index-th one of its bucket."""
+        layout, arena, r, n = segment.layout, bucket.arena, self.rank, bucket.count
+        rows, moments = segment.num_rows, (0, 0)
         row_stride, rank_stride, offset = strides(layout.rank_first, layout.columns, layout.blocks, rows, r, b)
         self.strided |= bool(layout.columns)
-        arena, moments = bucket.arena, (0, 0)
         if segment.first_moment is not None and segment.row_moment is not None:
             first, row = segment.first_moment, segment.row_moment
             moments = (
@@ -156,17 +151,17 @@ class _Table:
                 row.data_ptr() + 4 * (k * layout.blocks + b) * rows,
             )
             self.addresses += moments
-        f, tiles = len(self.factors), [*range(0, rows if segment.moves else min(rows, CHECKED_ROWS), TILE)]
+        f, tiles = len(self.factors), range(0, rows if segment.moves else min(rows, CHECKED_ROWS), TILE)
         self.factors.append((
             *moments,
             arena.matrices.data_ptr() + 4 * index * 5 * r * r,
             arena.numbers.data_ptr() + 4 * index * (r + 2),
             arena.steps.data_ptr() + 4 * index,
             arena.steps.data_ptr() + 4 * (index - b),
-            arena.damped.data_ptr() + index if arena.damped is not None else 0,
+            0 if arena.damped is None else arena.damped.data_ptr() + index,
             rows, layout.rank_first, len(self.tiles), len(tiles), self.num_rows,
-            start + (index + n) % (2 * n), self.pairs + index % n, self.groups.index(bucket.group), parameter, flag,
-            segment.moves, row_stride, rank_stride, offset, layout.blocks, position,
+            start + (index + n) % (2 * n), self.pairs + index % n, self.groups[id(bucket.group)], self.parameters[p],
+            self.flags[p], segment.moves, row_stride, rank_stride, offset, layout.blocks, self.positions[p],
         ))  # fmt: skip
         self.tiles += [(f, first) for first in tiles]
         self.num_rows += rows

@@ -5,6 +5,8 @@ In float32. BLOCK rows are worked on at a time. VECTOR: all addresses are multip
 elements. STRIDED: some factor lies otherwise in its parameter than (r, rows) or (rows, r).
 """
 
+# pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
+
 import triton
 import triton.language as tl
 
