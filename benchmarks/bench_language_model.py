@@ -16,8 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lora_rite.finetune.checkpoint import write_json
 from lora_rite.finetune.tasks import read_task
+from lora_rite.run.files import write_json
 
 #: Name → whether the code is the older one, and options.
 SETTINGS = {

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from lora_rite.models import TINY
+from lora_rite.finetune.models import TINY
 
 logging.disable_progress_bar()
 

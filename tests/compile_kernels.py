@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 
 from lora_rite import LoRARite
 from lora_rite.kernels.launch import Kernels
+from lora_rite.optim.selection import alike
 from lora_rite.plan.plan import Limits, make_plan
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -63,7 +64,8 @@ def kernels_of(rank, dtype):
     for p in pair:
         p.grad = torch.randn_like(p)
     optimizer = LoRARite(pair)
-    return Kernels(make_plan(optimizer._alike(lambda a, b: True), optimizer.state, Limits()))
+    stepped = alike(optimizer.param_groups, optimizer.state, lambda a, b: True)
+    return Kernels(make_plan(stepped, optimizer.state, Limits()))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from lora_rite import LoRARite
 from lora_rite.execute import eager
+from lora_rite.optim.selection import alike
 from lora_rite.plan.plan import make_plan
 
 DEVICE = "fake"
@@ -100,7 +101,8 @@ def first_reader(step):
 @torch.no_grad()
 def halves_of(optimizer):
     """What writes, of each bucket, the rest of the step being done."""
-    plan, halves = make_plan(optimizer._alike(lambda a, b: True), optimizer.state, optimizer._limits), []
+    stepped, halves = alike(optimizer.param_groups, optimizer.state, lambda a, b: True), []
+    plan = make_plan(stepped, optimizer.state, optimizer._limits)
     for bucket, workspace in zip(plan.buckets, plan.workspaces(), strict=True):
         start = eager.begin(bucket, workspace)
         measured = eager.measure(bucket, start)

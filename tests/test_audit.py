@@ -10,7 +10,7 @@ from problems import factors
 import lora_rite
 from lora_rite import LoRARite, audit
 from lora_rite.cli import main
-from lora_rite.invariance import Transform, _minus, _norm, transforms
+from lora_rite.invariance.runs import Transform, minus, norm_of, transforms
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -94,8 +94,8 @@ def test_norms_come_from_factors():
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)
     one, two = (draw(7, 2), draw(2, 9)), (draw(7, 3), draw(3, 9))
     direct = one[0] @ one[1] - two[0] @ two[1]
-    assert _norm([_minus(one, two)]) == pytest.approx(direct.norm().item())
-    assert _norm([one, two]) == pytest.approx(math.hypot((one[0] @ one[1]).norm(), (two[0] @ two[1]).norm()))
+    assert norm_of([minus(one, two)]) == pytest.approx(direct.norm().item())
+    assert norm_of([one, two]) == pytest.approx(math.hypot((one[0] @ one[1]).norm(), (two[0] @ two[1]).norm()))
 
 
 @pytest.mark.parametrize("change", transforms()[1:], ids=lambda change: change.label)
@@ -229,7 +229,7 @@ def test_bad_arguments():
 @pytest.fixture(scope="module")
 def tiny():
     peft = pytest.importorskip("peft")
-    from lora_rite.finetune.train import load_model
+    from lora_rite.finetune.load import load_model
 
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[0], lora_dropout=0.1)

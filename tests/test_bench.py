@@ -6,9 +6,14 @@ import re
 import pytest
 import torch
 
-from lora_rite import LoRARite, bench, bench_host
-from lora_rite.bench import BASELINE, Adapter, Watch
-from lora_rite.pairs import Shape
+from lora_rite import LoRARite
+from lora_rite.bench import cases as bench
+from lora_rite.bench import host as bench_host
+from lora_rite.bench.contenders import BASELINE, optimizers
+from lora_rite.bench.shapes import linear_maps
+from lora_rite.bench.watch import Watch
+from lora_rite.invariance.problems import Adapter
+from lora_rite.plan.pairs import Shape
 from lora_rite.plan.plan import make_plan
 
 pytest.importorskip("jsonargparse")
@@ -33,8 +38,8 @@ def run(*words):
 def test_shapes_of_the_known_models(model):
     layer, depth = SHAPES[model]
     layer = [Shape(*maps, 1) for maps in layer]
-    assert bench.linear_maps(model, 1) == layer
-    assert sorted(bench.linear_maps(model)) == sorted(layer * depth)
+    assert linear_maps(model, 1) == layer
+    assert sorted(linear_maps(model)) == sorted(layer * depth)
 
 
 def test_shapes_of_a_configuration_file(tmp_path):
@@ -46,8 +51,8 @@ def test_shapes_of_a_configuration_file(tmp_path):
     ).save_pretrained(tmp_path)  # fmt: skip
     maps = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
     layer = [Shape(*shape, 1) for shape in maps]
-    assert bench.linear_maps(str(tmp_path / "config.json")) == layer * 3
-    assert bench.linear_maps(str(tmp_path), layers=1) == layer
+    assert linear_maps(str(tmp_path / "config.json")) == layer * 3
+    assert linear_maps(str(tmp_path), layers=1) == layer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,10 +108,10 @@ def test_step_of_small_cases(tmp_path, capsys):
     assert [(c["rank"], c["dtype"]) for c in result["cases"]] == [
         (rank, dtype) for rank in (2, 3) for dtype in ("float32", "bfloat16")
     ]
-    maps = sum(shape.n + shape.m for shape in bench.linear_maps("tiny", 1))
+    maps = sum(shape.n + shape.m for shape in linear_maps("tiny", 1))
     for case in result["cases"]:
         rows = {row["optimizer"]: row for row in case["rows"]}
-        assert set(rows) | set(case["left_out"]) == set(bench.optimizers(torch.nn.Module(), "cpu"))
+        assert set(rows) | set(case["left_out"]) == set(optimizers(torch.nn.Module(), "cpu"))
         size = {"float32": 4, "bfloat16": 2}[case["dtype"]]
         assert case["parameter_bytes"] == size * case["parameters"] == size * case["rank"] * maps
         assert rows[BASELINE]["ratio"] == 1
@@ -216,7 +221,7 @@ def test_the_plan_holds_where_the_host_is_measured(monkeypatch):
     """Else what is measured would be planning, and the arithmetic that it needs."""
     shapes, planned = [Shape(8, 8, 2)] * 3, []
     monkeypatch.setattr(
-        "lora_rite.optimizer.make_plan", lambda *args, f=make_plan: planned.append(f(*args)) or planned[-1]
+        "lora_rite.optim.optimizer.make_plan", lambda *args, f=make_plan: planned.append(f(*args)) or planned[-1]
     )
     bench_host.measure(shapes, 4)
     assert [len(plan.pairs) for plan in planned] == [3, 3, 0]  # of two optimizers, and of one without gradients

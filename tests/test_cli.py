@@ -12,8 +12,8 @@ pytest.importorskip("jsonargparse")
 import torch  # noqa: E402
 
 from lora_rite.cli import main  # noqa: E402
-from lora_rite.finetune import demo as demo_module  # noqa: E402
 from lora_rite.finetune import train as train_module  # noqa: E402
+from lora_rite.study import demo as demo_module  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 OPTIONS = {"--steps": 3, "--batch_size": 2, "--max_length": 32, "--rank": 4, "--lr": 0.01}
@@ -144,7 +144,7 @@ def test_the_other_options(data, tmp_path):
     ],
 )
 def test_lists_are_words_or_json(words, found, monkeypatch):
-    from lora_rite.finetune import audit
+    from lora_rite.study import audit
 
     calls = []
     monkeypatch.setattr(audit, "audit_command", lambda **options: calls.append(options))

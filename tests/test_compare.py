@@ -24,12 +24,14 @@ import torch
 
 from lora_rite import LoRARiteValueError, NonFiniteError
 from lora_rite.cli import main
-from lora_rite.finetune import checkpoint
-from lora_rite.finetune import compare as module
-from lora_rite.finetune import report as report_module
 from lora_rite.finetune import train as train_module
-from lora_rite.finetune.checkpoint import write_json
-from lora_rite.finetune.compare import FINALISTS, MAX_EXTENSIONS, Line, Study, load_recipe
+from lora_rite.run.files import write_json
+from lora_rite.run.run import Run
+from lora_rite.study import compare as compare_module
+from lora_rite.study import data as data_module
+from lora_rite.study import results, runner, workers
+from lora_rite.study.recipe import SPLITS, in_words_of_a_study, load_recipe
+from lora_rite.study.search import FINALISTS, MAX_EXTENSIONS, Line, Study
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE = """
@@ -94,7 +96,7 @@ def fake_train(monkeypatch):
         return result
 
     train.interrupt_at, train.diverge_above, train.calls, train.versions = 0, math.inf, calls, {}
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(runner, "train", train)
     return train
 
 
@@ -203,7 +205,7 @@ def test_runs_of_other_versions_are_pointed_out(recipe, tmp_path, fake_train, mo
         ("2.13.0", "[0, 1, 3]", True),
     ):
         now.update(torch=torch_version, threads=now["threads"] + 1)
-        monkeypatch.setattr(module, "versions", lambda: dict(now))
+        monkeypatch.setattr(results, "versions", lambda: dict(now))
         monkeypatch.setattr(fake_train, "versions", dict(now))
         with warnings.catch_warnings():
             warnings.simplefilter("default")
@@ -231,7 +233,7 @@ def test_a_typo_in_a_path_leaves_the_folder_usable(recipe, tmp_path, fake_train,
     """The data are read before the folder becomes the study's; --dry-run says what is missing."""
     out, right, typo = tmp_path / "study", "  sums: {data: DATA}", "  sums: {data: DATA}\n  more: {data: no/such.jsonl}"
     small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "[0, 1]": "[0]"}
-    monkeypatch.setattr(report_module, "report", lambda out: out)
+    monkeypatch.setattr(compare_module, "report", lambda out: out)
     assert run("compare", recipe(**small, **{right: typo}), "--out", out, "--dry-run") == 0
     assert "missing: tasks.more.data is no/such.jsonl" in capsys.readouterr().out
     assert run("compare", recipe(**small, **{right: typo}), "--out", out) == 2
@@ -247,11 +249,11 @@ def test_a_failed_copy_of_the_data_leaves_nothing_behind(recipe, tmp_path, fake_
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_record", fail)
+        patch.setattr(data_module, "record", fail)
         assert run("compare", recipe(), "--out", tmp_path / "study") == 4
     assert "No space left" in capsys.readouterr().err
     assert not list((tmp_path / "study").rglob("*.tmp"))
-    monkeypatch.setattr(report_module, "report", lambda out: out)
+    monkeypatch.setattr(compare_module, "report", lambda out: out)
     assert run("compare", recipe(), "--out", tmp_path / "study") == 0
 
 
@@ -319,9 +321,11 @@ def test_a_bad_recipe_is_named_by_its_key(recipe, change, message, capsys, tmp_p
 
 def test_splits_have_no_example_in_common(recipe, tmp_path):
     study = load_recipe(recipe(**{"{data: DATA}": "{data: DATA, limit: {train: 20, test: 3}}"}))
-    sizes = module.write_data(study, tmp_path / "d", module.read_new_data(study, tmp_path / "d", None))["sums"]
+    sizes = data_module.write_data(study, tmp_path / "d", data_module.read_new_data(study, tmp_path / "d", None))[
+        "sums"
+    ]
     assert {part: size["examples"] for part, size in sizes.items()} == {"train": 20, "validation": 4, "test": 3}
-    parts = [set((tmp_path / "d" / "sums" / f"{part}.jsonl").read_text().splitlines()) for part in module.SPLITS]
+    parts = [set((tmp_path / "d" / "sums" / f"{part}.jsonl").read_text().splitlines()) for part in SPLITS]
     assert len(set.union(*parts)) == sum(map(len, parts))
 
 
@@ -369,7 +373,7 @@ def test_runs_of_a_seed_have_the_same_adapter_and_batches(recipe, tmp_path, monk
 
     monkeypatch.setattr(train_module, "attach_adapter", attach)
     monkeypatch.setattr(Trainer, "training_step", step)
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(runner, "train", train)
     text = RECIPE[: RECIPE.index("optimizers:")] + textwrap.dedent(
         """
         optimizers:
@@ -397,15 +401,15 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch,
 
     small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "steps: 2": "steps: 4, save_every: 2", "[0, 1]": "[0]"}
     assert run("compare", recipe(**small), "--out", tmp_path / "whole") == 0
-    save, steps = checkpoint.Run.save, []
+    save, steps = Run.save, []
 
     def save_and_stop(self, *args, **kwargs):
         save(self, *args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.Run, "save", save_and_stop)
+    monkeypatch.setattr(Run, "save", save_and_stop)
     assert run("compare", recipe(**small), "--out", tmp_path / "parts") == 130
-    monkeypatch.setattr(checkpoint.Run, "save", save)
+    monkeypatch.setattr(Run, "save", save)
     original = Trainer.training_step
     monkeypatch.setattr(
         Trainer,
@@ -445,7 +449,7 @@ def stopped(recipe, tmp_path, monkeypatch, capsys):
 
 
 def test_paths_in_messages_stay_what_they_are():
-    message = module._in_words_of_a_study("--lr: cannot read my--set/a.jsonl, see --out")
+    message = in_words_of_a_study("--lr: cannot read my--set/a.jsonl, see --out")
     assert message == "lr: cannot read my--set/a.jsonl, see --out"
 
 
@@ -466,7 +470,7 @@ def test_on_another_machine_a_stopped_run_starts_from_its_beginning(stopped, mon
     """Bitwise it could not go on. --jobs, for one, changes the threads."""
     folder, go_on, _ = stopped
     now = train_module.versions()
-    for name in (module, train_module):
+    for name in (runner, train_module):
         monkeypatch.setattr(name, "versions", lambda: {**now, "threads": 7})
     assert go_on(folder) == (0, [0, 1, 2, 3] * 2)
     assert "starts from the beginning, since it cannot go on bitwise (threads: 1 → 7)" in capsys.readouterr().out
@@ -617,10 +621,10 @@ def test_a_worker_takes_its_device_and_its_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    module._start_worker(devices, 5)
-    assert module.os.environ["CUDA_VISIBLE_DEVICES"] == "3"
-    module._start_worker(devices, 5)
-    assert module.os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    workers.start_worker(devices, 5)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    workers.start_worker(devices, 5)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
     assert threads == [5, 5]
 
 
@@ -632,9 +636,9 @@ def test_gpus_that_are_not_there_are_refused(recipe, tmp_path, fake_train, monke
         assert run("compare", recipe(), "--out", tmp_path / "study", f"--devices=[1, {device}]") == 2
         assert f", torch sees {count} CUDA devices" in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
-    module._check_devices([0, 1])
+    workers.check_devices([0, 1])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
-    module._check_devices([6, 7])
+    workers.check_devices([6, 7])
 
 
 def test_an_unreadable_recipe_is_an_error(tmp_path):
@@ -647,7 +651,7 @@ def test_shorter_prompts_travel_with_the_data(tmp_path):
     from lora_rite.finetune.data import Example, read_examples
 
     examples = [Example("long prompt", "a", ("short", "s")), Example("p", "b"), Example("", "text")]
-    lines = [json.dumps(module._record(example)) for example in examples]
+    lines = [json.dumps(data_module.record(example)) for example in examples]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     assert read_examples(tmp_path / "x.jsonl") == examples
     (tmp_path / "x.jsonl").write_text('{"prompt": "p", "completion": "c", "shorter": "no list"}')

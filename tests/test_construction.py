@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_rite import LoRARite, LoRARiteError, find_pairs, pairs, param_groups
+from lora_rite import LoRARite, LoRARiteError, find_pairs, param_groups
+from lora_rite.plan import checks
 
 
 def parameter(*shape, **kwargs):
@@ -374,7 +375,7 @@ def test_flattened_factors_are_refused():
 
 def test_pair_on_two_devices():
     """A13 (by the check itself: one machine has one device)."""
-    from lora_rite.pairs import check_pair
+    from lora_rite.plan.checks import check_pair
 
     with pytest.raises(ValueError, match="A is on cpu and B on meta"):
         check_pair(torch.ones(2, 3), torch.ones(4, 2, device="meta"), "A", "B")
@@ -462,7 +463,7 @@ def test_nameless_groups_of_a_trainer():
 
 def test_a_device_that_cannot_do_the_algebra_is_refused_by_name(monkeypatch):
     """There is no MPS device here, so the CPU takes its place."""
-    assert "float64" in pairs.REFUSED_DEVICES["mps"]
-    monkeypatch.setitem(pairs.REFUSED_DEVICES, "cpu", pairs.REFUSED_DEVICES["mps"])
+    assert "float64" in checks.REFUSED_DEVICES["mps"]
+    monkeypatch.setitem(checks.REFUSED_DEVICES, "cpu", checks.REFUSED_DEVICES["mps"])
     with pytest.raises(ValueError, match=r"q\.lora_A\.weight is on cpu: .*no float64.*train on the CPU"):
         LoRARite([("q.lora_A.weight", parameter(2, 4)), ("q.lora_B.weight", parameter(4, 2))])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,13 @@ from transformers import Trainer
 
 from lora_rite.cli import main
 from lora_rite.errors import CheckpointError, InterruptedRunError
-from lora_rite.finetune import checkpoint
 from lora_rite.finetune import train as train_module
+from lora_rite.finetune.trainer import CLOCK
+from lora_rite.run import checkpoints as checkpoint
+from lora_rite.run import failpoints
+from lora_rite.run.files import write_json
+from lora_rite.run.run import Run
+from lora_rite.run.settings import read_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "default::UserWarning")
 TOOL = Path(__file__).parents[1] / "tools" / "crash_test.py"
@@ -135,7 +141,7 @@ def test_resume_anywhere(step, data, golden, tmp_path, monkeypatch):
         send_once(patch, step, signal.SIGTERM)
         assert run(data, out) == 143
     assert not (out / "result.json").exists()
-    saved, _ = checkpoint.newest_verified(out / "checkpoints", checkpoint.read_settings(out)["id"])
+    saved, _ = checkpoint.newest_verified(out / "checkpoints", read_settings(out)["id"])
     assert checkpoint.step_of(saved) == step
     assert run(data, out, "--resume") == 0
     assert ends_as(out, golden)
@@ -204,7 +210,7 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_with_the_reason(kind, killed):
     """F2; E3 for paths in the manifest."""
-    folder, run_id = killed / "checkpoints", checkpoint.read_settings(killed)["id"]
+    folder, run_id = killed / "checkpoints", read_settings(killed)["id"]
     assert checkpoint.newest_verified(folder, run_id) == (folder / "checkpoint-6", {})
     DAMAGE[kind][0](folder / "checkpoint-6")
     chosen, problems = checkpoint.newest_verified(folder, run_id)
@@ -233,7 +239,7 @@ def test_times_are_those_of_all_steps(data, golden, killed):
     """Of the sessions before a kill too, also where that came after the last checkpoint and no step is left."""
     folder = killed / "checkpoints"
     times = lambda step: json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
-    before = times(4)["stateful_callbacks"][train_module.CLOCK]
+    before = times(4)["stateful_callbacks"][CLOCK]
     seconds = lambda out: json.loads((out / "result.json").read_text())["seconds"]
     assert run(data, killed, "--resume") == 0
     assert seconds(killed) == seconds(golden)
@@ -241,7 +247,7 @@ def test_times_are_those_of_all_steps(data, golden, killed):
     (killed / "result.json").unlink()
     shutil.rmtree(folder / "checkpoint-6")
     assert run(data, killed, "--resume") == 0
-    after = times(6)["stateful_callbacks"][train_module.CLOCK]
+    after = times(6)["stateful_callbacks"][CLOCK]
     assert after["steps"][:4] == before["steps"]
     assert len(after["steps"]) == len(after["optimizer"]) == 6
     assert before["training"] < after["training"] == seconds(killed)["training"]
@@ -270,7 +276,7 @@ def test_no_checkpoint_that_can_be_trusted(data, killed, capsys):
 
 def test_rotation_counts_only_checkpoints_that_verify(killed):
     """F7: with a damaged one among three, all stay."""
-    folder, run_id = killed / "checkpoints", checkpoint.read_settings(killed)["id"]
+    folder, run_id = killed / "checkpoints", read_settings(killed)["id"]
     for step in (8, 10):
         shutil.copytree(folder / "checkpoint-6", folder / f"checkpoint-{step}")
         edit_manifest(folder / f"checkpoint-{step}", lambda m, step=step: m.update(step=step))
@@ -347,9 +353,9 @@ def test_a_changed_run_is_refused_with_a_diff(data, killed, tmp_path, capsys, mo
         code, error = refused()
         assert code == 2
         assert "threads: 1 → 7" in error
-    stored = checkpoint.read_settings(killed)
+    stored = read_settings(killed)
     stored["environment"]["torch"] = "2.10.0"
-    checkpoint.write_json(killed / "settings.json", stored)
+    write_json(killed / "settings.json", stored)
     code, error = refused()
     assert code == 2
     assert "torch: '2.10.0' → " in error
@@ -393,7 +399,7 @@ def test_signals_save_even_without_save_every(number, code, data, tmp_path, monk
     error = capfd.readouterr().err
     assert f"{number.name}: finishing the step and saving it; once more stops at once" in error
     assert f"stopped by {number.name} after step 2, which is saved; go on with --resume" in error
-    assert checkpoint.damage(out / "checkpoints" / "checkpoint-2", checkpoint.read_settings(out)["id"]) is None
+    assert checkpoint.damage(out / "checkpoints" / "checkpoint-2", read_settings(out)["id"]) is None
 
 
 def test_an_interruption_comes_through_from_a_worker():
@@ -421,7 +427,7 @@ def test_the_second_signal_stops_at_once(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "_save_checkpoint", save_and_interrupt)
     assert run(data, out) == 130
     assert capsys.readouterr().err.endswith("lora-rite: interrupted\n")
-    saved, problems = checkpoint.newest_verified(out / "checkpoints", checkpoint.read_settings(out)["id"])
+    saved, problems = checkpoint.newest_verified(out / "checkpoints", read_settings(out)["id"])
     assert saved == out / "checkpoints" / "checkpoint-2"
     assert list(problems.values()) == ["no manifest: half-written"]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
@@ -483,7 +489,7 @@ def test_an_adapter_that_is_not_finite_is_not_saved(data, tmp_path, monkeypatch,
     """E11: also where no loss was logged in between."""
     from transformers import TrainerCallback
 
-    monkeypatch.setattr(checkpoint.Run, "_checks", lambda self, trainer: TrainerCallback())
+    monkeypatch.setattr(Run, "_checks", lambda self, trainer: TrainerCallback())
     poison(monkeypatch, 3, 3)
     assert run(data, tmp_path / "run", "--optimizer", "adamw") == 3
     assert "contains NaN or Inf at step 4: lower --lr. No adapter was written; the last" in capsys.readouterr().err
@@ -512,9 +518,7 @@ def test_lora_rite_skips_two_bad_steps_and_stops_at_the_third(data, tmp_path, mo
     assert run(data, tmp_path / "three") == 3
     assert "3 steps in a row" in capsys.readouterr().err
     assert not (tmp_path / "three" / "adapter").exists()
-    saved, _ = checkpoint.newest_verified(
-        tmp_path / "three" / "checkpoints", checkpoint.read_settings(tmp_path / "three")["id"]
-    )
+    saved, _ = checkpoint.newest_verified(tmp_path / "three" / "checkpoints", read_settings(tmp_path / "three")["id"])
     assert checkpoint.step_of(saved) == 4
 
 
@@ -551,7 +555,7 @@ def test_a_failing_write_leaves_what_was_saved(point, what, data, golden, tmp_pa
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setenv("LORA_RITE_FAILPOINT", point)
-        patch.setattr(checkpoint, "_passed", checkpoint.Counter())
+        patch.setattr(failpoints, "_passed", Counter())
         assert run(data, out) == 4
     error = capsys.readouterr().err.splitlines()[-1]
     assert what in error

@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from lora_rite.finetune.data import IGNORED, Example, read_examples, split, windows
+from lora_rite.finetune.data import Example, read_examples, split
+from lora_rite.finetune.windows import IGNORED, windows
 
 
 class Letters:

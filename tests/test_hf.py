@@ -11,7 +11,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from lora_rite import LoRARite, LoRARiteCallback, LoRARiteFactory, create_lora_rite, find_pairs  # noqa: E402
-from lora_rite.hf import unwrap  # noqa: E402
+from lora_rite.integrations.peft import unwrap  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}

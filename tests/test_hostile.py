@@ -20,9 +20,10 @@ from lora_rite import LoRARiteError
 from lora_rite.cli import main
 from lora_rite.errors import LoRARiteValueError
 from lora_rite.finetune import train as train_module
-from lora_rite.finetune.data import IGNORED, Example, read_examples, windows
+from lora_rite.finetune.data import Example, read_examples
+from lora_rite.finetune.models import TINY
 from lora_rite.finetune.untrusted import check_adapter, read_config
-from lora_rite.models import TINY
+from lora_rite.finetune.windows import IGNORED, windows
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "default::UserWarning")
 #: Inputs tried by each fuzzer: in the fast tests, and in the slow ones (figures of docs/reliability.md).

@@ -27,7 +27,7 @@ def test_the_optimizer_needs_torch_alone():
 
 
 def test_help_of_the_command_line_is_light():
-    code = "from lora_rite.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass"
+    code = "from lora_rite.cli.program import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass"
     assert not {"torch", "transformers", "peft"} & loaded_after(code)
 
 
@@ -35,7 +35,7 @@ def test_missing_extras_are_named():
     code = "import sys\nsys.modules['transformers'] = None\nfrom lora_rite import LoRARiteCallback"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'LoRARiteCallback needs transformers: pip install "lora-rite[finetune]"' in run.stderr
-    code = "import sys\nsys.modules['lightning'] = None\nimport lora_rite.lightning"
+    code = "import sys\nsys.modules['lightning'] = None\nimport lora_rite.integrations.lightning"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'lora_rite.lightning needs Lightning: pip install "lora-rite[trainers]"' in run.stderr
     code = "import sys\nsys.modules['jsonargparse'] = None\nfrom lora_rite.cli import main\nsys.exit(main(['pairs']))"

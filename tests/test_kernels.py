@@ -16,7 +16,8 @@ from reference import Reference
 from test_device import stacked
 
 from lora_rite import PUBLISHED, LoRARite, NonFiniteError, kernels
-from lora_rite.bench import Watch
+from lora_rite.bench.watch import Watch
+from lora_rite.optim.selection import alike
 from lora_rite.plan.plan import make_plan
 
 triton = pytest.importorskip("triton", reason='needs triton: pip install "lora-rite[kernels]"')
@@ -462,7 +463,8 @@ def plan_of(pair, **options):
     for p in pair:
         p.grad = torch.zeros_like(p)
     optimizer = LoRARite(pair, **options)
-    return make_plan(optimizer._alike(lambda a, b: True), optimizer.state, optimizer._limits)
+    stepped = alike(optimizer.param_groups, optimizer.state, lambda a, b: True)
+    return make_plan(stepped, optimizer.state, optimizer._limits)
 
 
 @pytest.mark.parametrize(

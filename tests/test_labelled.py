@@ -12,8 +12,8 @@ pytest.importorskip("peft")
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lora_rite.finetune import train as train_module
-from lora_rite.finetune.data import IGNORED
 from lora_rite.finetune.labelled import predict_labelled
+from lora_rite.finetune.windows import IGNORED
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore:fan_in_fan_out:UserWarning", "ignore:The following:RuntimeWarning"

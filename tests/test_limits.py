@@ -16,7 +16,7 @@ from lora_rite.errors import LoRARiteValueError  # noqa: E402
 from lora_rite.finetune import limits as module  # noqa: E402
 from lora_rite.finetune.data import Example, read_examples  # noqa: E402
 from lora_rite.finetune.limits import find_limits, prepare_windows  # noqa: E402
-from lora_rite.finetune.train import attach_adapter, load_model  # noqa: E402
+from lora_rite.finetune.load import attach_adapter, load_model  # noqa: E402
 from lora_rite.inputs import MESSAGE, blame, parse_json  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

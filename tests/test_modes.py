@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import lora_rite
 from lora_rite.cli import main
 from lora_rite.finetune import train as train_module
-from lora_rite.finetune.checkpoint import TRAINING
-from lora_rite.modes import evaluating, two_modes
+from lora_rite.optim.modes import evaluating, two_modes
+from lora_rite.run.checkpoints import TRAINING
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "default::UserWarning")
 #: As the package schedulefree does, it begins in no mode and refuses to step where train() was not called; its way back

@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from lora_rite import LoRARite, find_pairs, layer_report
-from lora_rite.names import plain_names
+from lora_rite.plan.names import plain_names
 
 
 class Lora(nn.Module):

@@ -14,9 +14,10 @@ from lora_rite import LoRARite, NonFiniteError
 from lora_rite.algebra.basis import initial_basis
 from lora_rite.algebra.linalg import eigh, trace
 from lora_rite.algebra.rounding import stochastic_round
-from lora_rite.bench import Watch, formula
-from lora_rite.optimizer import state_bytes
-from lora_rite.pairs import Shape
+from lora_rite.bench.shapes import formula
+from lora_rite.bench.watch import Watch
+from lora_rite.optim.optimizer import state_bytes
+from lora_rite.plan.pairs import Shape
 
 
 def start(*, zero_b=False, dtype=torch.float32, pairs=2, **options):

@@ -9,9 +9,9 @@ pytest.importorskip("peft")
 import torch
 
 import lora_rite
-from lora_rite.bench import Adapter
 from lora_rite.finetune.optimizers import PRESETS, create_optimizer
-from lora_rite.pairs import Shape
+from lora_rite.invariance.problems import Adapter
+from lora_rite.plan.pairs import Shape
 
 NAMES = [
     pytest.param(n, marks=pytest.mark.filterwarnings("ignore")) if p.path.startswith("pytorch_optimizer") else n
@@ -73,7 +73,7 @@ def test_lora_plus_gives_b_the_larger_rate():
 def test_state_in_lists_counts():
     """SOAP keeps its preconditioners in lists: two m×m and two r×r matrices beside AdamW's two moments."""
     pytest.importorskip("pytorch_optimizer")
-    from lora_rite.optimizer import state_bytes
+    from lora_rite.optim.optimizer import state_bytes
 
     adapter = Adapter([Shape(12, 8, 4)], torch.float32, "cpu")
     optimizer = create_optimizer(adapter, "soap", 1e-2)

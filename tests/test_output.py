@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("peft")
 pytest.importorskip("jsonargparse")
 
-from lora_rite import cli
 from lora_rite.cli import main
-from lora_rite.output import tolerant_output
+from lora_rite.cli.program import READER_GONE
+from lora_rite.run.output import tolerant_output
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 ENCODINGS = ["ascii", "cp1252", "cp437", "utf-8"]
@@ -149,13 +149,14 @@ def test_streams_that_are_none_or_no_files_are_left_alone(monkeypatch, data):
 #: A verb that prints so many bytes, or fails otherwise; the command line around it is the real one.
 STUB = """
 import sys
-import lora_rite.cli as cli
+from lora_rite.cli import main
+from lora_rite.cli.registry import VERBS, Verb
 
 def pairs(model="tiny"):
     {body}
 
-cli.pairs = pairs
-sys.exit(cli.main(sys.argv[1:]))
+VERBS["pairs"] = Verb(pairs)
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -187,13 +188,13 @@ def on_closed_pipe(body, *words, stderr=subprocess.PIPE):
 def test_a_closed_pipe_ends_quietly(body, words):
     """(argparse says nothing of a help text that nobody reads.)"""
     code, errors = on_closed_pipe(body, *words)
-    assert code == (0 if "--help" in words else cli.READER_GONE)
+    assert code == (0 if "--help" in words else READER_GONE)
     assert errors.strip() in ("", "y")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes as POSIX has them")
 def test_a_closed_pipe_of_both_ends_quietly():
-    assert on_closed_pipe("raise OSError('gone')", "pairs", stderr=subprocess.STDOUT)[0] == cli.READER_GONE
+    assert on_closed_pipe("raise OSError('gone')", "pairs", stderr=subprocess.STDOUT)[0] == READER_GONE
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes as POSIX has them")

@@ -12,11 +12,12 @@ pytest.importorskip("peft")
 pytest.importorskip("jsonargparse")
 pytest.importorskip("pytorch_optimizer")
 
-from lora_rite.bench import linear_maps
+from lora_rite.bench.shapes import linear_maps
 from lora_rite.cli import main
-from lora_rite.finetune import check as module
-from lora_rite.finetune.compare import HEADERS, Study, load_recipe
 from lora_rite.finetune.tasks import find_task
+from lora_rite.study import check as module
+from lora_rite.study.recipe import HEADERS, load_recipe
+from lora_rite.study.search import Study
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,8 +71,8 @@ def test_configurations_are_those_of_the_models(name, parameters):
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from lora_rite import find_pairs
-    from lora_rite.finetune.train import attach_adapter
-    from lora_rite.models import configuration
+    from lora_rite.finetune.load import attach_adapter
+    from lora_rite.finetune.models import configuration
 
     config = configuration(f"google/{name}", "train.model")
     build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

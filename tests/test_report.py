@@ -15,7 +15,8 @@ pytest.importorskip("markdown_it")
 pytest.importorskip("jsonargparse")
 
 from lora_rite.cli import main
-from lora_rite.finetune.report import Case, difference, mean_interval, step_at
+from lora_rite.study.cases import Case
+from lora_rite.study.statistics import difference, mean_interval, step_at
 
 
 def result(seed, lr, curve):

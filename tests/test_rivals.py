@@ -13,8 +13,8 @@ from problems import factors, gradients_of_w, regauged, relative, set_gradients
 from torch import nn
 
 from lora_rite import LoRARiteError, LoRARiteValueError
-from lora_rite.bench import Adapter
-from lora_rite.pairs import Shape
+from lora_rite.invariance.problems import Adapter
+from lora_rite.plan.pairs import Shape
 from lora_rite.rivals import LoRAMuon, PoLoRA, Shampoo
 from lora_rite.rivals.iterations import inverse_root, largest_eigenvalue, polar_factors
 
@@ -315,7 +315,7 @@ def test_the_largest_eigenvalue_is_never_too_small(dtype):
 
 def test_state_is_what_the_papers_say():
     """PoLoRA: a momentum and a number a row; LoRA-Muon: a momentum; Shampoo: square matrices up to ``max_side``."""
-    from lora_rite.optimizer import state_bytes
+    from lora_rite.optim.optimizer import state_bytes
 
     adapter = Adapter([Shape(12, 8, 4)], torch.float32, "cpu")
     for p in adapter.parameters():

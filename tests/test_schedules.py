@@ -14,10 +14,10 @@ import torch
 from lora_rite import LoRARiteValueError
 from lora_rite.cli import main
 from lora_rite.finetune import train as train_module
-from lora_rite.finetune.compare import load_recipe
 from lora_rite.finetune.optimizers import PRESETS, check_optimizer
 from lora_rite.finetune.schedules import check_schedule
-from lora_rite.pairs import Shape
+from lora_rite.plan.pairs import Shape
+from lora_rite.study.recipe import load_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "default::UserWarning")
 SMALL = ["--batch_size", 2, "--max_length", 32, "--rank", 2, "--no_progress"]
@@ -223,7 +223,7 @@ def mine(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "args", "message"), CANNOT, ids=lambda v: v if isinstance(v, str) else None)
 def test_optimizers_that_a_trainer_cannot_step_are_one_line(name, args, message, mine):
     """Where a weight decay is given that the optimizer has no name for, that is the message."""
-    from lora_rite.bench import Adapter
+    from lora_rite.invariance.problems import Adapter
 
     with pytest.raises(LoRARiteValueError) as caught:
         check_optimizer(
@@ -236,7 +236,7 @@ def test_optimizers_that_a_trainer_cannot_step_are_one_line(name, args, message,
 
 @pytest.mark.parametrize("name", [*PRESETS, "pytorch_optimizer:ScheduleFreeAdamW", "pytorch_optimizer:Lion"])
 def test_optimizers_that_train_pass_and_nothing_is_drawn_or_moved(name):
-    from lora_rite.bench import Adapter
+    from lora_rite.invariance.problems import Adapter
 
     pytest.importorskip("pytorch_optimizer")
     adapter = Adapter([Shape(12, 8, 2)], torch.float32, "cpu")

@@ -47,7 +47,7 @@ def test_w_does_not_depend_on_the_factorisation_over_1000_steps(condition):
 def test_the_demo_shows_what_it_promises(tmp_path):
     """Held-out loss of LoRA-RITE below AdamW's, both at their best learning rates, and that in fewer steps."""
     pytest.importorskip("peft")
-    from lora_rite.finetune.demo import demo
+    from lora_rite.study.demo import demo
 
     torch.set_num_threads(2)
     try:

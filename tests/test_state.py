@@ -11,7 +11,7 @@ from problems import factors, gradients_of_w, set_gradients
 from test_numerics import equal
 
 from lora_rite import LoRARite
-from lora_rite.optimizer import state_bytes
+from lora_rite.optim.optimizer import state_bytes
 
 OPTIONS = {"lr": 1e-2, "apply_escape": True, "adamw_lr": 1e-2}
 

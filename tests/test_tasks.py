@@ -15,9 +15,10 @@ from task_files import INSTRUCTION_TASKS, choice_rows, gsm8k_rows, make_mt5, mak
 from lora_rite.cli import main  # noqa: E402
 from lora_rite.finetune import tasks as module  # noqa: E402
 from lora_rite.finetune import train as train_module  # noqa: E402
-from lora_rite.finetune.data import IGNORED, Example, windows  # noqa: E402
+from lora_rite.finetune.data import Example  # noqa: E402
 from lora_rite.finetune.limits import find_limits  # noqa: E402
 from lora_rite.finetune.tasks import TASKS, examples, find_task, read_rows, read_task, require_rows  # noqa: E402
+from lora_rite.finetune.windows import IGNORED, windows  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -48,10 +49,10 @@ def tiny():
 def test_the_text_that_is_learnt_is_the_one_that_lm_eval_asks_for(name, folder):
     """Prompt and right answer as lm_eval 0-shot makes them, and its data set: training and evaluation agree."""
     pytest.importorskip("lm_eval")
-    from lora_rite.finetune.evaluate import _judge
+    from lora_rite.finetune.judges import task_judge
 
     rows = require_rows(name, "test", folder)
-    judge, _ = _judge(name, TASKS[name], rows, folder, 0)
+    judge, _ = task_judge(name, TASKS[name], rows, folder, 0)
     docs = list(judge.eval_docs)
     assert len(docs) == len(rows.rows) == (5 if name == "gsm8k" else 6)
     for doc, example in zip(docs, examples(name, rows), strict=True):

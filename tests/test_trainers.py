@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from test_hf import network, rows, trainer  # noqa: E402
 
 from lora_rite import LoRARite, LoRARiteCallback, LoRARiteFactory, create_lora_rite, layer_report  # noqa: E402
-from lora_rite.names import plain_names  # noqa: E402
+from lora_rite.plan.names import plain_names  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -101,7 +101,7 @@ def test_torchtune_passes_all_parameters_without_names():
 def fit(tmp_path):
     """Fits a network in Lightning, with the callback; returns the Trainer and what was warned of."""
     pl = pytest.importorskip("lightning.pytorch")
-    from lora_rite.lightning import LoRARiteCallback as Callback
+    from lora_rite.integrations.lightning import LoRARiteCallback as Callback
 
     class Module(pl.LightningModule):
         def __init__(self, make):

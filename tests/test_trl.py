@@ -13,7 +13,7 @@ import transformers  # noqa: E402
 from peft.utils import get_peft_model_state_dict  # noqa: E402
 
 from lora_rite import LoRARiteCallback, create_lora_rite  # noqa: E402
-from lora_rite.hf import unwrap  # noqa: E402
+from lora_rite.integrations.peft import unwrap  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 STEPS, PAIRS = 10, 35  # 5 layers of 7 linear maps

@@ -11,7 +11,7 @@ from problems import factors, gradients_of_w, set_gradients
 from test_construction import named
 
 from lora_rite import LoRARite
-from lora_rite.optimizer import MAX_IDLE_IN_A_ROW
+from lora_rite.optim.guard import MAX_IDLE_IN_A_ROW
 
 
 def changed():

@@ -18,8 +18,9 @@ from jsonargparse import auto_cli
 from torch.distributed.fsdp import fully_shard
 
 from lora_rite import LoRARite
-from lora_rite.bench import Adapter, linear_maps
-from lora_rite.optimizer import state_bytes
+from lora_rite.bench.shapes import linear_maps
+from lora_rite.invariance.problems import Adapter
+from lora_rite.optim.optimizer import state_bytes
 from lora_rite.plan.sharding import Shards
 
 

@@ -35,7 +35,7 @@ OPTIONS = {
     "steps": STEPS, "batch_size": 2, "accumulation": 2, "max_length": 16, "rank": 16, "lr": 0.01, "dropout": 0.1,
     "save_every": 2, "eval_every": 3, "layers_every": 1, "target_modules": "[q_proj, v_proj]",
 }  # fmt: skip
-#: Moments of a run at which it can be killed (see `failpoint` in lora_rite.finetune.checkpoint).
+#: Moments of a run at which it can be killed (see `failpoint` in lora_rite.run.failpoints).
 FAILPOINTS = (
     "settings.json written", "settings.json renamed", "checkpoint begins", "checkpoint begins@2", "checkpoint written",
     "checkpoint written@2", "checkpoint synced", "manifest.json written", "manifest.json written@3",
@@ -71,7 +71,7 @@ def fork(arguments: list[str], log: Path, failpoint: str = "", limit: int = 0) -
 
         import torch
 
-        from lora_rite.cli import main
+        from lora_rite.cli.program import main
 
         torch.set_num_threads(1)
         os.environ["LORA_RITE_FAILPOINT"] = failpoint
@@ -119,7 +119,8 @@ def kill(child: int, out: Path, delay: float, in_save: bool) -> int:
 
 def verified(out: Path) -> tuple[int, int]:
     """Number of checkpoints that verify, and of those that have a manifest."""
-    from lora_rite.finetune.checkpoint import checkpoints, damage, read_settings
+    from lora_rite.run.checkpoints import checkpoints, damage
+    from lora_rite.run.settings import read_settings
 
     try:
         stored = read_settings(out)
@@ -134,7 +135,8 @@ def outcome(out: Path) -> dict[str, object]:
     """Everything that must be the same bit for bit."""
     import torch
 
-    from lora_rite.finetune.checkpoint import digest_tensors, read_manifest
+    from lora_rite.run.checkpoints import read_manifest
+    from lora_rite.run.digest import digest_tensors
 
     last = out / "checkpoints" / f"checkpoint-{STEPS}"
     result = json.loads((out / "result.json").read_text())

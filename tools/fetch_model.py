@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from lora_rite.errors import LoRARiteError, LoRARiteValueError
-from lora_rite.finetune.checkpoint import prepare_folder, write_folder
-from lora_rite.finetune.train import load_model
+from lora_rite.finetune.load import load_model
+from lora_rite.run.files import prepare_folder, write_folder
 
 
 class Model(NamedTuple):

@@ -13,10 +13,13 @@ import torch
 from transformers import DataCollatorForSeq2Seq, set_seed
 
 from lora_rite import create_lora_rite
-from lora_rite.finetune.checkpoint import write_json
-from lora_rite.finetune.data import IGNORED, read_examples, windows
-from lora_rite.finetune.demo import SETTINGS, write_data
-from lora_rite.finetune.train import attach_adapter, held_out_loss, load_model, versions
+from lora_rite.finetune.data import read_examples
+from lora_rite.finetune.load import attach_adapter, load_model
+from lora_rite.finetune.trainer import held_out_loss
+from lora_rite.finetune.windows import IGNORED, windows
+from lora_rite.run.files import write_json
+from lora_rite.run.versions import versions
+from lora_rite.study.demo import SETTINGS, write_data
 
 ROOT = Path(__file__).parents[1]
 STEPS, SWITCH, LR = 200, 100, 1e-2

@@ -12,9 +12,10 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-from lora_rite.finetune.checkpoint import write_json
-from lora_rite.finetune.demo import EVAL_EVERY, SETTINGS, write_data
-from lora_rite.finetune.train import train, versions
+from lora_rite.finetune.train import train
+from lora_rite.run.files import write_json
+from lora_rite.run.versions import versions
+from lora_rite.study.demo import EVAL_EVERY, SETTINGS, write_data
 
 ROOT = Path(__file__).parents[1]
 RUNS = {"good": 2e-2, "too low": 1e-3, "too high": 8e-2}

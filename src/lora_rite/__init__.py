@@ -6,26 +6,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .callback import LoRARiteCallback
     from .errors import LoRARiteError, LoRARiteTypeError, LoRARiteValueError, NonFiniteError
-    from .hf import LoRARiteFactory, create_lora_rite
-    from .invariance import audit
-    from .layers import layer_report
-    from .optimizer import LoRARite
+    from .integrations.peft import LoRARiteFactory, create_lora_rite
+    from .integrations.transformers import LoRARiteCallback
+    from .invariance.audit import audit
+    from .optim.optimizer import LoRARite
+    from .optim.report import layer_report
     from .options import PUBLISHED
-    from .pairs import find_pairs, param_groups
+    from .plan.pairs import find_pairs, param_groups
 
 #: Public name → module. Nothing is imported, torch included, before a name is used.
 _HOME = {
-    "LoRARite": "optimizer",
+    "LoRARite": "optim.optimizer",
     "PUBLISHED": "options",
-    "find_pairs": "pairs",
-    "param_groups": "pairs",
-    "create_lora_rite": "hf",
-    "LoRARiteFactory": "hf",
-    "layer_report": "layers",
-    "LoRARiteCallback": "callback",
-    "audit": "invariance",
+    "find_pairs": "plan.pairs",
+    "param_groups": "plan.pairs",
+    "create_lora_rite": "integrations.peft",
+    "LoRARiteFactory": "integrations.peft",
+    "layer_report": "optim.report",
+    "LoRARiteCallback": "integrations.transformers",
+    "audit": "invariance.audit",
     "LoRARiteError": "errors",
     "LoRARiteTypeError": "errors",
     "LoRARiteValueError": "errors",

@@ -7,7 +7,9 @@ but the adapter learns.
 """
 
 import math
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,21 +17,14 @@ from torch import Tensor
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame
-from ..models import refuse_adapter
-from ..modes import evaluating
+from ..optim.modes import evaluating
+from .checks import check_processes
 from .data import Example, read_examples
-from .optimizers import OptimizerFactory, check_optimizer, option
+from .load import attach_adapter
+from .models import refuse_adapter
+from .optimizers import check_optimizer
 from .schedules import check_schedule
-from .train import (
-    add_callbacks,
-    attach_adapter,
-    check_processes,
-    create_optimizer,
-    describe_optimizer,
-    log_entries,
-    seconds,
-    training_arguments,
-)
+from .trainer import add_callbacks, describe_optimizer, log_entries, make_trainer, seconds
 
 
 def train_choices(
@@ -83,7 +78,9 @@ def train_choices(
         LoRARiteValueError: a question without wrong answers, a model that cannot be loaded, an optimizer or a schedule
             that cannot train it.
     """
-    from transformers import AutoModel, AutoTokenizer, Trainer, set_seed
+    options = SimpleNamespace(**locals(), weight_decay=0.0)
+
+    from transformers import Trainer, set_seed
     from transformers.utils import logging
 
     from .. import LoRARiteCallback
@@ -93,48 +90,14 @@ def train_choices(
     with blame(f"scheduler {scheduler}"):
         check_schedule(scheduler, scheduler_args, lr, steps, warmup)
     questions, held_out = (_questions(path) for path in (data, validation))
-    with blame(f"cannot load model {model}"):
-        refuse_adapter(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        encoder = AutoModel.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
+    encoder, tokenizer = _load(model)
     set_seed(seed)
     network = Chooser(attach_adapter(encoder, rank=rank), scale)
-
-    def collate(batch: list[Example]) -> dict[str, Any]:
-        encode = lambda texts: dict(
-            tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        )
-        counts = torch.tensor([1 + len(question.others) for question in batch])
-        answers = [text.strip() for question in batch for text in (question.completion, *question.others)]
-        return {"questions": encode([q.prompt for q in batch]), "answers": encode(answers), "counts": counts}
-
-    def measure() -> tuple[float, float]:
-        total, right = 0.0, 0
-        network.eval()
-        with evaluating(trainer.optimizer), torch.inference_mode():
-            for i in range(0, len(held_out), 4 * batch_size):
-                part = held_out[i : i + 4 * batch_size]
-                scores = network(**trainer._prepare_inputs(collate(part)))["scores"]
-                total += float(_loss(scores)) * len(part)
-                right += int((scores.argmax(-1) == 0).sum())
-        network.train()
-        return total / len(held_out), right / len(held_out)
-
-    kwargs = {"name": optimizer, "lr": lr, "weight_decay": 0.0, "options": optimizer_args}
-    check_optimizer(network, **kwargs)
-    arguments = training_arguments(
-        out, steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, scheduler=scheduler,
-        scheduler_args=scheduler_args, seed=seed, log_every=log_every, save_strategy="no", report_to="none",
-        remove_unused_columns=False,
-    )  # fmt: skip
-    trainer = Trainer(
-        network,
-        arguments,
-        data_collator=collate,
-        train_dataset=questions,  # type: ignore[arg-type]
-        optimizer_cls_and_kwargs=(OptimizerFactory, kwargs),  # type: ignore[arg-type]
-    )
-    is_lora_rite = create_optimizer(trainer, option(optimizer, optimizer_args))
+    collate = partial(_collate, tokenizer, max_length)
+    check_optimizer(network, optimizer, lr, 0.0, optimizer_args)
+    more = {"save_strategy": "no", "report_to": "none", "remove_unused_columns": False}
+    trainer, is_lora_rite = make_trainer(Trainer, network, options, collate, questions, **more)
+    measure = lambda: _measure(trainer, held_out, 4 * batch_size)
     add_callbacks(trainer, LoRARiteCallback() if is_lora_rite else None, False, lambda: measure()[0], eval_every)
     before = measure()
     trainer.train()
@@ -147,6 +110,39 @@ def train_choices(
         "seconds": seconds(trainer.state),
         "optimizer": describe_optimizer(trainer.optimizer),
     }
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    with blame(f"cannot load model {model}"):
+        refuse_adapter(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        return AutoModel.from_pretrained(model, dtype=torch.float32, use_safetensors=True), tokenizer
+
+
+def _collate(tokenizer: Any, max_length: int, batch: list[Example]) -> dict[str, Any]:
+    encode = lambda texts: dict(
+        tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    )
+    counts = torch.tensor([1 + len(question.others) for question in batch])
+    answers = [text.strip() for question in batch for text in (question.completion, *question.others)]
+    return {"questions": encode([q.prompt for q in batch]), "answers": encode(answers), "counts": counts}
+
+
+def _measure(trainer: Any, questions: list[Example], batch_size: int) -> tuple[float, float]:
+    """Mean cross-entropy of a question in nat, and the share of questions whose right answer has the highest score."""
+    total, right = 0.0, 0
+    network = trainer.model
+    network.eval()
+    with evaluating(trainer.optimizer), torch.inference_mode():
+        for i in range(0, len(questions), batch_size):
+            part = questions[i : i + batch_size]
+            scores = network(**trainer._prepare_inputs(trainer.data_collator(part)))["scores"]
+            total += float(_loss(scores)) * len(part)
+            right += int((scores.argmax(-1) == 0).sum())
+    network.train()
+    return total / len(questions), right / len(questions)
 
 
 class Chooser(torch.nn.Module):

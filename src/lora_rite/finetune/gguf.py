@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import LoRARiteValueError
 from ..inputs import one_line
-from ..models import locate
+from .models import locate
 
 
 def load_gguf(model: str, dtype: Any) -> tuple[Any, Any]:

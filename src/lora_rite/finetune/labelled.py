@@ -7,7 +7,7 @@ thrown away.
 import threading
 from typing import Any
 
-from .data import IGNORED
+from .windows import IGNORED
 
 #: The share of positions that carry loss from which on nothing is gained: batches of plain text stay as they are.
 MOST = 0.75

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import LoRARiteValueError, warn
 from ..inputs import blame, one_line
-from .data import Example, Row, Windows, windows
+from .data import Example
+from .windows import Row, Windows, windows
 
 #: Tokens of the sequences that are tried: the longer one tells tables of positions from T5's buckets of distances.
 SHORT, LONG = 16, 32

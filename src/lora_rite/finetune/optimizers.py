@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame, resolve, resolve_values
-from ..modes import evaluating, two_modes
+from ..optim.modes import evaluating, two_modes
 
 
 class Preset(NamedTuple):
@@ -115,8 +115,8 @@ def check_optimizer(
     """
     import torch
 
-    from ..bench import Adapter
-    from ..pairs import Shape
+    from ..invariance.problems import Adapter
+    from ..plan.pairs import Shape
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     with torch.random.fork_rng(), warnings.catch_warnings():

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..errors import LoRARiteValueError
 from ..inputs import DuplicateKeyError, is_path, one_line, parse_json, suffix
-from ..models import ADAPTER_CONFIG
 from .data import read_text
+from .models import ADAPTER_CONFIG
 
 MAX_CONFIG_BYTES = 2**20
 MAX_DEPTH = 20
@@ -69,12 +69,12 @@ def names_code(value: Any) -> bool:
     return any(map(is_path, value.values() if isinstance(value, dict) else [value]))
 
 
-def forbid_imports() -> None:
+def forbid_imports(*but: type) -> None:
     """Keeps jsonargparse, for good, from importing what a value names: it makes objects of ``{class_path: …}``, also of
-    one inside a string."""
+    one inside a string. Classes ``but`` are those that a file is read into."""
     from jsonargparse import set_parsing_settings
 
-    ours = ["lora_rite.finetune.compare.Data", "lora_rite.finetune.compare.Contender"]  # the parts of a recipe
+    ours = [f"{kind.__module__}.{kind.__qualname__}" for kind in but]
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ours, instantiate_subclass_spec_in_any=False)
 
 
@@ -201,7 +201,7 @@ def check_adapter(folder: Path, network: Any) -> None:
 
 def _experts(name: str, tensors: dict[str, Any], weights: dict[str, list[Any]]) -> int:
     """How many experts an adapter's factor A holds, as the model's weights tell, by layer; 1 where it is none's."""
-    from ..pairs import layout_by_shapes
+    from ..plan.pairs import layout_by_shapes
 
     layer = name.removesuffix(".lora_A.weight").replace(".base_layer", "").removeprefix("base_model.model.")
     partner = tensors.get(name.removesuffix("lora_A.weight") + "lora_B.weight")

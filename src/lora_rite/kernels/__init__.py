@@ -11,14 +11,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..errors import LoRARiteValueError
 from ..execute.engine import Decided
 from ..plan.plan import Bucket, Plan
 
 #: The card on which `make test-gpu` has passed with this engine, and the date; while there is none, ``engine=None`` is
 #: the eager engine.
 PASSED: str | None = None
-ENGINES = ("eager", "triton")
 MAX_RANK = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Options of a group, and what they ask for that the kernels do not do.
@@ -27,23 +25,13 @@ _EAGER_OPTIONS = ("apply_escape", "update_capping", "balance_param")
 _kernels: "WeakKeyDictionary[Plan, Any]" = WeakKeyDictionary()
 
 
-def check_engine(engine: Any) -> None:
-    """Raises LoRARiteValueError where an engine does not exist here."""
-    if engine not in (None, *ENGINES):
-        raise LoRARiteValueError(f'engine must be "eager", "triton" or None, got {engine!r}')
-    if engine == "triton" and not installed():
-        raise LoRARiteValueError('engine="triton" needs the package triton: pip install "lora-rite[kernels]"')
-
-
 @cache
 def installed() -> bool:
     return find_spec("triton") is not None
 
 
 def supports(plan: Plan) -> str | None:
-    """None where the kernels can make the steps of a plan, else the reason why these stay with the eager engine."""
-    if not plan.buckets:
-        return "there is nothing to step"
+    """None where the kernels can make the steps of a plan, which has buckets, else the reason why these stay with the eager engine."""
     if len({bucket.device for bucket in plan.buckets}) > 1:
         return "factors on several devices"
     return _of_device(plan.buckets[0].device) or next(filter(None, map(_of_bucket, plan.buckets)), None)

@@ -1,5 +1,6 @@
 """AdamW, for the trainable parameters that are no factors."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,9 +8,11 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ..algebra.rounding import rounding_key, stochastic_round
+from ..errors import LoRARiteValueError
 from ..plan.plan import constant
 from ..plan.sharding import Shards, is_sharded, local
 from ..plan.state import LOW_PRECISION, State
+from .checks import changed_shape, names_of, sparse_gradient
 
 #: The keys of a parameter's state, as torch's AdamW has them.
 ADAMW_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
@@ -50,6 +53,18 @@ def adamw_step(group: dict[str, Any], states: dict[Tensor, State], offset: int, 
             step = states[p]["step"][None]
             key = rounding_key(step, constant((position,), torch.int64, step.device))
             _round_into(p, w, key.to(p.device))
+
+
+def check_gradients(groups: list[dict[str, Any]], states: Mapping[Tensor, Any]) -> None:
+    """Raises LoRARiteValueError where AdamW would fail, half a step done."""
+    for number, group in enumerate(groups):
+        for i, p in enumerate(group["params"] if group["kind"] == "adamw" else ()):
+            moment: Tensor = states.get(p, {}).get("exp_avg", p)
+            if p.grad is None or (p.grad.layout == torch.strided and moment.shape == p.shape):
+                continue
+            name = names_of(groups)[number][i]
+            sparse = p.grad.layout != torch.strided
+            raise LoRARiteValueError(sparse_gradient(name) if sparse else changed_shape(name, moment, p))
 
 
 def _round_into(p: Tensor, value: Tensor, key: Tensor) -> None:

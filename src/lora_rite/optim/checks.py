@@ -1,6 +1,7 @@
 """Parameters and keys of groups: what is wrong with them, and how it is said."""
 
 import difflib
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ def names_of(groups: list[dict[str, Any]]) -> list[list[str]]:
         names.append(group.get("param_names") or [f"parameter {i}" for i in numbers])
         offset += len(group["params"])
     return names
+
+
+def names_by_position(groups: list[dict[str, Any]]) -> list[str]:
+    return list(chain.from_iterable(names_of(groups)))
 
 
 def check_tensors(named: list[tuple[str, Any]]) -> None:

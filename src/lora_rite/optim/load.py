@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import LoRARiteValueError
-from ..names import plain_names
+from ..plan.names import plain_names
 from ..plan.sharding import local
-from ..plan.state import FROZEN_KEYS, MATRICES, STATE_KEYS, State
+from ..plan.state import FROZEN_KEYS, MATRICES, STATE_KEYS, State, work_dtype
 from .adamw import ADAMW_STATE_KEYS
 from .checks import names_of
 
@@ -56,6 +56,20 @@ def match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dic
                         "the same factors. Nothing was loaded"
                     )
     return {**state_dict, "param_groups": saved}
+
+
+def put_states(states: dict[Tensor, State], groups: list[dict[str, Any]], matched: dict[str, Any]) -> None:
+    """Puts the states of a dict that :func:`match_state` gave into ``states``, copied: in the dtype of the arithmetic,
+    where torch has cast them to the parameters'."""
+    for group, saved in zip(groups, matched["param_groups"], strict=True):
+        lora = group["kind"] == "lora"
+        for i, (p, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            dtype = work_dtype(p, *([group["params"][i ^ 1]] if lora else []))
+            for key, value in matched["state"].get(saved_id, {}).items():
+                if isinstance(value, Tensor):
+                    device = "cpu" if key == "step" and not (lora or group["capturable"]) else p.device  # torch's
+                    kept = key == "step" or not value.is_floating_point()
+                    states[p][key] = value.detach().to(device, value.dtype if kept else dtype, copy=True)
 
 
 def _by_name(saved: list[dict[str, Any]], names: list[list[str]]) -> list[dict[str, Any]]:

@@ -36,9 +36,10 @@ class _Precision:
 
 
 @contextmanager
-def full_precision(devices: set[str]) -> Iterator[None]:
+def full_precision(groups: list[dict[str, Any]]) -> Iterator[None]:
     """float32 products in float32: with TF32 or bfloat16 inside them, Gram matrices would keep three digits. Not under
-    autocast either, on devices of these types."""
+    autocast either, on the types of device that parameters of the groups are on."""
+    devices = {p.device.type for group in groups for p in group["params"]}
     with ExitStack() as stack:
         for device in devices:
             if is_autocast_available(device) and torch.is_autocast_enabled(device):

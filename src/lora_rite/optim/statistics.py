@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from ..execute import eager
 from ..execute.engine import Decided
-from ..plan.plan import Bucket
+from ..plan.layout import rank_of
+from ..plan.plan import Bucket, Plan
+from ..plan.sharding import local
 from ..plan.state import FactorPair
 
 #: Gradients dropped by ``update_skipping`` in so many steps in a row are worth a warning.
@@ -74,3 +78,35 @@ class Statistics:
             "damped_share": float((ratios < 1).double().mean()) if ratios is not None else 0.0,
             "sigma_over_delta": float(ratios.median()) if ratios is not None else None,
         }
+
+
+def report(optimizer: torch.optim.Optimizer, plan: Plan, statistics: Statistics) -> dict[str, Any]:
+    """What ``LoRARite.report()`` returns. ``plan`` is about all pairs that have a state."""
+    groups = optimizer.param_groups
+    lora = [group for group in groups if group["kind"] == "lora"]
+    ranks = [
+        rank_of(group, group["params"][k])
+        for group in lora
+        for k in range(0, len(group["params"]), 2)
+        for _ in range(group.get("blocks", 1))
+    ]
+    states = [state for state in optimizer.state.values() if "matrices" in state]
+    of_buckets = zip(plan.buckets, plan.workspaces(), strict=True)
+    squares = [eager.update_square(bucket, workspace)[0] for bucket, workspace in of_buckets]
+    return {
+        "pairs": len(ranks),
+        "ranks": {rank: ranks.count(rank) for rank in sorted(set(ranks))},
+        "other_parameters": sum(len(g["params"]) for g in groups if g["kind"] == "adamw"),
+        "state_bytes": state_bytes(optimizer),
+        "steps": max((int(state["step"].max()) for state in states), default=0),
+        "skipped": groups[0]["skipped"],
+        "dead_pairs": sum(int(dead) for bucket in plan.buckets for dead in eager.dead(bucket)),
+        "update_norm": sum(map(float, squares)) ** 0.5,
+        **statistics.summary(),
+    }
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all state tensors of an optimizer in this process, also of those in lists and dictionaries."""
+    tensors = [local(t) for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import LoRARiteValueError
 from ..optim.precision import full_precision
-from ..pairs import find_pairs, param_groups
 from ..plan.layout import Layout, layouts
+from ..plan.pairs import find_pairs, param_groups
 from ..plan.sharding import is_sharded
 from ..plan.state import State, work_dtype
 
@@ -90,7 +90,7 @@ class PairOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with full_precision({p.device.type for group in self.param_groups for p in group["params"]}):
+        with full_precision(self.param_groups):
             for group in self.param_groups:
                 for pairs in self._alike(group):
                     self._step_together(pairs, group)

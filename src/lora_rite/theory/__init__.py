@@ -25,8 +25,8 @@ def theory(experiment: str, out: Path | None = None, **settings: Any) -> dict[st
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from ..finetune.checkpoint import prepare_folder, write_json
-    from ..finetune.train import versions
+    from ..run.files import prepare_folder, write_json
+    from ..run.versions import versions
 
     module: Any = import_module(f".{experiment}", __name__)
     known = inspect.signature(module.run).parameters

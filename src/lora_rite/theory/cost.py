@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..optimizer import LoRARite, state_bytes
+from ..optim.optimizer import LoRARite, state_bytes
 from .problems import slope
 
 #: What the counter leaves out; of shapes.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRARiteValueError
-from ..optimizer import LoRARite
+from ..optim.optimizer import LoRARite
 from ..options import PUBLISHED
 from .variant import Variant
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from ..finetune.data import IGNORED, read_examples, windows
-from ..finetune.demo import write_data
-from ..finetune.train import attach_adapter, held_out_loss, load_model
-from ..pairs import find_pairs
+from ..finetune.data import read_examples
+from ..finetune.load import attach_adapter, load_model
+from ..finetune.trainer import held_out_loss
+from ..finetune.windows import IGNORED, windows
+from ..plan.pairs import find_pairs
+from ..study.demo import write_data
 
 LENGTH = 128  # tokens in a window
 

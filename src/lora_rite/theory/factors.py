@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optimizer import LoRARite
-from ..pairs import find_pairs
+from ..optim.optimizer import LoRARite
+from ..plan.pairs import find_pairs
 from .embedded import train_embedded
 from .problems import adamw
 

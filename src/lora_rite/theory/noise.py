@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..optimizer import LoRARite
+from ..optim.optimizer import LoRARite
 from ..plan.state import MATRICES
 from .problems import rite
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optimizer import LoRARite
+from ..optim.optimizer import LoRARite
 
 #: Label → maker of the optimizer of the pair [A, B].
 Makers = dict[str, Callable[[list[Tensor], float], torch.optim.Optimizer]]

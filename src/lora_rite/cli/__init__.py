@@ -1,0 +1,5 @@
+"""The command line, ``lora-rite``."""
+
+from .program import main
+
+__all__ = ["main"]

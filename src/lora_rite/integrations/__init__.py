@@ -1,0 +1,1 @@
+"""Where people train: PEFT models, transformers' Trainer, Lightning."""

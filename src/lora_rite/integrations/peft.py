@@ -1,0 +1,79 @@
+"""LoRARite for a PEFT model and for transformers' Trainer. Needs torch alone."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import LoRARiteValueError, warn
+from ..optim.optimizer import LoRARite
+from ..plan.factors import NO_FACTOR
+from ..plan.pairs import find_pairs, param_groups
+
+#: Keys of ``report()`` that the callbacks log.
+FIGURES = ("damped_share", "sigma_over_delta", "clip_rate", "gradient_norm", "update_norm", "skipped")
+RAW_CLIPPING = (
+    "clips raw gradients, so that the step depends on the factorisation again; LoRARite has clip_unmagnified_grad"
+)
+
+
+def create_lora_rite(model: nn.Module, lr: float | Tensor = 2e-4, **options: Any) -> LoRARite:
+    """LoRARite for the trainable parameters of a model with LoRA layers (PEFT's, or others with the same names).
+
+    It recognises layers whose parameters hold several pairs (stacked experts, grouped convolutions, block-diagonal
+    factors) by their classes; ``LoRARite(model.named_parameters())`` by the shapes of the frozen weights alone, see
+    :func:`lora_rite.find_pairs`.
+
+    Args:
+        model: the model, after ``get_peft_model``.
+        lr: the learning rate of the pairs.
+        options: keyword arguments of :class:`LoRARite`; ``adamw_lr`` where other parameters are trainable.
+
+    Raises:
+        LoRARiteValueError: as LoRARite does.
+
+    Example::
+
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+        optimizer = create_lora_rite(model, lr=5e-4)
+    """
+    groups = param_groups(model)
+    if not any(group["kind"] == "lora" for group in groups):
+        raise LoRARiteValueError(f"no LoRA pairs: {_found_instead(model)}")
+    return LoRARite(groups, lr=lr, **options)
+
+
+def _found_instead(model: nn.Module) -> str:
+    pairing = find_pairs(model)
+    if reasons := dict.fromkeys(o.reason for o in pairing.left_out if o.reason != NO_FACTOR):
+        return f"{'; '.join(reasons)}. Train this model with AdamW"
+    if pairing.frozen:
+        return f"all factors are frozen ({pairing.frozen[0]}, …); load the adapter with is_trainable=True"
+    return f"none of {len(pairing.left_out)} trainable parameters is a factor; attach an adapter (peft.get_peft_model)"
+
+
+class LoRARiteFactory:
+    """For ``Trainer(optimizer_cls_and_kwargs=(LoRARiteFactory, {"lr": …}))``: the Trainer calls ``LoRARiteFactory()``
+    and the result with the model and the keyword arguments, those of :func:`create_lora_rite`.
+
+    Trainers that also pass their training arguments (axolotl) give ``training_args.learning_rate`` where ``lr`` is not
+    among the keyword arguments; those arguments are then checked for ``max_grad_norm`` as :class:`LoRARiteCallback`
+    does.
+    """
+
+    def __call__(self, model: nn.Module, training_args: Any = None, **kwargs: Any) -> LoRARite:
+        if "lr" not in kwargs:
+            if training_args is None:
+                raise LoRARiteValueError(
+                    'no lr: a Trainer passes none to an optimizer factory, write (LoRARiteFactory, {"lr": …})'
+                )
+            kwargs["lr"] = training_args.learning_rate
+        if clip := getattr(training_args, "max_grad_norm", None):
+            warn(f"max_grad_norm={clip} {RAW_CLIPPING}: set max_grad_norm=0")
+        return create_lora_rite(model, **kwargs)
+
+
+def unwrap(optimizer: Any) -> Any:
+    """The optimizer inside all wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -1,0 +1,17 @@
+"""Tables on the terminal."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[Any]], left: Sequence[str] = ()) -> Any:
+    """A table of rich's. Cells are shown by :class:`str`; the first column, and those under the headings ``left``, are
+    left-justified, the others right-justified."""
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if i == 0 or heading in left else "right")
+    for cells in rows:
+        made.add_row(*map(str, cells))
+    return made

@@ -1,0 +1,171 @@
+"""``lora-rite compare --check``: what a study needs, from shapes alone. Nothing is trained, no weights are loaded."""
+
+import math
+import statistics
+from collections import Counter
+from typing import Any, NamedTuple
+
+from ..errors import LoRARiteValueError
+from ..finetune.load import attach_adapter
+from ..finetune.models import configuration
+from ..finetune.optimizers import create_optimizer
+from ..finetune.tasks import find_task
+from ..inputs import one_line
+from ..plan.pairs import Shape
+from .data import read_data
+from .recipe import HEADERS, SPLITS
+from .search import Study
+
+
+class Needs(NamedTuple):
+    """Bytes that training one adapter takes, by what they are for, with its model and its number of pairs."""
+
+    model: str
+    pairs: int
+    parameters: int
+    weights: int
+    adapter: int
+    state: dict[str, int]
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + max(self.state.values()) + self.activations
+
+
+#: The options that memory depends on.
+SIZES = ("model", "trust_remote_code", "target_modules", "bf16", "batch_size", "max_length")
+
+
+def needs(study: Study, rank: int) -> Needs:
+    """What one run at a rank needs, of the task that needs most."""
+    tasks = [study.train_options(task) for task in study.recipe.tasks]
+    sizes = [{key: options[key] for key in SIZES if key in options} for options in tasks]
+    different = [options for n, options in enumerate(sizes) if options not in sizes[:n]]
+    return max((_needs(study, rank, options) for options in different), key=lambda need: need.total)
+
+
+def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
+    """What a run with these options needs. The model and its adapter are built on torch's meta device.
+
+    The state is that after a step on the adapter's factors, on the meta device too, or where the optimizer needs values
+    (LoRARite), on the CPU with one pair of each shape. Activations are a rough estimate: what a layer keeps for the
+    backward pass (about 16 tensors as wide as the model and 4 as the feed-forward, of experts those that a token goes
+    to) and the logits, without checkpointing; and the weights of adapted experts once more, since PEFT adds B·A to a
+    copy of them.
+    """
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from .. import find_pairs
+
+    model = options.get("model", "tiny")
+    config = configuration(model, "train.model", options.get("trust_remote_code", False))
+    build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if study.recipe.function is not None:  # which knows what it puts on top
+        build = AutoModel
+    with torch.device("meta"):
+        network = build.from_config(config)
+        parameters = sum(p.numel() for p in network.parameters())
+        targets = options.get("target_modules", "all-linear")
+        network = attach_adapter(network, rank=rank, target_modules=targets)
+    pairing = find_pairs(network)
+    if pairing.left_out:
+        names = ", ".join(f"{left.name} ({left.reason})" for left in pairing.left_out[:3])
+        raise LoRARiteValueError(
+            f"train.target_modules: {len(pairing.left_out)} trainable parameters are in no pair: {names}"
+        )
+    shapes = Counter(pair.shape for pair in pairing.pairs)
+    factors = sum(shape.elements * count for shape, count in shapes.items())
+    bytes_each = 2 if options.get("bf16") else 4
+    tokens = options.get("batch_size", 8) * options.get("max_length", 256)
+    layers = config.num_hidden_layers * (2 if config.is_encoder_decoder else 1)
+    inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or config.d_ff
+    inner *= getattr(config, "num_experts_per_tok", None) or 1
+    experts = sum(math.prod(s.weight) * count for s, count in shapes.items() if s.columns == "interleaved")
+    kept = layers * (16 * config.hidden_size + 4 * inner) * bytes_each + config.vocab_size * (bytes_each + 8)
+    return Needs(
+        model=model,
+        pairs=pairing.count,
+        parameters=parameters,
+        weights=parameters * bytes_each,
+        adapter=factors * (4 + 4),
+        state={name: _state(study, name, shapes) for name in study.recipe.optimizers},
+        activations=tokens * kept + experts * bytes_each,
+    )
+
+
+def _state(study: Study, name: str, shapes: Counter[Shape]) -> int:
+    """Bytes of an optimizer's state after a step, for pairs of these shapes in float32."""
+    import torch
+
+    from ..invariance.problems import Adapter
+    from ..optim.optimizer import state_bytes
+
+    contender = study.recipe.optimizers[name]
+
+    def measure(device: str, shape: Shape) -> int:
+        adapter = Adapter([shape], torch.float32, device)
+        optimizer = create_optimizer(adapter, contender.optimizer, contender.lr[0], options=contender.optimizer_args)
+        for p in adapter.parameters():
+            p.grad = torch.full_like(p, 1e-3) if p.requires_grad else None
+        optimizer.step()
+        return state_bytes(optimizer)
+
+    total = 0
+    for shape, count in shapes.items():
+        try:
+            each = measure("meta", shape)
+        except Exception:  # whatever an optimizer that reads values makes of a tensor without any
+            try:
+                each = measure("cpu", shape)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise LoRARiteValueError(f"optimizers.{name}: {one_line(error)}") from error
+        total += count * each
+    return total
+
+
+def check(study: Study, data_dir: Any = None) -> str:
+    """What the study needs, as text: pairs and memory at each rank, runs, steps, and the data.
+
+    Raises:
+        LoRARiteValueError: what is wrong, by its key in the recipe.
+    """
+    recipe = study.recipe
+    lines = [f"{recipe.title}: {len(recipe.optimizers)} optimizers, {len(recipe.tasks)} tasks, ranks {recipe.ranks}"]
+    for rank in recipe.ranks:
+        need = needs(study, rank)
+        lines.append(
+            f"rank {rank}: {need.pairs} pairs in {need.model} ({_billions(need.parameters)} parameters); about "
+            f"{_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
+            f"{_gib(need.adapter)}, activations roughly {_gib(need.activations)}, optimizer state at most "
+            f"{_gib(max(need.state.values()))}"
+        )
+        lines += [f"  state of {name}: {_gib(size)}" for name, size in need.state.items()]
+    runs, steps = study.planned({}), sum(study.planned({}, task) * n for task, n in study.steps().items())
+    grids = [len(c.lr) for c in recipe.optimizers.values()]
+    lines.append(
+        f"{runs} runs of {study.steps_text()}, {steps:,} steps in all: {len(study.lines)} optimizers in cases, "
+        f"{statistics.fmean(grids):.1f} learning rates each on the average, {len(recipe.seeds)} seeds at the best"
+    )
+    for name, task in recipe.tasks.items():
+        if task.task not in (None, HEADERS):
+            hub = find_task(task.task).dataset
+            if data_dir is None:
+                where = f"from the hub, {'/'.join(filter(None, hub))}" if hub else "needs --data_dir"
+                lines.append(f"{name}: {task.task} {where}; not loaded (--data_dir checks local files)")
+                continue
+        found = read_data(task, data_dir)
+        lines.append(f"{name}: " + ", ".join(f"{len(found[part])} examples to {_FOR[part]}" for part in SPLITS))
+    return "\n".join(lines)
+
+
+_FOR = {"train": "train on", "validation": "choose lr", "test": "test"}
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
