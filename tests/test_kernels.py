@@ -23,6 +23,8 @@ from lora_rite.plan.plan import make_plan
 triton = pytest.importorskip("triton", reason='needs triton: pip install "lora-rite[kernels]"')
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
+    if int(triton.__version__.split(".")[1]) < 7:
+        pytest.skip("the interpreter of triton 3.6 fails with NumPy 2.4", allow_module_level=True)
     import interpreter
 
     interpreter.hurry()
@@ -503,7 +505,7 @@ def test_ranks_above_64_and_parameters_without_interpreter_stay_eager(monkeypatc
         monkeypatch.delenv("TRITON_INTERPRET")
         assert kernels.supports(plan) == "factors on a CPU"
     monkeypatch.setattr(kernels, "installed", lambda: False)
-    assert kernels.supports(plan) == "triton is not installed"
+    assert kernels.supports(plan) == "without triton, which is not installed"
     with pytest.raises(ValueError, match=r"pip install .lora-rite\[kernels\]"):
         LoRARite([torch.nn.Parameter(x) for x in start], engine="triton")
 

@@ -18,6 +18,8 @@ from ..plan.plan import Bucket, Plan
 #: the eager engine.
 PASSED: str | None = None
 MAX_RANK = 64
+#: Above this rank a kernel takes so many KiB of shared memory.
+SMALL_RANK, SHARED = 32, 128
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Options of a group, and what they ask for that the kernels do not do.
 _EAGER_OPTIONS = ("apply_escape", "update_capping", "balance_param")
@@ -31,20 +33,30 @@ def installed() -> bool:
 
 
 def supports(plan: Plan) -> str | None:
-    """None where the kernels can make the steps of a plan, which has buckets, else the reason why these stay with the eager engine."""
+    """None where the kernels can make the steps of a plan (which has buckets), else the reason why these stay with the
+    eager engine."""
     if len({bucket.device for bucket in plan.buckets}) > 1:
         return "factors on several devices"
-    return _of_device(plan.buckets[0].device) or next(filter(None, map(_of_bucket, plan.buckets)), None)
+    rank = max(bucket.rank for bucket in plan.buckets)
+    return _of_device(plan.buckets[0].device, rank) or next(filter(None, map(_of_bucket, plan.buckets)), None)
 
 
-def _of_device(device: torch.device) -> str | None:
+def _of_device(device: torch.device, rank: int) -> str | None:
     if not installed():
-        return "triton is not installed"
+        return "without triton, which is not installed"
     if device.type == "cpu":
         return None if os.environ.get("TRITON_INTERPRET") == "1" else "factors on a CPU"
     if device.type != "cuda":
         return f"factors on a device of type {device.type}"
-    return "ROCm" if torch.version.hip else None
+    if torch.version.hip:
+        return "on ROCm"
+    card = torch.cuda.get_device_properties(device)
+    if card.major < 8:
+        return f"on cards before Ampere ({card.name})"
+    shared = card.shared_memory_per_block_optin // 1024
+    if rank > SMALL_RANK and shared < SHARED:
+        return f"rank {rank} on a card with {shared} KiB of shared memory (it takes {SHARED}; {card.name})"
+    return None
 
 
 def _of_bucket(bucket: Bucket) -> str | None:
