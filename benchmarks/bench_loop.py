@@ -52,19 +52,25 @@ def main():
     torch.manual_seed(0)
     model = network(options.model, None, options.rank, options.device, DTYPES[options.dtype]).train()
     tokens = torch.randint(model.config.vocab_size, (options.batch_size, options.length), device=options.device)
-    makers = optimizers(model, options.device)
-    made = {name: makers[name]() if name in makers else None for name in NAMES if name == "none" or name in makers}
-    times = {name: [] for name in made}
-    for i in range(options.rounds + 1):
-        for name, optimizer in made.items():
-            seconds = loop(model, tokens, optimizer, options.steps if i else WARM_UP, options.device)
-            times[name] += [seconds] * bool(i)
+    start = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+    makers = {"none": lambda: None, **optimizers(model, options.device)}
+    times, engines = {name: [] for name in NAMES if name in makers}, {}
+    for _ in range(options.rounds):
+        for name in times:
+            with torch.no_grad():
+                for p, value in start.items():
+                    p.copy_(value)
+            optimizer = makers[name]()
+            loop(model, tokens, optimizer, WARM_UP, options.device)
+            times[name].append(loop(model, tokens, optimizer, options.steps, options.device))
+            if name.startswith("LoRARite"):
+                engines[name] = optimizer.report()["engine"]
     result = {
         **{key: str(value) if key == "out" else value for key, value in vars(options).items()},
         "device_name": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "versions": versions(),
         "seconds": {name: {"median": statistics.median(found), "all": found} for name, found in times.items()},
-        "engines": {name: o.report()["engine"] for name, o in made.items() if name.startswith("LoRARite")},
+        "engines": engines,
     }
     print({name: round(found["median"], 5) for name, found in result["seconds"].items()})
     if options.out:
