@@ -48,6 +48,7 @@ class Kernels:
         self.ok, self.norm = new(1, dtype=torch.int8), new(dtype=torch.float32)
         self.table, self.seen, self.spare, self.captured = self._new_table(), ([], []), None, []
         self.options = [self._constants(launch) for launch in self.launches]
+        self.looked_at: list[int] = []
         self.aligned: list[bool] = []
         self.parts = {id(bucket): part for launch in self.launches for bucket, part in _parts(launch)}
 
@@ -66,14 +67,15 @@ class Kernels:
         tall = {**common, "BLOCK": block, "STEPS": TILE // block, "STRIDED": launch.strided}
         return {**tall, "num_warps": warps, "num_stages": stages}, {**common, "num_warps": small_warps, "num_stages": 1}
 
-    def refresh(self) -> tuple[Tensor, Tensor]:
-        """Brings what has changed since the last step to the device: the addresses, the numbers."""
-        self.gradients = [p.grad.contiguous() if m else p for p, m in zip(self.params, self.moving, strict=True)]  # type: ignore[union-attr]
-        both = zip(self.params, self.gradients, strict=True)
-        addresses = list(map(Tensor.data_ptr, chain.from_iterable(both)))
+    def refresh(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Brings what has changed since the last step to the device: the addresses, the numbers. And the gradients, to
+        be kept until the last launch."""
+        gradients = [p.grad.contiguous() if m else p for p, m in zip(self.params, self.moving, strict=True)]  # type: ignore[union-attr]
+        addresses = list(map(Tensor.data_ptr, chain.from_iterable(zip(self.params, gradients, strict=True))))
         numbers = [*chain.from_iterable(map(options_of, self.groups)), smallest_clip(self.groups)]
         now = (addresses, numbers)
-        if now[0] != self.seen[0] or not self.aligned:
+        if addresses != self.looked_at:
+            self.looked_at = addresses
             self.aligned = [self._is_aligned(launch) for launch in self.launches]
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing:
@@ -94,7 +96,7 @@ class Kernels:
             if isinstance(group["lr"], Tensor):
                 at = i * len(OPTIONS) + LR.value
                 table[1][at : at + 1].copy_(group["lr"].detach().reshape(1))
-        return table[0], table[1]
+        return table[0], table[1], gradients
 
     def _pinned(self, host: Tensor) -> Tensor:
         return torch.empty(host.shape, dtype=host.dtype, pin_memory=self.device.type == "cuda")
@@ -105,12 +107,13 @@ class Kernels:
         table[0].copy_(table[2], non_blocking=True)
 
     def _is_aligned(self, launch: Launch) -> bool:
-        """Whether all its addresses are multiples of 16 bytes, and all strides of 4 elements."""
-        params = [p for bucket in launch.buckets for segment in bucket.segments for p in segment.params]
-        positions = {p: i for i, p in enumerate(self.params)}
-        moving = [t.data_ptr() for p in params for t in (p, self.gradients[positions[p]])]
+        """Whether all its addresses, also those of several factors in a parameter, are multiples of 16 bytes, and all
+        strides of 4 elements."""
+        elements = 4 if launch.dtype == launch.gradient_dtype == torch.float32 else 8
+        addresses = [self.looked_at[2 * i + k] for i in launch.parameters for k in (0, 1)]
         sizes = [launch.rank, *launch.rows]
-        return not any(x % 16 for x in [*moving, *launch.static]) and not any(x % 4 for x in sizes)
+        aligned = not any(x % 16 for x in [*addresses, *launch.static]) and not any(x % elements for x in sizes)
+        return aligned and not launch.strided
 
     # ----------------------------------------------------------------------------------------------------------- step
 
@@ -122,19 +125,17 @@ class Kernels:
             counts: (4,) float32, on the device, see :class:`lora_rite.optim.statistics.Statistics`.
         """
         with self._on_device():
-            addresses, numbers = self.refresh()
+            addresses, numbers, gradients = self.refresh()
             for launch, aligned, (tall, small) in zip(self.launches, self.aligned, self.options, strict=True):
                 self._measure(launch, addresses, numbers, aligned, tall, small)
             for launch, (_, small) in zip(self.launches, self.options, strict=True):
                 self._precondition(launch, numbers, small)
-            more = (
-                torch.cat([flag.to(self.device) for flag in others]) if others else self.flags.view(torch.bool)[0, :0]
-            )
+            flags = self.flags.view(torch.bool)
+            more = torch.cat([flag.to(self.device) for flag in others]) if others else flags[0, :0]
             decide_kernel[(1,)](
-                self.flags, 2 * self.num_pairs, more, more.numel(), self.traces, len(self.traces), numbers[-1:], counts,
-                self.ok, self.norm, CAPTURABLE=capturable,
+                self.flags, 2 * self.num_pairs, more.view(torch.int8), more.numel(), self.traces, len(self.traces),
+                numbers[-1:], counts, self.ok, self.norm, CAPTURABLE=capturable,
             )  # fmt: skip
-        flags = self.flags.view(torch.bool)
         parts = [self.parts[id(bucket)] for bucket in self.buckets]
         return Decided(
             flags=torch.cat([flags[0], more, flags[1]]) if others else flags.view(-1),
@@ -142,7 +143,7 @@ class Kernels:
             norm=self.norm,
             products=[(s, delta) for _, s, delta in parts if s is not None and delta is not None],
             kept=[kept for kept, *_ in parts],
-            moves=[lambda _: self._move(addresses, numbers)],
+            moves=[lambda _, kept=gradients: self._move(addresses, numbers)],
             engine="triton",
             counted=True,
         )

@@ -67,7 +67,8 @@ class Launch:
 
     factors   (F, COLUMNS) int64;  tiles (T, 2) int32, the factor and its first row;  ``params`` (of parameter and
               gradient) and ``groups`` are what their columns PARAMETER and GROUP count
-    first     where these factors begin among all of the plan
+    first     where these factors begin among all of the plan;  ``rows``, their numbers of rows
+    static    addresses of their moments;  ``parameters``, where theirs are among all of the plan
     unmagnifier, second_moment, grams, inverses (of K_w), turns (c, to the new basis) (F, r, r), product (P, r, r),
               delta (P,), escaped (F,)   float64
     preconditioner (and then K), warm (F, r, r), checksums (F, r), scales (F, 2), squares (rows,), row_partial (T,)
@@ -86,6 +87,7 @@ class Launch:
     tiles: Tensor
     rows: list[int]
     static: list[int]
+    parameters: list[int]
     noise: float
     memory: dict[str, Tensor]
 
@@ -209,6 +211,7 @@ def _launch(
         tiles=torch.tensor(table.tiles, dtype=torch.int32).reshape(-1, 2).to(device),
         rows=[row[ROWS.value] for row in table.factors],
         static=table.addresses,
+        parameters=sorted({row[PARAMETER.value] for row in table.factors}),
         # NOISE's margin is for float32: eps of bfloat16 and float16 to that power would be no noise.
         noise=max(torch.finfo(torch.float32).eps ** NOISE, torch.finfo(dtype).eps),
         memory=memory,
