@@ -102,13 +102,19 @@ def test_equals_the_eager_engine_at_several_ranks_and_shapes_at_once():
 
 @pytest.mark.parametrize("zero_b", [True, False], ids=["zero_b", "dense"])
 def test_dimensions_below_the_rank(zero_b):
-    """Directions that are null in a factor are cut; what is left of them is noise, other noise in each engine."""
+    """Directions that are null in a factor are cut; what is left of them is noise, other noise in each engine. K is T⁺:
+    another right inverse of T would move the other factor into them."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
     pairs = [(draw(5, n), draw(m, 5) * (not zero_b)) for n, m in ((3, 8), (8, 2))]
     gradients = [gradients_of_w(3, m, n).to(DEVICE) for n, m in ((3, 8), (8, 2))]
-    for got, expected, start in zip(*(run[0] for run in both(pairs, gradients)), pairs, strict=True):
+    (params, optimizer), (others, _) = both(pairs, gradients)
+    for got, expected, start in zip(params, others, pairs, strict=True):
         assert relative(w(got) - w(start), w(expected) - w(start)) < 1e-3
+        for p in got:
+            k, t = optimizer.state[p]["matrices"][2:4].double()
+            assert relative((k @ t).mT, k @ t) < 1e-3
+            assert relative(t @ k @ t, t) < 1e-3
 
 
 @pytest.mark.slow

@@ -312,20 +312,14 @@ def carry_kernel(
             moment = mx.load(v + y * RANK * RANK, RANK, R)
             mx.store(state_of(factors, y, TRANSPORT, RANK), p, RANK, R)
             mx.store(state_of(factors, y, SECOND_MOMENT, RANK), mx.times(mx.times(p, moment), tl.trans(p)), RANK, R)
-        else:  # The basis of a frozen partner stays; it counts steps as this one does.
+        else:  # The basis of a frozen partner stays.
             mx.store(state_of(factors, f, TRANSPORT, RANK), mx.eye(R, 0), RANK, R)
             mx.store(state_of(factors, f, SECOND_MOMENT, RANK), mx.load(v + at, RANK, R), RANK, R)
-            count_step(factors, y)
         tl.debug_barrier()  # Else a thread may store to what another one has not loaded yet.
         mx.store(basis, mx.load(k + at, RANK, R), RANK, R)
         sizes = partial + entry(factors, f, FIRST_TILE) * stride + 2 * RANK * RANK
         size = sum_of(sizes, entry(factors, f, TILES), stride)
         tl.store(number(factors, f, RANK), tl.sqrt(size).to(tl.float32))
         tl.store(number(factors, f, RANK + 1), tl.load(escaped + f).to(tl.float32))
-        count_step(factors, f)
-
-
-@triton.jit
-def count_step(factors, f):
-    count = entry(factors, f, STEP).to(tl.pointer_type(tl.float32))
-    tl.store(count, tl.load(count) + 1)
+        count = entry(factors, f, STEP).to(tl.pointer_type(tl.float32))
+        tl.store(count, tl.load(count) + 1)
