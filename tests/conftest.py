@@ -10,6 +10,7 @@ if not os.environ["CUDA_VISIBLE_DEVICES"]:
 
 import pytest
 import torch
+from engines import ENGINES, use
 
 torch.set_num_threads(1)
 
@@ -17,3 +18,10 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, monkeypatch):
+    """The name of the engine by which all steps of a test are made: a property holds whichever it is."""
+    use(monkeypatch, request.param)
+    return request.param

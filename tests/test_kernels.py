@@ -84,6 +84,7 @@ OPTIONS = {
     "skipping": {"update_skipping": 0.25, "clip_unmagnified_grad": 0.0},
     "summed": {"betas": (0.5, 1.0), "row_equilibration": False},
     "maximize": {"maximize": True, "weight_decay": 0.3, "betas": (0.0, 0.95), "row_beta": 0.9, "eps": 1e-3},
+    "scaling": {"scaling": 2.0, "update_skipping": 0.2, "weight_decay": 0.1, "eps": 1e-2},
     "capturable": {"capturable": True},
 }
 

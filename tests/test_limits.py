@@ -343,7 +343,7 @@ def test_an_adapter_as_a_model(also, folders, refused, data, capsys):
     assert "it is an adapter (adapter_config.json), not a model: give its base model" in line
     assert str(folders / "model") in line
     assert "--adapter" in line
-    assert "merge_and_unload" in line
+    assert "lora-rite merge" in line
     assert main(["eval", "--tasks", str(data), "--model", str(folders / "adapter")]) == 2
     assert "it is an adapter" in capsys.readouterr().err
 
@@ -431,15 +431,6 @@ def test_other_files_are_one_text(suffix, tmp_path):
     path = tmp_path / f"data{suffix}"
     path.write_text('{"id": 1}\nint a;')
     assert read_examples(path) == [Example("", '{"id": 1}\nint a;')]
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".ndjson", ".jsonl.bak", ""])
-@pytest.mark.parametrize("text", ['\n{"text": "a"}\n{"text": "b"}', json.dumps(RECORDS, indent=1)])
-def test_records_in_a_file_of_another_suffix_are_an_error(suffix, text, tmp_path):
-    path = tmp_path / f"data{suffix}"
-    path.write_text(text)
-    with pytest.raises(LoRARiteValueError, match=r"has records of JSON, .* rename it"):
-        read_examples(path)
 
 
 def test_suffixes_of_what_else_is_named(data, tmp_path, capsys):

@@ -45,6 +45,13 @@ def tiny():
 # ------------------------------------------------------------------------------------------------ texts and rows
 
 
+def test_the_help_of_train_and_eval_has_every_name():
+    from lora_rite.finetune.evaluate import evaluate
+
+    for command in (train_module.train, evaluate):
+        assert [name for name in TASKS if name not in command.__doc__] == []
+
+
 @pytest.mark.parametrize("name", LM_EVAL)
 def test_the_text_that_is_learnt_is_the_one_that_lm_eval_asks_for(name, folder):
     """Prompt and right answer as lm_eval 0-shot makes them, and its data set: training and evaluation agree."""
@@ -228,7 +235,7 @@ def test_prompt_and_answer_are_tokenised_together(tiny):
     """The text is that of the whole; what is not the prompt's own tokens carries loss, a spanning token too."""
     _, tokenizer = tiny
     for example in (Example("def f(x):\n    ret", "urn x"), Example("Question: 1?\nAnswer:", " 2")):
-        ((row,), _) = windows([example], tokenizer, 64)
+        (row,) = windows([example], tokenizer, 64).rows
         assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == example.prompt + example.completion
         answer = [label for label in row["labels"] if label != IGNORED]
         assert tokenizer.decode(answer, skip_special_tokens=True).endswith(example.completion)
@@ -238,7 +245,7 @@ def test_prompt_and_answer_are_tokenised_together(tiny):
 def test_a_shorter_prompt_is_taken_where_the_whole_does_not_fit(tiny):
     _, tokenizer = tiny
     example = Example("a b c d e f g h i j k l", " x", ("a b c d e f", "a"))
-    sizes = [len(windows([example], tokenizer, length)[0][0]["input_ids"]) for length in (64, 14, 5)]
+    sizes = [len(windows([example], tokenizer, length).rows[0]["input_ids"]) for length in (64, 14, 5)]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 3
     assert windows([example, example], tokenizer, 5).cut == 0
@@ -247,12 +254,12 @@ def test_a_shorter_prompt_is_taken_where_the_whole_does_not_fit(tiny):
 
 def test_encoder_decoder_windows(mt5):
     _, tokenizer = train_module.load_model(str(mt5))
-    ((row,), cut) = windows([Example("water and ice", " steam")], tokenizer, 64, encoder_decoder=True)
+    ((row,), cut, _) = windows([Example("water and ice", " steam")], tokenizer, 64, encoder_decoder=True)
     assert tokenizer.decode(row["input_ids"]).replace(" </s>", "</s>") == "water and ice</s>"
     assert row["labels"][-1] == tokenizer.eos_token_id
     assert IGNORED not in row["labels"]
     assert cut == 0
-    ((row,), cut) = windows([Example("water and ice", " steam" * 9)], tokenizer, 4, encoder_decoder=True)
+    ((row,), cut, _) = windows([Example("water and ice", " steam" * 9)], tokenizer, 4, encoder_decoder=True)
     assert (len(row["labels"]), cut) == (4, 1)
     with pytest.raises(ValueError, match="not from texts"):
         windows([Example("", "water")], tokenizer, 64, encoder_decoder=True)

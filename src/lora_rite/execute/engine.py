@@ -42,7 +42,7 @@ def measure(plan: Plan, others: Sequence[Tensor]) -> Decided:
     buckets = plan.buckets
     starts = [eager.begin(bucket, memory) for bucket, memory in zip(buckets, plan.workspaces(), strict=True)]
     measured = [eager.measure(bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
-    squares = [eager.norm_square(m) for m in measured]
+    squares = [eager.norm_square(*of_bucket) for of_bucket in zip(buckets, measured, strict=True)]
     norm = sum((s.to(squares[0].device) for s in squares[1:]), squares[0]).sqrt() if buckets else torch.zeros(())
     so_far = list(zip(buckets, starts, measured, strict=True))
     work = [(*phases, eager.precondition(*phases, norm)) for phases in so_far]

@@ -11,10 +11,13 @@ from ..inputs import blame
 from ..run.files import LOCK, read_json
 from ..run.settings import PLACES, RESULT, changes, read_settings, refuse_changes
 from .optimizers import find_optimizer
+from .records import read_text
 from .schedules import check_schedule
 
 #: Learning rates to start from where none is given, at the widths of real models (see the README).
 DEFAULT_LR = {"lora-rite": 5e-4, "adamw": 2e-4}
+#: Options of a run on which its outcome does not depend.
+NO_SETTINGS = ("resume", "progress", "allow_changed", "preview", "push_to_hub")
 
 
 def check_options(options: SimpleNamespace) -> dict[str, Any]:
@@ -31,8 +34,11 @@ def check_options(options: SimpleNamespace) -> dict[str, Any]:
     with blame(f"--scheduler {options.scheduler}"):
         check_schedule(options.scheduler, options.scheduler_args, options.lr, options.steps, options.warmup)
     _check_reporter(options.report_to)
+    if options.chat_template is not None:  # whether it can be used is seen with the model's tokenizer
+        with blame(f"--chat_template {options.chat_template}"):
+            read_text(options.chat_template)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    return {key: value for key, value in settings.items() if key not in ("resume", "progress", "allow_changed")}
+    return {key: value for key, value in settings.items() if key not in NO_SETTINGS}
 
 
 def check_processes() -> None:
@@ -75,6 +81,7 @@ def _check_ranges(settings: dict[str, Any]) -> None:
         "eval_every": 0,
         "save_every": 0,
         "layers_every": 0,
+        "preview": 0,
     }
     for key, value in least.items():
         if settings[key] < value:

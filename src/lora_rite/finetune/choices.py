@@ -173,8 +173,9 @@ def _loss(scores: Tensor) -> Tensor:
 
 
 def _questions(path: Path) -> list[Example]:
-    questions = read_examples(path)
-    for n, question in enumerate(questions, 1):
-        if not question.prompt or not question.others:
+    questions = []
+    for n, question in enumerate(read_examples(path), 1):
+        if not isinstance(question, Example) or not question.prompt or not question.others:
             raise LoRARiteValueError(f'{path}:{n}: a question needs "prompt", "completion" and "others", wrong answers')
+        questions.append(question)
     return questions

@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from ..errors import LoRARiteValueError
 from ..inputs import blame
 from ..run.versions import versions
-from .data import Example
+from .data import Sample
 from .judges import FEWSHOT_SEED, lm_eval_tasks
 from .labelled import predict_labelled
 from .load import attach_adapter, load_model
@@ -94,7 +95,7 @@ class Evaluator:
         }
         return record, samples
 
-    def _windows(self, texts: list[Example], network: Any) -> tuple[Windows, int]:
+    def _windows(self, texts: Sequence[Sample], network: Any) -> tuple[Windows, int]:
         """The windows in which the loss of texts is measured, and their length: that of the model at most."""
         from .limits import check_rows
 
@@ -108,7 +109,7 @@ class Evaluator:
     def _loss(self, plan: Plan) -> dict[str, Any]:
         from transformers import DataCollatorForSeq2Seq
 
-        (rows, cut), length = self.windows[plan.name]
+        (rows, cut, _), length = self.windows[plan.name]
         collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
         loss = held_out_loss(self.network, rows, collator, self.settings["batch_size"], progress=self.progress)
         return {

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import LoRARiteValueError, warn
 from ..inputs import blame, one_line
-from .data import Example
+from .data import Sample
 from .windows import Row, Windows, windows
 
 #: Tokens of the sequences that are tried: the longer one tells tables of positions from T5's buckets of distances.
@@ -102,7 +102,13 @@ def find_limits(network: Any, tokenizer: Any, model: str, *, packing: bool = Fal
 
 
 def prepare_windows(
-    parts: Sequence[list[Example]], network: Any, tokenizer: Any, model: str, max_length: int, *, packing: bool = False
+    parts: Sequence[Sequence[Sample]],
+    network: Any,
+    tokenizer: Any,
+    model: str,
+    max_length: int,
+    *,
+    packing: bool = False,
 ) -> list[Windows]:
     """Token windows of each part (the first one packed, if any is), which the model can take.
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +11,10 @@ from ..errors import LoRARiteValueError
 from ..inputs import blame, parse_json, suffix
 from ..run.digest import digest_file
 from ..run.settings import changes, list_changes
-from .data import RECORDS, Example, read_examples
+from .data import Sample, read_examples
 from .judges import lm_eval_tasks, other_judge, task_judge
 from .models import locate
+from .records import RECORDS
 from .tasks import TASKS, Row, examples, find_task, require_rows
 from .untrusted import find_adapter
 
@@ -37,7 +39,7 @@ class Plan(NamedTuple):
     name: str
     kind: str
     source: str
-    texts: list[Example]
+    texts: Sequence[Sample]
     rows: list[Row]
     judge: Any
     sha256: str | None
@@ -102,7 +104,7 @@ def model_digest(model: str) -> str | None:
     return Path(config).parent.name if isinstance(config, str) else None
 
 
-def _rows_digest(rows: list[Any]) -> str:
+def _rows_digest(rows: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
 
 

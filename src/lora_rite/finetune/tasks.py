@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..errors import LoRARiteValueError
-from ..inputs import one_line, suffix
-from .data import Example, read_records, read_text
+from ..inputs import suffix
+from .data import Example
+from .records import load_data_set, read_records, read_text
 
 Row = dict[str, Any]
 SplitName = Literal["train", "validation", "test"]
@@ -226,15 +227,9 @@ TASKS: dict[str, Task] = {
 
 def _load(path: str, config: str | None, split: str) -> list[Row]:
     try:
-        import datasets
-    except ImportError:
-        raise ImportError('loading a hub data set needs an extra: pip install "lora-rite[finetune]"') from None
-    try:
-        return datasets.load_dataset(path, config, split=split).to_list()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise LoRARiteValueError(
-            f"cannot load {path} from the hub: {one_line(error)} (local files: --data_dir)"
-        ) from None
+        return load_data_set(path, config, split)
+    except LoRARiteValueError as error:
+        raise LoRARiteValueError(f"{error} (local files: --data_dir)") from None
 
 
 def _files(task: Task, split: SplitName, data_dir: Path) -> list[Path]:

@@ -12,11 +12,14 @@ from ..run import checkpoints, digest
 from ..run.files import locked
 from ..run.run import Run, crash_safe
 from ..run.versions import versions
+from .chats import set_chat_template
 from .checks import check_options, finished_result
-from .data import Split, read_examples, split
+from .data import Chat, Sample, Split, read_data, split
 from .labelled import predict_labelled
 from .load import attach_adapter, load_model
 from .optimizers import check_optimizer
+from .preview import describe_windows, show_examples
+from .publish import check_push, export, next_commands, push
 from .tasks import examples, read_rows, read_task
 from .trainer import add_callbacks, describe_optimizer, held_out_loss, log_entries, make_trainer, seconds
 from .windows import IGNORED, Windows, label_count
@@ -41,6 +44,7 @@ def train(
     accumulation: int = 1,
     max_length: int = 256,
     packing: bool = False,
+    chat_template: Path | None = None,
     group_by_length: bool = False,
     warmup: float = 0.1,
     scheduler: str = "cosine",
@@ -57,18 +61,22 @@ def train(
     resume: bool = False,
     allow_changed: list[str] | None = None,
     skip_bad_lines: bool = False,
+    preview: int = 0,
     trust_remote_code: bool = False,
+    push_to_hub: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Fine-tunes a LoRA adapter and writes it, with the figures of the run, into a folder.
 
-    Into OUT go ``adapter/`` (for ``PeftModel.from_pretrained``), ``result.json`` (settings, versions, losses, times),
-    ``settings.json`` and, while the run goes on, ``checkpoints/``.
+    Into OUT go ``adapter/`` (for ``PeftModel.from_pretrained``; with its tokenizer and model card), ``result.json``
+    (settings, versions, losses, times), ``settings.json`` and, while the run goes on, ``checkpoints/``.
 
     Args:
         out: folder for the results; must be new or empty, except with --resume.
-        data: training text: a .jsonl file with {"text": …} or {"prompt": …, "completion": …} a line (loss on the
-            completion alone; not both), a .json or .parquet file with such records, or any other text file.
+        data: training text: a .jsonl, .json, .csv, .tsv or .parquet file (or .gz of one) of conversations ("messages",
+            "conversations"), of "prompt" and "completion", of "instruction", "input" and "output", or of "text", with
+            loss on what the assistant says, or the completion; a data set as NAME:SPLIT, by its hub id or folder; or
+            any other text file.
         task: instead of data, the training split of a task by its name, in lm_eval's format, loss on the answer alone:
             hellaswag, arc_challenge, arc_easy, openbookqa, gsm8k, natural_instructions or natural_instructions:TASK.
         data_dir: folder with the task's rows as local files; without it, they come from the hub.
@@ -92,6 +100,7 @@ def train(
             a completion, each.
         packing: put several prompts with their completions into a window, each seeing itself alone: saves the padding
             where they are much shorter than max_length; a batch then has more of them.
+        chat_template: file with the chat template (Jinja) for conversations; by default the model's own.
         group_by_length: make batches of windows of about the same length, in training and where the held-out loss is
             measured: saves padding (each batch is padded to its longest window), and changes which come together.
         warmup: share of the steps in which lr rises linearly.
@@ -110,17 +119,34 @@ def train(
         allow_changed: names of settings, or of what else a refused --resume has listed (tokens, torch, threads, …),
             that may differ from the interrupted run.
         skip_bad_lines: leave out lines of .jsonl files that cannot be used, and say how many.
+        preview: print so many windows of the training text as the model sees them, with « » around what carries loss,
+            and stop.
         trust_remote_code: allow the model's own code to run.
+        push_to_hub: then upload the adapter to this repository of the hub (a new one is private), as lora-rite push.
         progress: show a progress bar.
     """
     options = SimpleNamespace(**locals())
+    if push_to_hub is not None:
+        check_push("--push_to_hub", push_to_hub)
+    result = _train(options)
+    if push_to_hub is not None and not preview:
+        print(push(out, push_to_hub))
+    return result
+
+
+def _train(options: SimpleNamespace) -> dict[str, Any]:
+    """:func:`train` with its options in one place."""
     settings = check_options(options)
     examples = _read(options)
-    if (finished := finished_result(out, settings, resume, allow_changed)) is not None:
+    if options.preview:
+        where = options.model, options.max_length, options.chat_template, options.trust_remote_code
+        show_examples(options.preview, examples.parts.train, *where)
+        return {}
+    if (finished := finished_result(options.out, settings, options.resume, options.allow_changed)) is not None:
         return finished
     prepared = _prepare(options, examples)
-    with locked(out):
-        if (finished := finished_result(out, settings, resume, allow_changed)) is not None:
+    with locked(options.out):
+        if (finished := finished_result(options.out, settings, options.resume, options.allow_changed)) is not None:
             return finished  # by the process that had the lock before
         return _run(options, settings, examples, prepared)
 
@@ -135,10 +161,11 @@ class _Examples(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What a run needs: the Trainer with its network, the windows to train on and those held out, digests of what goes
-    in, and the measurement of the held-out loss."""
+    """What a run needs: the Trainer with its network, the tokenizer, the windows to train on and those held out,
+    digests of what goes in, and the measurement of the held-out loss."""
 
     trainer: Any
+    tokenizer: Any
     train: Windows
     held_out: Windows
     inputs: dict[str, str]
@@ -148,23 +175,35 @@ class _Prepared(NamedTuple):
 def _read(options: SimpleNamespace) -> _Examples:
     """Reads the examples, and warns of held-out ones that are in the training data too."""
     parts, sources = _parts(options)
+    if options.chat_template is not None and not any(isinstance(e, Chat) for part in parts for e in part):
+        raise LoRARiteValueError("--chat_template: no example is a conversation that it could be for")
     contaminated = len(set(parts.train) & set(parts.held_out))
     if contaminated:
         warn(f"{contaminated} held-out examples are in the training data too: the held-out loss is too good")
     return _Examples(parts, sources, contaminated)
 
 
+def _say(options: SimpleNamespace, line: str) -> None:
+    if options.progress:
+        print(line)
+
+
 def _parts(options: SimpleNamespace) -> tuple[Split, dict[str, str]]:
     data, task, data_dir, validation = options.data, options.task, options.data_dir, options.validation
+
+    def read(path: Path) -> list[Sample]:
+        found = read_data(path, options.skip_bad_lines)
+        _say(options, found.summary(str(path)))
+        return found.examples
+
     if data is not None and task is None:
-        found, source = read_examples(data, options.skip_bad_lines), str(data)
+        found, source = read(data), str(data)
     elif task is not None and data is None:
         found, source = read_task(task, "train", data_dir, progress=options.progress)
     else:
         raise LoRARiteValueError("give either --data or --task")
     if validation is not None:
-        held_out = read_examples(validation, options.skip_bad_lines)
-        return Split(found, held_out), {"train": source, "held_out": str(validation)}
+        return Split(found, read(validation)), {"train": source, "held_out": str(validation)}
     if task is not None and (rows := read_rows(task, "validation", data_dir)) is not None:
         return Split(found, examples(task, rows)), {"train": source, "held_out": rows.source}
     sources = {"train": source, "held_out": f"{options.holdout:g} of {source}"}
@@ -179,9 +218,13 @@ def _prepare(options: SimpleNamespace, examples: _Examples) -> _Prepared:
     from .limits import prepare_windows
 
     network, tokenizer = load_model(options.model, bf16=options.bf16, trust_remote_code=options.trust_remote_code)
+    if options.chat_template is not None:
+        set_chat_template(tokenizer, options.chat_template)
     train, held_out = prepare_windows(
         examples.parts, network, tokenizer, options.model, options.max_length, packing=options.packing
     )
+    for name, part, found in zip(("training", "held out"), examples.parts, (train, held_out), strict=True):
+        _say(options, describe_windows(name, part, found, options.max_length, network.config.is_encoder_decoder))
     if options.group_by_length:
         held_out.rows.sort(key=lambda row: len(row["input_ids"]))
     inputs = {
@@ -224,14 +267,14 @@ def _prepare(options: SimpleNamespace, examples: _Examples) -> _Prepared:
     every = options.layers_every
     reporter = LoRARiteCallback(options.out / "layers.jsonl" if every else None, every or 1) if is_lora_rite else None
     add_callbacks(trainer, reporter, options.progress, measure, options.eval_every)
-    return _Prepared(trainer, train, held_out, inputs, measure)
+    return _Prepared(trainer, tokenizer, train, held_out, inputs, measure)
 
 
 def _run(
     options: SimpleNamespace, settings: dict[str, Any], examples: _Examples, prepared: _Prepared
 ) -> dict[str, Any]:
     """Begins or resumes the run, trains, and writes adapter and result, which it returns."""
-    trainer, train, held_out, inputs, measure = prepared
+    trainer, _, train, held_out, inputs, measure = prepared
     network = trainer.model
     if options.save_every:
         checkpoints.check_space(options.out, network)
@@ -264,11 +307,12 @@ def _run(
             "train": len(examples.parts.train),
             "held_out": len(examples.parts.held_out),
             "cut": {"train": train.cut, "held_out": held_out.cut},
+            "dropped": {"train": train.dropped, "held_out": held_out.dropped},
         },
         "versions": versions(),
     }
     with evaluating(trainer.optimizer):
-        run.finish(lambda folder: network.save_pretrained(str(folder), safe_serialization=True), result)
+        run.finish(lambda folder: export(folder, network, prepared.tokenizer, result), result)
     return result
 
 
@@ -282,7 +326,8 @@ def summary(result: dict[str, Any]) -> str:
         f"perplexity {perplexity['before']:.2f} → {perplexity['after']:.2f} ({loss['tokens']} tokens)\n"
         + spent.format(**took)
         + (f"{cut} examples are longer than --max_length and were cut\n" if cut else "")
-        + f"adapter and result.json in {result['settings']['out']}"
+        + f"adapter and result.json in {result['settings']['out']}\n"
+        + next_commands(result)
     )
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..errors import LoRARiteValueError
 from ..inputs import DuplicateKeyError, is_path, one_line, parse_json, suffix
-from .data import read_text
 from .models import ADAPTER_CONFIG
+from .records import read_text
 
 MAX_CONFIG_BYTES = 2**20
 MAX_DEPTH = 20

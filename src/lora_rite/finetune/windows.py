@@ -1,34 +1,38 @@
 """Token windows with their labels, made of examples."""
 
+from collections.abc import Sequence
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
-from .data import Example
+from .chats import IGNORED, ChatEncoder
+from .data import Chat, Example, Sample
 
-IGNORED = -100  # the label of a token that carries no loss
 Row = dict[str, list[int]]
 
 
 class Windows(NamedTuple):
-    """Rows of token ids for a batch, and how many of the examples were too long for one and are cut (or left out, where
-    no token that carries loss was left)."""
+    """Rows of token ids for a batch; how many of the examples were too long for one and are cut; and how many are left
+    out, since no token that carries loss is in the window (most of them were cut, too)."""
 
     rows: list[Row]
     cut: int
+    dropped: int = 0
 
 
 def windows(
-    examples: list[Example], tokenizer: Any, length: int, *, encoder_decoder: bool = False, packing: bool = False
+    examples: Sequence[Sample], tokenizer: Any, length: int, *, encoder_decoder: bool = False, packing: bool = False
 ) -> Windows:
     """Token windows of at most ``length`` tokens with their labels.
 
-    Texts are put one after the other, between the tokenizer's begin and end tokens, and cut into windows. A prompt and
-    its completion are a window of their own, cut at the end; the prompt's labels are ignored. They are tokenised
-    together, and a token that spans both counts as the completion's.
+    Texts are put one after the other, between the tokenizer's begin and end tokens (unless they have them already), and
+    cut into windows. A prompt and its completion are a window of their own, cut at the end; the prompt's labels are
+    ignored. They are tokenised together, and a token that spans both counts as the completion's. A conversation is a
+    window too, as the chat template writes it, and has labels where the assistant speaks.
 
     Args:
-        examples: texts, or prompts with completions.
+        examples: texts, prompts with completions, or conversations.
         tokenizer: a tokenizer of transformers.
         length: tokens in a window; for an encoder–decoder model, of a prompt and of a completion, each.
         encoder_decoder: the prompt goes to the encoder, the completion to the decoder; a text has no place there.
@@ -37,47 +41,88 @@ def windows(
             ``length``.
 
     Raises:
-        LoRARiteValueError: no token carries loss within ``length`` tokens.
+        LoRARiteValueError: no token carries loss within ``length`` tokens; a conversation that cannot be encoded.
     """
-    encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-
-    def pair(prompt: str, completion: str) -> tuple[list[int], list[int]]:
-        if encoder_decoder:
-            return begin + encode(prompt) + end, begin + encode(completion) + end
-        ids = begin + encode(prompt + completion) + end
-        prefix = zip(begin + encode(prompt), ids, strict=False)
-        ignored = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], prefix))
-        return ids, [IGNORED] * ignored + ids[ignored:]
-
+    encoder = _Encoder(tokenizer, length, encoder_decoder)
     stream: list[int] = []
     rows: list[Row] = []
-    cut = 0
-    for prompt, completion, shorter, _ in examples:
-        if not prompt and encoder_decoder:
-            raise LoRARiteValueError("an encoder-decoder model learns from prompts and completions, not from texts")
-        if not prompt:
-            stream += begin + encode(completion) + end
+    cut = dropped = 0
+    for example in examples:
+        if isinstance(example, Example) and not example.prompt:
+            stream += encoder.text(example.completion)
             continue
-        prompts = [prompt, *shorter]
-        pairs = (pair(text, completion) for text in prompts)
-        ids, labels = next((p for p in pairs if len(p[0]) <= length), None) or pair(prompts[-1], completion)
+        ids, labels = encoder.pair(example)
         cut += max(len(ids), len(labels)) > length
-        rows.append({"input_ids": ids[:length], "labels": labels[:length]})
+        row = {"input_ids": ids[:length], "labels": labels[:length]}
+        if label_count([row], encoder_decoder):
+            rows.append(row)
+        else:
+            dropped += 1
     chunks = [stream[i : i + length] for i in range(0, len(stream), length)]
-    rows += [{"input_ids": chunk, "labels": list(chunk)} for chunk in chunks]
-    rows = [row for row in rows if label_count([row], encoder_decoder)]
+    texts = [{"input_ids": chunk, "labels": list(chunk)} for chunk in chunks]
+    rows += [row for row in texts if label_count([row], encoder_decoder)]
     if not rows:
         raise LoRARiteValueError(
             f"no token carries loss within {length} tokens: prompts are too long, see --max_length"
         )
     if packing:
-        return Windows(_pack(rows, tokenizer.pad_token_id, length), cut)
-    return Windows([{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows], cut)
+        return Windows(_pack(rows, tokenizer.pad_token_id, length), cut, dropped)
+    return Windows([{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows], cut, dropped)
 
 
-def label_count(rows: list[Row], encoder_decoder: bool) -> int:
+class _Encoder:
+    """Examples as token ids with labels, by one tokenizer for windows of one length."""
+
+    def __init__(self, tokenizer: Any, length: int, encoder_decoder: bool):
+        self.tokenizer, self.length, self.encoder_decoder = tokenizer, length, encoder_decoder
+        self.begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        self.end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+    @cached_property
+    def chats(self) -> ChatEncoder | None:
+        return None if getattr(self.tokenizer, "chat_template", None) is None else ChatEncoder(self.tokenizer)
+
+    def text(self, text: str) -> list[int]:
+        if self.encoder_decoder:
+            raise LoRARiteValueError("an encoder-decoder model learns from prompts and completions, not from texts")
+        return self._ended(self._begun(text))
+
+    def pair(self, example: Sample) -> tuple[list[int], list[int]]:
+        """Ids and labels of the longest form that fits into a window, or else of the shortest."""
+        if isinstance(example, Chat):
+            if self.chats is not None and not self.encoder_decoder:
+                return self.chats(example)
+            if (plain := example.plain()) is None:
+                raise LoRARiteValueError(
+                    "an encoder-decoder model learns from prompts and completions, not from conversations"
+                    if self.encoder_decoder
+                    else "the model's tokenizer has no chat template for conversations; give --chat_template"
+                )
+            example = plain
+        ids, labels = self._tokens(example.prompt, example.completion)
+        for prompt in example.shorter:
+            if len(ids) <= self.length:
+                break
+            ids, labels = self._tokens(prompt, example.completion)
+        return ids, labels
+
+    def _tokens(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        if self.encoder_decoder:
+            return self._ended(self._begun(prompt)), self._ended(self._begun(completion))
+        ids = self._ended(self._begun(prompt + completion))
+        prefix = zip(self._begun(prompt), ids, strict=False)
+        ignored = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], prefix))
+        return ids, [IGNORED] * ignored + ids[ignored:]
+
+    def _begun(self, text: str) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids if ids[:1] == self.begin else self.begin + ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if ids[-1:] == self.end else ids + self.end
+
+
+def label_count(rows: Sequence[Row], encoder_decoder: bool) -> int:
     """Tokens that carry loss. In a causal model nothing predicts a window's first one."""
     return sum(label != IGNORED for row in rows for label in row["labels"][0 if encoder_decoder else 1 :])
 

@@ -36,12 +36,12 @@ class Kernels:
 
     def __init__(self, plan: Plan):
         segments = [segment for bucket in plan.buckets for segment in bucket.segments]
-        self.buckets, self.num_pairs = plan.buckets, len(plan.pairs)
-        self.groups = list({id(bucket.group): bucket.group for bucket in plan.buckets}.values())
+        self.num_pairs, self.groups = len(plan.pairs), [(bucket.group, bucket.rank) for bucket in plan.buckets]
         moving = {p: segment.moves for segment in segments for p in segment.params}
         self.params, self.moving = list(moving), list(moving.values())
         self.device = plan.buckets[0].device
-        self.launches = list(launches(plan, {p: i for i, p in enumerate(self.params)}, self.groups))
+        both = list(launches(plan, {p: i for i, p in enumerate(self.params)}))
+        self.launches = [launch for launch, _ in both]
         new = lambda *shape, dtype: torch.zeros(shape, dtype=dtype, device=self.device)
         self.traces = new(sum(len(launch.factors) for launch in self.launches), dtype=torch.float64)
         self.flags = new(2, self.num_pairs, dtype=torch.int8)
@@ -50,7 +50,8 @@ class Kernels:
         self.options = [self._constants(launch) for launch in self.launches]
         self.looked_at: list[int] = []
         self.aligned: list[bool] = []
-        self.parts = {id(bucket): part for launch in self.launches for bucket, part in _parts(launch)}
+        parts = {id(bucket): part for launch, buckets in both for bucket, part in _parts(launch, buckets)}
+        self.parts = [parts[id(bucket)] for bucket in plan.buckets]
 
     def _new_table(self) -> tuple[Tensor, Tensor, Tensor]:
         """The table on the device, its part of float64 numbers, and pinned memory for it on the host."""
@@ -72,7 +73,8 @@ class Kernels:
         be kept until the last launch."""
         gradients = [p.grad.contiguous() if m else p for p, m in zip(self.params, self.moving, strict=True)]  # type: ignore[union-attr]
         addresses = list(map(Tensor.data_ptr, chain.from_iterable(zip(self.params, gradients, strict=True))))
-        numbers = [*chain.from_iterable(map(options_of, self.groups)), smallest_clip(self.groups)]
+        groups = [group for group, _ in self.groups]
+        numbers = [*chain.from_iterable(options_of(*row) for row in self.groups), smallest_clip(groups)]
         now = (addresses, numbers)
         if addresses != self.looked_at:
             self.looked_at = addresses
@@ -84,7 +86,7 @@ class Kernels:
             self.captured.append(table)
             self._send(table, now)
         else:
-            if self.spare is None and self.device.type == "cuda" and self.groups[0]["capturable"]:
+            if self.spare is None and self.device.type == "cuda" and groups[0]["capturable"]:
                 self.spare = self._new_table()  # because a capture cannot make it
             table = self.table
             if now != self.seen:
@@ -92,7 +94,7 @@ class Kernels:
                 table = self.table = (*table[:2], self._pinned(table[2]))
                 self._send(table, now)
                 self.seen = now
-        for i, group in enumerate(self.groups):
+        for i, group in enumerate(groups):
             if isinstance(group["lr"], Tensor):
                 at = i * len(OPTIONS) + LR.value
                 table[1][at : at + 1].copy_(group["lr"].detach().reshape(1))
@@ -136,13 +138,12 @@ class Kernels:
                 self.flags, 2 * self.num_pairs, more.view(torch.int8), more.numel(), self.traces, len(self.traces),
                 numbers[-1:], counts, self.ok, self.norm, CAPTURABLE=capturable,
             )  # fmt: skip
-        parts = [self.parts[id(bucket)] for bucket in self.buckets]
         return Decided(
             flags=torch.cat([flags[0], more, flags[1]]) if others else flags.view(-1),
             ok=self.ok.view(torch.bool)[0],
             norm=self.norm,
-            products=[(s, delta) for _, s, delta in parts if s is not None and delta is not None],
-            kept=[kept for kept, *_ in parts],
+            products=[(s, delta) for _, s, delta in self.parts if s is not None and delta is not None],
+            kept=[kept for kept, *_ in self.parts],
             moves=[lambda _, kept=gradients: self._move(addresses, numbers)],
             engine="triton",
             counted=True,
@@ -217,10 +218,10 @@ class Kernels:
                 )  # fmt: skip
 
 
-def _parts(launch: Launch) -> list[tuple[Bucket, tuple[Tensor, Tensor | None, Tensor | None]]]:
+def _parts(launch: Launch, buckets: list[Bucket]) -> list[tuple[Bucket, tuple[Tensor, Tensor | None, Tensor | None]]]:
     """Of each bucket ``kept`` (2p,), and S (p, r, r) and δ (p, 1, 1) where there is damping."""
     found, pair = [], 0
-    for bucket in launch.buckets:
+    for bucket in buckets:
         n = bucket.count
         own = slice(pair, pair + n)
         damped = bool(bucket.group["damping"]) and not bucket.one_sided

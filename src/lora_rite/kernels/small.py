@@ -23,6 +23,7 @@ from .tables import (
     FLAG,
     GROUP,
     LR,
+    LR_SCALE,
     MATRICES,
     MOVES,
     NUM_OPTIONS,
@@ -32,6 +33,7 @@ from .tables import (
     RELATIVE_EPS,
     ROW_MOMENT,
     ROWS,
+    SCALING,
     SIGN,
     SKIPPING,
     STEP,
@@ -54,6 +56,18 @@ def entry(factors, f, COLUMN: tl.constexpr):
 @triton.jit
 def option(options, factors, f, COLUMN: tl.constexpr):
     return tl.load(options + entry(factors, f, GROUP) * NUM_OPTIONS + COLUMN)
+
+
+@triton.jit
+def rate(options, factors, f):
+    """The learning rate of B·A."""
+    return option(options, factors, f, LR) * option(options, factors, f, LR_SCALE)
+
+
+@triton.jit
+def shrink_of(options, factors, f):
+    """What weight decay leaves of a factor."""
+    return 1 - option(options, factors, f, LR) * option(options, factors, f, WEIGHT_DECAY)
 
 
 @triton.jit
@@ -95,7 +109,7 @@ def invert_kernel(factors, options, d, product, delta, flags, num_flags, RANK: t
     else:
         x = mx.load_transposed(state_of(factors, f, COORDINATES, RANK), RANK, R)
         s = mx.times(mx.load(state_of(factors, y, COORDINATES, RANK), RANK, R), x)
-        by = damping * option(options, factors, f, LR) * tl.sqrt(entry(factors, y, ROWS).to(tl.float64))
+        by = damping * rate(options, factors, f) * tl.sqrt(entry(factors, y, ROWS).to(tl.float64))
         pair = entry(factors, f, PAIR)
         tl.store(delta + pair, by)
         mx.store(product + pair * RANK * RANK, s, RANK, R)
@@ -135,20 +149,20 @@ def sum_of(values, count, stride):
 def reduce_kernel(
     factors, options, partial, checksums, grams, traces, kept, flags, RANK: tl.constexpr, R: tl.constexpr
 ):
-    """ḡᵀḡ and its trace, 0 where ``update_skipping`` drops the gradient; and whether the factor is what the last step
-    left: its checksums are, to rounding."""
+    """ḡᵀḡ, 0 where ``update_skipping`` drops the gradient, and its trace, with respect to scaling·B·A; and whether the
+    factor is what the last step left: its checksums are, to rounding."""
     f = tl.program_id(0)
-    rows = entry(factors, f, ROWS).to(tl.float64)
+    rows, scaling = entry(factors, f, ROWS).to(tl.float64), option(options, factors, f, SCALING)
     total = tl.zeros([R, R], tl.float64)
     keep = 1
     if entry(factors, f, MOVES) != 0:
         total = total_of(partial, f, factors, RANK * RANK, RANK, R)
-        limit = option(options, factors, f, SKIPPING)
+        limit = option(options, factors, f, SKIPPING) * scaling
         keep = 1 - ((limit > 0) & (mx.trace(total, RANK, R) / (rows * RANK) > limit * limit)).to(tl.int32)
         total *= keep.to(tl.float64)
     tl.store(kept + f, keep)
     mx.store(grams + f * RANK * RANK, total, RANK, R)
-    tl.store(traces + f, mx.trace(total, RANK, R))
+    tl.store(traces + f, mx.trace(total, RANK, R) / (scaling * scaling))
     i = tl.arange(0, R)
     t = mx.load(state_of(factors, f, COORDINATES, RANK), RANK, R)
     tolerance = 128 * 1.1920928955078125e-07 * tl.sqrt(rows) * tl.sqrt(tl.sum(t * t, 0))
@@ -183,6 +197,7 @@ def precondition_kernel(
     mass = decay * tl.load(number(factors, f, RANK + 1)).to(tl.float64)
     tl.store(escaped + f, mass)
     eps, relative_eps = option(options, factors, f, EPS), option(options, factors, f, RELATIVE_EPS)
+    eps *= option(options, factors, f, SCALING)
     root = mx.preconditioner(moment, mass, eps, relative_eps, RANK, R)
     d_own = mx.load(d + at, RANK, R)
     by = mx.times(d_own, root) * (scale * option(options, factors, f, SIGN) * tl.load(kept + f).to(tl.float64))
@@ -194,7 +209,7 @@ def precondition_kernel(
     length = decay * tl.load(number(factors, f, RANK)).to(tl.float64) + (1 - decay) * tl.sqrt(tl.maximum(square, 0.0))
     old = mx.load(state_of(factors, f, WARM, RANK), RANK, R)
     t = mx.load(state_of(factors, f, COORDINATES, RANK), RANK, R)
-    step = tl.trans(d_own) * option(options, factors, f, LR)
+    step = tl.trans(d_own) * rate(options, factors, f)
     mx.store(warm + at, warm_basis(old, t, step, length, noise, RANK, R), RANK, R)
 
 
@@ -298,14 +313,13 @@ def carry_kernel(
     if (tl.load(ok) != 0) & (tl.load(gates + f) != 0):
         at, y = f * RANK * RANK, entry(factors, f, PARTNER)
         stride: tl.constexpr = 2 * RANK * RANK + 1
-        lr = option(options, factors, f, LR)
         shift = total_of(partial + RANK * RANK, f, factors, stride, RANK, R)
         if not LOW:
-            step = mx.load_transposed(d + at, RANK, R) * lr
+            step = mx.load_transposed(d + at, RANK, R) * rate(options, factors, f)
             shift = mx.times(shift, step.to(tl.float32).to(tl.float64))
         # zᵀ·X_old, with z = X_new·K_w, from X_old = (X_new + what it moved by)/shrink.
         cross = mx.times(mx.load(grams + at, RANK, R), mx.load(inverses + at, RANK, R)) + shift
-        cross /= 1 - lr * option(options, factors, f, WEIGHT_DECAY)
+        cross /= shrink_of(options, factors, f)
         basis = state_of(factors, f, BASIS, RANK)
         p = mx.times(mx.times(mx.load_transposed(c + at, RANK, R), cross), mx.load(basis, RANK, R))
         if entry(factors, y, MOVES) != 0:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..algebra.basis import NOISE
 from ..algebra.rounding import CHECKED_ROWS
+from ..options import lr_scale
 from ..plan.plan import Bucket, Plan, Segment
 
 #: Rows of a factor that one program works on: the checked ones are all in the first tile.
@@ -23,7 +24,7 @@ assert TILE >= CHECKED_ROWS
 #: Columns of the table of factors. Addresses: of the first moment, the rows' moment, the r×r matrices, the numbers, the
 #: steps (of the factor, and of the first one in its parameter) and whether it is damped.
 FIRST_MOMENT, ROW_MOMENT, MATRICES, NUMBERS, STEP, FIRST_STEP, DAMPED = (tl.constexpr(i) for i in range(7))
-#: Integers: how many rows, and where its tiles and rows are in those of all; which its partner, pair, group,
+#: Integers: how many rows, and where its tiles and rows are in those of all; which its partner, pair, bucket (GROUP),
 #: parameter and the pair of parameters are; whether it moves; how it lies in its parameter; its position, for noise.
 ROWS, RANK_FIRST, FIRST_TILE, TILES, FIRST_ROW = (tl.constexpr(i) for i in range(7, 12))
 PARTNER, PAIR, GROUP, PARAMETER, FLAG, MOVES = (tl.constexpr(i) for i in range(12, 18))
@@ -33,17 +34,16 @@ COLUMNS = tl.constexpr(23)
 #: Columns of the table of hyperparameters, float64.
 OPTIONS = (
     "lr", "beta1", "beta2", "row_beta", "eps", "relative_eps", "damping", "weight_decay", "clip_unmagnified_grad",
-    "update_skipping", "sign", "row_equilibration",
+    "update_skipping", "sign", "row_equilibration", "lr_scale", "scaling",
 )  # fmt: skip
-LR, BETA1, BETA2, ROW_BETA, EPS, RELATIVE_EPS, DAMPING, WEIGHT_DECAY, CLIP, SKIPPING, SIGN, EQUILIBRATED = (
-    tl.constexpr(i) for i in range(12)
-)
-NUM_OPTIONS = tl.constexpr(12)
+LR, BETA1, BETA2, ROW_BETA, EPS, RELATIVE_EPS, DAMPING = (tl.constexpr(i) for i in range(7))
+WEIGHT_DECAY, CLIP, SKIPPING, SIGN, EQUILIBRATED, LR_SCALE, SCALING = (tl.constexpr(i) for i in range(7, 14))
+NUM_OPTIONS = tl.constexpr(14)
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def options_of(group: dict[str, Any]) -> list[float]:
+def options_of(group: dict[str, Any], rank: int) -> list[float]:
     """A row of the table; an lr that is a tensor is filled in on the device."""
     lr = group["lr"]
     return [
@@ -52,6 +52,8 @@ def options_of(group: dict[str, Any]) -> list[float]:
         *map(float, (group["weight_decay"], group["clip_unmagnified_grad"], group["update_skipping"])),
         -1.0 if group["maximize"] else 1.0,
         float(group["row_equilibration"]),
+        lr_scale(group.get("scaling"), rank),
+        float(group.get("scaling") or 1.0),
     ]
 
 
@@ -63,10 +65,10 @@ def smallest_clip(groups: Sequence[dict[str, Any]]) -> float:
 
 @dataclass(eq=False)
 class Launch:
-    """Factors of one rank and dtypes, which the kernels work on together.
+    """Factors of one rank and dtypes, which the kernels work on together. It knows their memory by address alone, so
+    that it is not what keeps it.
 
-    factors   (F, COLUMNS) int64;  tiles (T, 2) int32, the factor and its first row;  ``params`` (of parameter and
-              gradient) and ``groups`` are what their columns PARAMETER and GROUP count
+    factors   (F, COLUMNS) int64;  tiles (T, 2) int32, the factor and its first row
     first     where these factors begin among all of the plan;  ``rows``, their numbers of rows
     static    addresses of their moments;  ``parameters``, where theirs are among all of the plan
     unmagnifier, second_moment, grams, inverses (of K_w), turns (c, to the new basis) (F, r, r), product (P, r, r),
@@ -77,7 +79,6 @@ class Launch:
     kept, gates (F,) int32
     """
 
-    buckets: list[Bucket]
     rank: int
     dtype: torch.dtype
     gradient_dtype: torch.dtype
@@ -98,15 +99,15 @@ class Launch:
             raise AttributeError(name) from None
 
 
-def launches(plan: Plan, parameters: dict[Tensor, int], groups: list[dict[str, Any]]) -> Iterator[Launch]:
-    """A launch for each rank and kind of dtypes; ``parameters`` and ``groups`` number those of the whole plan."""
+def launches(plan: Plan, parameters: dict[Tensor, int]) -> Iterator[tuple[Launch, list[Bucket]]]:
+    """A launch for each rank and kind of dtypes, and its buckets; ``parameters`` numbers those of the whole plan."""
     alike: dict[Any, list[Bucket]] = {}
     for bucket in plan.buckets:
         alike.setdefault(kind_of(bucket), []).append(bucket)
     first = 0
     for (rank, dtype, gradient_dtype), buckets in alike.items():
-        table = _Table(buckets, rank, plan, parameters, groups)
-        yield _launch(table, buckets, rank, dtype, gradient_dtype, first)
+        table = _Table(buckets, rank, plan, parameters)
+        yield _launch(table, buckets[0].device, rank, dtype, gradient_dtype, first), buckets
         first += len(table.factors)
 
 
@@ -119,11 +120,9 @@ def kind_of(bucket: Bucket) -> tuple[int, torch.dtype, torch.dtype]:
 class _Table:
     """The rows of ``factors`` and ``tiles``, as lists."""
 
-    def __init__(
-        self, buckets: list[Bucket], rank: int, plan: Plan, parameters: dict[Tensor, int], groups: list[dict[str, Any]]
-    ):
+    def __init__(self, buckets: list[Bucket], rank: int, plan: Plan, parameters: dict[Tensor, int]):
         self.rank, self.factors, self.tiles, self.num_rows = rank, [], [], 0
-        self.parameters, self.groups = parameters, {id(group): i for i, group in enumerate(groups)}
+        self.parameters, self.groups = parameters, {id(bucket): i for i, bucket in enumerate(plan.buckets)}
         self.flags = {p: i for i, pair in enumerate(plan.pairs) for p in pair[:2]}
         self.positions = {p: pair.position + side for pair in plan.pairs for side, p in enumerate(pair[:2])}
         self.strided, self.pairs, self.addresses = False, 0, []
@@ -162,7 +161,7 @@ class _Table:
             arena.steps.data_ptr() + 4 * (index - b),
             0 if arena.damped is None else arena.damped.data_ptr() + index,
             rows, layout.rank_first, len(self.tiles), len(tiles), self.num_rows,
-            start + (index + n) % (2 * n), self.pairs + index % n, self.groups[id(bucket.group)], self.parameters[p],
+            start + (index + n) % (2 * n), self.pairs + index % n, self.groups[id(bucket)], self.parameters[p],
             self.flags[p], segment.moves, row_stride, rank_stride, offset, layout.blocks, self.positions[p],
         ))  # fmt: skip
         self.tiles += [(f, first) for first in tiles]
@@ -182,9 +181,9 @@ def strides(rank_first: bool, columns: str, blocks: int, rows: int, r: int, bloc
 
 
 def _launch(
-    table: _Table, buckets: list[Bucket], rank: int, dtype: torch.dtype, gradient_dtype: torch.dtype, first: int
+    table: _Table, device: torch.device, rank: int, dtype: torch.dtype, gradient_dtype: torch.dtype, first: int
 ) -> Launch:
-    device, count, tiles, r = buckets[0].device, len(table.factors), len(table.tiles), rank
+    count, tiles, r = len(table.factors), len(table.tiles), rank
     zeros = lambda *shape, dtype=torch.float64: torch.zeros(shape, dtype=dtype, device=device)
     single = lambda *shape: zeros(*shape, dtype=torch.float32)
     memory = {
@@ -201,7 +200,6 @@ def _launch(
         **{key: zeros(count, dtype=torch.int32) for key in ("kept", "gates")},
     }
     return Launch(
-        buckets=buckets,
         rank=rank,
         dtype=dtype,
         gradient_dtype=gradient_dtype,

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..algebra.rounding import CHECKED_ROWS
 from . import matrices as mx
-from .small import TRANSPORT, decay_of, entry, number, option, state_of
+from .small import TRANSPORT, decay_of, entry, number, option, rate, shrink_of, state_of
 from .tables import (
     BETA1,
     BLOCKS,
@@ -20,7 +20,6 @@ from .tables import (
     FIRST_MOMENT,
     FIRST_ROW,
     FIRST_STEP,
-    LR,
     MOVES,
     OFFSET,
     PARAMETER,
@@ -31,7 +30,6 @@ from .tables import (
     ROW_MOMENT,
     ROW_STRIDE,
     ROWS,
-    WEIGHT_DECAY,
 )
 
 CHECKED = tl.constexpr(CHECKED_ROWS)
@@ -226,8 +224,8 @@ def _apply(
     m_base = _at(entry(factors, f, FIRST_MOMENT), tl.float32, VECTOR)
     moment = _at(entry(factors, f, ROW_MOMENT), tl.float32, False)
     floor, scale = tl.load(scales + 2 * f), tl.load(scales + 2 * f + 1)
-    lr = option(options, factors, f, LR)
-    shrink = (1 - lr * option(options, factors, f, WEIGHT_DECAY)).to(tl.float32)
+    lr = rate(options, factors, f)
+    shrink = shrink_of(options, factors, f).to(tl.float32)
     decay = decay_of(factors, f, option(options, factors, f, BETA1))
     own = f * RANK * RANK
     w, d, warm, transport = w + own, d + own, warm + own, state_of(factors, f, TRANSPORT, RANK)

@@ -10,6 +10,7 @@ wherever it stopped.
 import inspect
 import itertools
 import statistics
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from ..errors import LoRARiteValueError
 from ..finetune.checks import check_processes
-from ..finetune.data import Example
+from ..finetune.data import Sample
 from ..finetune.load import load_model
 from ..finetune.optimizers import check_optimizer
 from ..finetune.train import train
@@ -138,7 +139,7 @@ def _check_folder(out: Path, recipe: Recipe) -> None:
         raise LoRARiteValueError(f"{out} is not an empty folder or a study; choose another --out")
 
 
-def _check_models(study: Study, found: dict[str, dict[str, list[Example]]]) -> None:
+def _check_models(study: Study, found: dict[str, dict[str, Sequence[Sample]]]) -> None:
     """Loads the models of new tasks, and checks them and the tasks' texts as ``lora-rite train`` does, one model at a
     time. Where a recipe's function trains, it is the one that knows what it takes."""
     from ..finetune.limits import prepare_windows
@@ -179,6 +180,7 @@ def _run_all(
         shown = bar.add_task("", total=study.planned(losses), completed=len(losses))
         while due := study.due(losses):
             for run in [run for run in due if run not in working.values()][: jobs - len(working)]:
+                print(f"[{len(losses) + len(working) + 1}] {run}: begins", flush=True)
                 work = study.options(run, out), study.evaluation(run, out, data_dir)
                 working[pool.submit(run_one, study.recipe.function, *work)] = run
             done, _ = wait(working, return_when=FIRST_COMPLETED)
@@ -190,8 +192,8 @@ def _run_all(
                 left = statistics.fmean(seconds) * (planned - len(losses)) / jobs
                 bar.update(shown, total=planned, completed=len(losses), description=f"about {duration(left)} left")
                 print(
-                    f"[{len(losses)}/{planned}] {run.task}, rank {run.rank}, {run.optimizer}, lr {run.lr:g}, seed "
-                    f"{run.seed}: {run.split} loss {losses[run]:.4f} ({took:.0f} s; about {duration(left)} left)",
+                    f"[{len(losses)}/{planned}] {run}: {run.split} loss {losses[run]:.4f} "
+                    f"({took:.0f} s; about {duration(left)} left)",
                     flush=True,
                 )
                 write_study(study, out, data, losses)

@@ -3,19 +3,22 @@
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..finetune.data import Example, read_examples, split
+from ..finetune.data import Sample, as_record, read_examples, split
+from ..finetune.records import is_data_set
 from ..finetune.tasks import examples, read_rows, read_task
 from ..run.files import write_folder
 from .recipe import HEADERS, SPLITS, Data, Recipe
 
 
-def read_data(task: Data, data_dir: Path | None) -> dict[str, list[Example]]:
+def read_data(task: Data, data_dir: Path | None) -> dict[str, Sequence[Sample]]:
     """The examples of the three splits. What has no validation or test split gives a tenth of the training text each
     (drawn with seed 0); more than ``limit`` are sampled."""
+    found: dict[str, Sequence[Sample]]
     if task.task == HEADERS:
         from .demo import read_headers
 
@@ -36,7 +39,7 @@ def read_data(task: Data, data_dir: Path | None) -> dict[str, list[Example]]:
     return found
 
 
-def read_new_data(recipe: Recipe, folder: Path, data_dir: Path | None) -> dict[str, dict[str, list[Example]]]:
+def read_new_data(recipe: Recipe, folder: Path, data_dir: Path | None) -> dict[str, dict[str, Sequence[Sample]]]:
     """:func:`read_data` of each task that the study's folder of data does not have yet."""
     return {name: read_data(task, data_dir) for name, task in recipe.tasks.items() if not (folder / name).is_dir()}
 
@@ -49,16 +52,16 @@ def missing_files(recipe: Recipe, folder: Path) -> list[tuple[str, Path]]:
         if not (folder / name).is_dir()
         for key, path in (("data", task.data), ("validation", task.validation), ("test", task.test))
     ]
-    return [(key, path) for key, path in files if path is not None and not path.is_file()]
+    return [(key, path) for key, path in files if path is not None and not path.is_file() and not is_data_set(path)]
 
 
-def write_data(recipe: Recipe, folder: Path, found: dict[str, dict[str, list[Example]]]) -> dict[str, Any]:
+def write_data(recipe: Recipe, folder: Path, found: dict[str, dict[str, Sequence[Sample]]]) -> dict[str, Any]:
     """Writes the splits of new tasks as TASK/SPLIT.jsonl, and returns number of examples and sha256 of all."""
 
-    def write(target: Path, parts: dict[str, list[Example]]) -> None:
+    def write(target: Path, parts: dict[str, Sequence[Sample]]) -> None:
         target.mkdir(parents=True)
         for part, content in parts.items():
-            lines = [json.dumps(record(example), ensure_ascii=False) for example in content]
+            lines = [json.dumps(as_record(example), ensure_ascii=False) for example in content]
             (target / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     for name, parts in found.items():
@@ -71,9 +74,3 @@ def write_data(recipe: Recipe, folder: Path, found: dict[str, dict[str, list[Exa
         }
         for name, parts in files.items()
     }
-
-
-def record(example: Example) -> dict[str, Any]:
-    if not example.prompt:
-        return {"text": example.completion}
-    return {k: v for k, v in example._asdict().items() if v}
