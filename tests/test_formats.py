@@ -370,3 +370,37 @@ def test_a_template_without_conversations_is_refused(files, capsys):
     (files / "chats.jsonl").write_text('{"text": "a"}\n{"text": "b"}')
     assert run(files) == 2
     assert "--chat_template: no example is a conversation" in capsys.readouterr().err
+
+
+def test_eval_measures_the_loss_on_chats_that_train_did(files, capsys):
+    """As the held-out loss of a run; a changed template is refused in the results' folder."""
+    validation = files / "held-out.jsonl"
+    validation.write_text((files / "chats.jsonl").read_text().splitlines()[3] + "\n")
+    assert run(files, "--validation", str(validation)) == 0
+    held_out = json.loads((files / "run" / "result.json").read_text())["held_out"]
+    words = ["eval", "--tasks", validation, "--chat_template", files / "template.jinja", "--out", files / "eval"]
+    assert main(list(map(str, words))) == 0
+    loss = json.loads((files / "eval" / "held-out.json").read_text())["results"]["loss"]
+    assert loss["tokens"] == held_out["tokens"]
+    assert loss["nat_per_token"] == pytest.approx(held_out["before"], rel=1e-5)
+    assert main(list(map(str, words))) == 0
+    (files / "template.jinja").write_text(TEMPLATE + " ")
+    assert main(list(map(str, words))) == 2
+    assert "chat_template_sha256: " in capsys.readouterr().err
+
+
+def test_a_study_takes_chats_and_data_sets(files, monkeypatch):
+    """What it keeps of a task is read as the same examples; a data set is not a file that is missing."""
+    from types import SimpleNamespace
+
+    from lora_rite.study.data import missing_files, read_data, write_data
+
+    path = lambda name: type(files)(name)
+    task = SimpleNamespace(task=None, data=files / "chats.jsonl", validation=None, test=None, limit={})
+    recipe = SimpleNamespace(tasks={"Chats": task})
+    found = {"Chats": read_data(task, None)}
+    write_data(recipe, files / "data", found)
+    for part, examples in found["Chats"].items():
+        assert read_examples(files / "data" / "Chats" / f"{part}.jsonl") == examples
+    task.data, task.validation = path("own/set:train"), path("lost.jsonl")
+    assert missing_files(recipe, files / "other") == [("tasks.Chats.validation", path("lost.jsonl"))]

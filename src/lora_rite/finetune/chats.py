@@ -108,5 +108,11 @@ def _training_template(tokenizer: Any) -> str | None:
 
     try:
         return get_training_chat_template(tokenizer)
-    except (ValueError, TypeError, LookupError, AttributeError, TemplateError):  # it knows no such template, whose turns are found without marks
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        TemplateError,
+    ):  # it knows no such template, whose turns are found without marks
         return None

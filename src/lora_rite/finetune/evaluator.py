@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import LoRARiteValueError
 from ..inputs import blame
 from ..run.versions import versions
+from .chats import set_chat_template
 from .data import Sample
 from .judges import FEWSHOT_SEED, lm_eval_tasks
 from .labelled import predict_labelled
@@ -50,6 +51,8 @@ class Evaluator:
             settings["model"], bf16=settings["bf16"], trust_remote_code=trust_remote_code
         )
         self.settings = {**settings, "model_digest": settings["model_digest"] or model_digest(settings["model"])}
+        if settings["chat_template"] is not None:
+            set_chat_template(self.tokenizer, Path(settings["chat_template"]))
         self.limits = find_limits(network, self.tokenizer, settings["model"])
         if (size := self.tokenizer.vocab_size) > self.limits.tokens and any(plan.kind != "text" for plan in plans):
             raise LoRARiteValueError(
