@@ -8,6 +8,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # `make test-gpu` shows them
 
 import pytest
 import torch
+from engines import ENGINES, use
 
 torch.set_num_threads(1)
 
@@ -15,3 +16,10 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, monkeypatch):
+    """The name of the engine by which all steps of a test are made: a property holds whichever it is."""
+    use(monkeypatch, request.param)
+    return request.param

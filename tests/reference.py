@@ -13,8 +13,9 @@ class Reference:
     def __init__(
         self, pairs, *, damping=0.0, relative_eps=0.0, row_equilibration=False, row_beta=0.99, apply_escape=False,
         clip_unmagnified_grad=1.0, update_skipping=0.0, update_capping=0.0, balance_param=False, maximize=False,
-        frozen=None, **options,
+        scaling=None, frozen=None, **options,
     ):  # fmt: skip
+        assert scaling is None, "the step of B·A as it is"
         self.pairs, self.frozen = pairs, frozen or [None] * len(pairs)
         self.options = simple.Options(
             damping=damping, relative_eps=relative_eps, row_beta=row_beta if row_equilibration else None,

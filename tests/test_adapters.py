@@ -71,7 +71,8 @@ def test_each_block_is_a_pair(kind):
                 for block, value in zip((a, b), new, strict=True):
                     block.data.copy_(value.view_as(block))
         apart = [[torch.nn.Parameter(p.detach().clone()) for p in product] for product in kind.products(model)]
-        optimizer, other = create_lora_rite(model, lr=1e-2), LoRARite([p for pair in apart for p in pair], lr=1e-2)
+        optimizer = create_lora_rite(model, lr=1e-2, scaling=None)
+        other = LoRARite([p for pair in apart for p in pair], lr=1e-2)
         for t in range(3):
             optimizer.zero_grad()
             loss(model, kind.inputs(t).double()).backward()
@@ -261,11 +262,11 @@ def test_plain_products_on_a_grouped_convolution_are_single_pairs():
 
 
 def test_lr_times_alpha_over_rank_is_what_counts():
-    """Twice alpha at half the lr is the same fine-tune (clipping apart, and eps, which is small): docs/tuning.md."""
+    """Without ``scaling``, twice alpha at half the lr is the same fine-tune (clipping and eps apart)."""
     products = []
     for alpha, lr in ((4, 1e-2), (8, 5e-3)):
         model = adapted(linear, lora_alpha=alpha)().double()
-        optimizer = create_lora_rite(model, lr=lr, clip_unmagnified_grad=0.0, eps=1e-12)
+        optimizer = create_lora_rite(model, lr=lr, scaling=None, clip_unmagnified_grad=0.0, eps=1e-12)
         for t in range(10):
             optimizer.zero_grad()
             loss(model, numbers(6, 12)(t).double()).backward()

@@ -2,6 +2,10 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -46,6 +50,7 @@ def test_train_writes_an_adapter_and_the_figures(optimizer, data, tmp_path, caps
     assert result["held_out"]["after"] < result["held_out"]["before"]
     assert result["held_out_losses"][-1]["held_out_loss"] == result["held_out"]["after"]
     assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["processor"]
     assert 0 < result["seconds"]["optimizer_share"] < 1
     assert result["optimizer"]["name"] == {"lora-rite": "LoRARite", "adamw": "AdamW"}[optimizer]
     if optimizer == "lora-rite":
@@ -230,22 +235,158 @@ def test_unknown_options_are_refused(data, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", "no verb trian, did you mean train? (there are demo, train, "),
+        ("bench stp", "no verb stp, did you mean step? (there are step, "),
+        ("train", "--out is missing (see lora-rite train --help)"),
+        ("compare", "RECIPE is missing (see lora-rite compare --help)"),
+        ("train --out x --rnak 3", "no option --rnak, did you mean --rank? (see lora-rite train --help)"),
+        ("train --learning-rate=1", "no option --learning_rate, did you mean --lr? (see"),
+        ("train --out x --no_bf17", "no option --no_bf17, did you mean --no_bf16?"),
+        ("bench step --dtype float32", "no option --dtype, did you mean --dtypes? (see lora-rite bench step --help)"),
+        ("train --out x --qqqqqq", "no option --qqqqqq (see"),
+        ("--rank 3 train", "no option --rank (see lora-rite --help)"),
+        ("train --out x extra", "nothing takes the word extra"),
+        ("train --out x --bf16 no", "--bf16 takes no value, got no; --no_bf16 is its opposite"),
+        ("train --out", "--out needs a value"),
+        ("eval --tasks", "--tasks needs a value"),
+        ("train --out x --rank 8.5", "--rank must be a whole number, got 8.5"),
+        ("train --out x --lr fast", "--lr must be a number, got fast"),
+        ("train --out x --optimizer_args 3", "--optimizer_args must be a mapping, got 3"),
+        ("audit --takes foo", "--takes must be one of params, named, model, got foo"),
+        ("bench step --dtypes float32 float16", "--dtypes must be one of float32, bfloat16, got float16"),
+        ("compare r.yaml --devices a", "--devices must be a list of whole numbers, got a"),
+    ],
+)
+def test_wrong_words_are_told_in_the_words_of_the_command_line(words, message, capsys):
+    """Neither Python's types nor the parser's inner names, and what was meant where that can be guessed."""
+    assert run(*words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lora-rite: error: {message}")
+    assert not re.search("VERB|<class|Union|Parser|typing|train\\.out", line)
+
+
+def test_a_value_of_a_config_is_told_with_its_place(data, tmp_path, capsys):
+    """Unless the command line gives it too, which is then to blame."""
+    config = tmp_path / "run.yaml"
+    config.write_text("steps: 3\nrank: many\n")
+    words = ["train", "--data", data, "--out", tmp_path / "run", "--config", config]
+    assert run(*words) == 2
+    assert f"error: {config}:2: rank must be a whole number, got many" in capsys.readouterr().err
+    config.write_text("steps: 3\nrank: 2\n")
+    assert run(*words, "--rank=few") == 2
+    assert "error: --rank must be a whole number, got few" in capsys.readouterr().err
+    config.write_text("lora_r: 2\n")
+    assert run(*words) == 2
+    assert f"{config}:1: no option lora_r, did you mean rank?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["lora_rite", "lora_rite.cli"])
+def test_python_runs_it_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "pairs", "--rank", "0"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "lora-rite pairs: error: --rank must be at least 1, got 0\n"
+
+
+def test_the_entry_point_is_where_installers_look_for_it():
+    (script,) = metadata.entry_points(group="console_scripts", name="lora-rite")
+    assert script.value == "lora_rite.cli:main"
+    assert script.load() is main
+
+
+@pytest.mark.parametrize(("words", "shown"), [([], "pairs"), (["bench"], "scaling")])
+def test_without_a_verb_there_is_help(words, shown, capsys):
+    """As --help prints it, and the exit code of wrong usage."""
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert shown in printed.out
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == printed.out
+
+
+def complete(script, *words):
+    """What bash offers in the place of the last word."""
+    function = "_shtab_lora_rite"
+    code = f'''source {script}
+COMP_WORDS=({" ".join(f"'{word}'" for word in words)}); COMP_CWORD={len(words) - 1}
+{function} lora-rite '{words[-1]}' '{words[-2]}'; printf '%s\n' "${{COMPREPLY[@]}}"'''
+    shell = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    return shell.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes_verbs_options_and_choices(tmp_path, capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit):
+        main(["--print_completion", "shtab-bash"])
+    script = tmp_path / "lora-rite.bash"
+    script.write_text(capsys.readouterr().out)
+    assert complete(script, "lora-rite", "tr") == ["train"]
+    assert complete(script, "lora-rite", "train", "--opt") == ["--optimizer", "--optimizer_args"]
+    assert complete(script, "lora-rite", "bench", "sc") == ["scaling"]
+    assert complete(script, "lora-rite", "bench", "step", "--device", "") == ["cpu", "cuda"]
+
+
+def test_a_file_cannot_print_a_completion(data, tmp_path, capsys):
+    """A config or a recipe has no key print_completion, which would end the process."""
+    path = tmp_path / "file.yaml"
+    path.write_text("print_completion: jsonschema\n")
+    assert run("train", "--data", data, "--out", tmp_path / "run", "--config", path) == 2
+    assert run("compare", path) == 2
+    path.write_text("title: x\ntasks: {a: {task: gsm8k}}\noptimizers: {b: {optimizer: adamw, lr: [1]}}\n"
+                    "train: {print_completion: jsonschema}\n")  # fmt: skip
+    assert run("compare", path) == 2
+    assert capsys.readouterr().err.count("print_completion") == 3
+
+
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(ValueError, match="cannot read"):
         run("train", "--data", tmp_path / "missing.txt", "--out", tmp_path / "run", "--debug")
 
 
-def test_pairs(tmp_path, data, capsys):
+def test_pairs(tmp_path, capsys):
+    """A line for each kind of layer, of a new adapter and of one in a folder."""
     assert run("pairs", "--target_modules", "[q_proj, v_proj]", "--rank", 2) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("10 pairs\n")
-    assert "layers.0.self_attn.q_proj.lora_A.default.weight (2, 192)" in printed
+    layer = "model.layers.*.self_attn.{}_proj.lora_A.default.weight (2, 192) with B ({}, 2)"
+    assert capsys.readouterr().out.splitlines() == [
+        "10 pairs",
+        f"  5 × {layer.format('q', 192)}",
+        f"  5 × {layer.format('v', 96)}",
+    ]
     network = train_module.attach_adapter(train_module.load_model("tiny")[0], rank=2)
     network.save_pretrained(str(tmp_path / "adapter"))
     assert run("pairs", "--adapter", tmp_path / "adapter") == 0
-    assert capsys.readouterr().out.startswith("35 pairs\n")
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], len(lines)) == ("35 pairs", 1 + 7)
+    assert run("pairs", "--target_modules", ".*0.self_attn.q_proj") == 0
+    assert capsys.readouterr().out.startswith("1 pair\n  1 × ")
     assert run("pairs", "--adapter", tmp_path) == 2
     assert "adapter_config.json" in capsys.readouterr().err
+
+
+def test_pairs_need_no_weights(monkeypatch, capsys):
+    """Of a model with weights beyond this machine's memory, and a licence that nobody here has."""
+    allocated = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: allocated.append(made := empty(*a, **k)) or made)
+    assert run("pairs", "--model", "google/gemma-7b", "--rank", 4) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], len(lines)) == ("196 pairs", 1 + 7)
+    assert sum(p.numel() for p in allocated) > 8e9
+    assert all(p.is_meta for p in allocated)
+
+
+@pytest.mark.parametrize("words", ["pairs --rank 0", "audit --rank 0", "audit --model tiny --rank -1"])
+def test_a_rank_that_cannot_be_is_blamed_on_rank(words, capsys):
+    assert run(*words.split()) == 2
+    assert "error: --rank must be at least 1, got " in capsys.readouterr().err
 
 
 def test_demo(tmp_path, capsys, monkeypatch):

@@ -29,7 +29,7 @@ from lora_rite.run.files import write_json
 from lora_rite.run.run import Run
 from lora_rite.study import compare as compare_module
 from lora_rite.study import data as data_module
-from lora_rite.study import results, runner, workers
+from lora_rite.study import results, runner, search, workers
 from lora_rite.study.recipe import SPLITS, in_words_of_a_study, load_recipe
 from lora_rite.study.search import FINALISTS, MAX_EXTENSIONS, Line, Study
 
@@ -130,6 +130,22 @@ def test_each_optimizer_gets_a_learning_rate_inside_its_grid(recipe, optimum):
     assert study.planned(losses) == len(losses)
 
 
+def test_a_study_that_is_stopped_has_as_many_seeds_of_each_optimizer(recipe):
+    """Case by case: no final run before all learning rates of its case are chosen, then each seed of all optimizers
+    before the next seed, in the recipe's order."""
+    study = Study(load_recipe(recipe(**{"seeds: [0, 1]": "seeds: [5, 0, 3]", "ranks: [2]": "ranks: [4, 2]"})))
+    losses = {}
+    while due := study.due(losses):
+        losses[due[0]] = (math.log(due[0].lr) - math.log(0.04)) ** 2
+    assert [r.rank for r in losses] == [4] * 10 + [2] * 10  # 0.04 is on the edge of a grid of three
+    for rank in (4, 2):
+        runs = [r for r in losses if r.rank == rank]
+        assert [(r.split, r.seed) for r in runs[:5]] == [("validation", 100)] * 4 + [("test", 5)]
+        assert [(r.seed, r.optimizer) for r in runs[4:]] == [
+            (seed, name) for seed in (5, 0, 3) for name in ("AdamW", "LoRA-RITE")
+        ]
+
+
 def test_the_grid_grows_no_further_than_told_and_one_rate_needs_no_sweep(recipe):
     study = Study(load_recipe(recipe()))
     losses = play(study, lambda r: r.lr)
@@ -172,7 +188,12 @@ def test_a_stopped_study_goes_on_and_no_run_is_run_twice(recipe, tmp_path, fake_
     assert (out / "report.html").is_file()
     assert run("compare", path, "--out", out, "--no-progress") == 0
     assert len(fake_train.calls) == 8
-    assert "left)" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    begun = [n for n, line in enumerate(lines) if line.endswith(": begins")]
+    assert len(begun) == len(fake_train.calls)  # what a run of hours is at work on is told before it ends
+    assert "AdamW, lr 0.01, seed 100: begins" in lines[begun[0]]
+    assert "AdamW, lr 0.01, seed 100: validation loss" in lines[begun[0] + 1]
+    assert lines[begun[0] + 1].endswith("left)")
 
 
 def test_a_study_can_grow_but_not_change(recipe, tmp_path, fake_train, capsys):
@@ -249,7 +270,7 @@ def test_a_failed_copy_of_the_data_leaves_nothing_behind(recipe, tmp_path, fake_
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_module, "record", fail)
+        patch.setattr(data_module, "as_record", fail)
         assert run("compare", recipe(), "--out", tmp_path / "study") == 4
     assert "No space left" in capsys.readouterr().err
     assert not list((tmp_path / "study").rglob("*.tmp"))
@@ -291,12 +312,101 @@ def test_plan_and_check_know_what_each_task_trains_with(recipe, capsys):
     assert activations(text) == activations(RECIPE.replace("max_length: 32", "max_length: 64")) > activations(RECIPE)
 
 
+def test_budgets_are_runs_of_their_own_at_the_chosen_rate(recipe, tmp_path, fake_train, capsys):
+    """Each optimizer, at its best rate, with all seeds; the task's own number of steps is not run twice. They can be
+    added to a study, and are counted before a rate is known. Evaluations are of the full run alone."""
+    out, study = tmp_path / "study", Study(load_recipe(recipe()))
+    small = {"[0, 1]": "[0]"}
+    assert run("compare", recipe(**small), "--out", out) == 0
+    before = len(fake_train.calls)
+    text = RECIPE.replace("seeds: [0, 1]", "budgets: [1, 2, 3]\nseeds: [0, 1]")
+    study = Study(load_recipe(recipe(text)))
+    assert study.planned({}) == 3 + 2 * 2 * 3
+    assert study.planned_steps() == 3 * 2 + 2 * 2 * (1 + 2 + 3)
+    assert run("compare", recipe(text), "--out", out, "--dry-run", "--check") == 0
+    printed = capsys.readouterr().out
+    assert "15 runs, 5 of them finished" in printed  # three of the sweep, two final ones
+    assert "15 runs of 1 to 3 steps, 30 steps in all" in printed
+    assert run("compare", recipe(text), "--out", out) == 0
+    assert "seed 0, 3 steps: test loss" in capsys.readouterr().out
+    assert len(fake_train.calls) == before + 2 + 2 * 2 * 2
+    shorter = [path.name.endswith("steps") for path in fake_train.calls[before:]]
+    assert shorter == sorted(shorter)  # after all full ones
+    runs = [r for r in json.loads((out / "study.json").read_text())["runs"] if r["split"] == "test"]
+    assert {(r["optimizer"], r["lr"], r["seed"], r["steps"]) for r in runs} == {
+        (name, 0.02, seed, steps) for name in ("AdamW", "LoRA-RITE") for seed in (0, 1) for steps in (None, 1, 3)
+    }
+    for r in runs:
+        settings = json.loads((out / r["path"]).read_text())["settings"]
+        assert settings["steps"] == (r["steps"] or 2)
+        evaluation = study.evaluation(search.Run(*(r[key] for key in search.Run._fields)), out, None)
+        assert evaluation["adapter"].parent == (out / r["path"]).parent
+    study.recipe.tasks["sums"].evaluate = ["gsm8k"]
+    assert study.evaluation(search.Run("sums", 2, "AdamW", 0.02, 0, "test"), out, None)["tasks"] == ["gsm8k"]
+    assert study.evaluation(search.Run("sums", 2, "AdamW", 0.02, 0, "test", 1), out, None)["tasks"] == []
+
+
+def test_budgets_need_a_function_that_takes_steps(recipe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "without_steps.py").write_text(
+        "def f(data, validation, optimizer, optimizer_args, lr, rank, seed, out): 0"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = RECIPE.replace("title:", 'function: "without_steps:f"\nbudgets: [1]\ntitle:')
+    text = text.replace("{steps: 2, batch_size: 2, max_length: 32, eval_every: 1}", "{}")
+    assert run("compare", recipe(text), "--dry-run") == 2
+    assert "budgets: function without_steps:f takes no steps" in capsys.readouterr().err
+    assert run("compare", recipe(text.replace("budgets: [1]", "notes: x")), "--dry-run") == 0
+
+
+def test_a_finished_study_has_the_measures_of_its_report(recipe, tmp_path, fake_train):
+    """Figures that others may want to plot; while runs are missing there are none."""
+    out = tmp_path / "study"
+    fake_train.interrupt_at = 4
+    assert run("compare", recipe(), "--out", out) == 130
+    assert "measures" not in json.loads((out / "study.json").read_text())
+    assert run("compare", recipe(RECIPE.replace("ranks", "budgets: [1]\nranks")), "--out", out) == 0
+    adamw, ours = sorted(json.loads((out / "study.json").read_text())["measures"], key=lambda m: m["optimizer"])
+    assert (adamw["optimizer"], adamw["task"], adamw["rank"]) == ("AdamW", "sums", 2)
+    assert adamw["steps_to_adamw"] is None  # this loss was measured at the ends alone
+    assert adamw["loss"]["mean"] == pytest.approx(0.0005)
+    assert adamw["budget_to_adamw"] == 1
+    assert set(adamw["loss_by_budget"]) == {"1"}
+    assert adamw["good_rates"]["best"] == 0.02
+    assert 0.01 < adamw["good_rates"]["low"] < 0.02 < adamw["good_rates"]["high"] < 0.04
+    assert ours["good_rates"] is None  # of one rate alone
+
+
+def test_adamw_is_clipped_at_one_and_we_by_ourselves(recipe, tmp_path, monkeypatch):
+    """As every trainer does it, and as docs/study.md says."""
+    from transformers import Trainer
+
+    norms, original = {}, Trainer.training_step
+
+    def step(self, *args, **kwargs):
+        norms[type(self.optimizer.optimizer).__name__] = self.args.max_grad_norm
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    small = {"lr: [0.01, 0.02, 0.04]": "lr: [0.01]", "[0, 1]": "[0]"}
+    assert run("compare", recipe(**small), "--out", tmp_path / "study") == 0
+    assert norms == {"AdamW": 1.0, "LoRARite": 0.0}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"title:": "titel:"}, "titel"),
-        ({"steps: 2": "stepps: 2"}, "stepps"),
-        ({"steps: 2": "steps: many"}, "steps"),
+        ({"title:": "titel:"}, "recipe.yaml: no key titel, did you mean title?"),
+        ({"title: A small study": ""}, "recipe.yaml: title is missing"),
+        ({"ranks: [2]": "budgets: [0]\nranks: [2]"}, "budgets: each once, none below 1"),
+        ({"ranks: [2]": "budgets: [5, 5]\nranks: [2]"}, "budgets: each once, none below 1"),
+        ({"ranks: [2]": "budgets: [5]\nranks: [2]", "adamw,": "muon,"}, "budgets: no optimizer is adamw"),
+        ({"steps: 2": "stepps: 2"}, "train.stepps: lora-rite train has no such option, did you mean steps?"),
+        ({"steps: 2": "steps: many"}, "train.steps must be a whole number, got many"),
+        ({"{data: DATA}": "{data: DATA, train: {steps: many}}"}, "tasks.sums.train.steps must be a whole number"),
+        ({"{data: DATA}": "{data: DATA, limit: {test: x}}"}, "tasks.sums.limit must be a whole number, got x"),
+        ({"lr: [0.02]": "lr: [x]"}, "optimizers.LoRA-RITE.lr must be a number, got x"),
+        ({", lr: [0.02]": ""}, "optimizers.LoRA-RITE.lr is missing"),
+        ({"ranks: [2]": "ranks: 2"}, "ranks must be a list, got 2"),
         ({"steps: 2": "steps: 2, seed: 3"}, "train.seed: the study decides it"),
         ({"{data: DATA}": "{}"}, "tasks.sums: give either task or data"),
         ({"{data: DATA}": "{data: DATA, limit: {tset: 3}}"}, "tasks.sums.limit.tset"),
@@ -558,11 +668,11 @@ def test_a_recipe_of_a_stranger(recipe, change, message, tmp_path, capsys):
         ({"{data: DATA}": "null"}, "tasks.sums: expected a mapping, with some of task, data, "),
         ({"  sums: {data: DATA}": "  '{sums: {class_path: hostile.C}}'"}, "tasks: expected lines of “NAME: {task, "),
         ({"lr: [0.02]": "init_args: {}"}, "optimizers.LoRA-RITE.init_args: there are optimizer, lr, optimizer_args"),
-        ({"steps: 2": "steps: {class_path: hostile.C}"}, 'Parser key "steps"'),
-        ({"steps: 2": 'steps: \'{"class_path": "hostile.C"}\''}, 'Parser key "steps"'),
+        ({"steps: 2": "steps: {class_path: hostile.C}"}, "train.steps must be a whole number, got"),
+        ({"steps: 2": 'steps: \'{"class_path": "hostile.C"}\''}, "train.steps must be a whole number, got"),
         (
             {"{data: DATA}": "{data: DATA, limit: 3}"},
-            'recipe.yaml: Parser key "tasks": Parser key "limit"',
+            "recipe.yaml: tasks.sums.limit must be a mapping, got 3",
         ),
         ({"lr: [0.02]": "lr: [0.02], optimizer_args: {damping: {class_path: hostile.C}}"}, ""),
     ],

@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+import public_paths
+import pytest
+
 import lora_rite
 
 
@@ -48,3 +51,25 @@ def test_public_names():
     for name in lora_rite.__all__:
         assert getattr(lora_rite, name) is not None
         assert name in dir(lora_rite)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("path", public_paths.PATHS)
+def test_a_path_that_users_name_leads_to_what_it_names(path):
+    """Also where the module has moved: recipes, pickles and users' code of before go on to work."""
+    if (needs := public_paths.PATHS[path]) is not None:
+        pytest.importorskip(needs)
+    value = public_paths.found(path)
+    if hasattr(value, "__name__"):
+        assert value.__name__ == path.rpartition(":")[2].rpartition(".")[2]
+
+
+def test_every_public_name_is_among_those_paths():
+    assert {f"lora_rite:{name}" for name in lora_rite.__all__} <= set(public_paths.PATHS)
+    pytest.importorskip("optax")
+    names = {f"lora_rite.optax:{name}" for name in lora_rite.optax.__all__}
+    assert names - {"lora_rite.optax:FactorState"} <= set(public_paths.PATHS)
+
+
+def test_an_optimizer_that_was_pickled_before_its_class_moved_goes_on():
+    public_paths.check_pickle()

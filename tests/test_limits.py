@@ -343,7 +343,7 @@ def test_an_adapter_as_a_model(also, folders, refused, data, capsys):
     assert "it is an adapter (adapter_config.json), not a model: give its base model" in line
     assert str(folders / "model") in line
     assert "--adapter" in line
-    assert "merge_and_unload" in line
+    assert "lora-rite merge" in line
     assert main(["eval", "--tasks", str(data), "--model", str(folders / "adapter")]) == 2
     assert "it is an adapter" in capsys.readouterr().err
 

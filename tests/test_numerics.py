@@ -52,7 +52,7 @@ def equal(one, other):
     return one == other
 
 
-def test_first_step_from_zero():
+def test_first_step_from_zero(engine):
     """B1: A stays bitwise, B moves, no warning; then A moves."""
     params, optimizer = start(zero_b=True, pairs=1)
     a, b = params[0]
@@ -64,7 +64,7 @@ def test_first_step_from_zero():
     assert not torch.equal(a, before)
 
 
-def test_dead_pair_is_a_finite_no_op():
+def test_dead_pair_is_a_finite_no_op(engine):
     """B2: counted in the report."""
     a, b = torch.nn.Parameter(torch.zeros(2, 5)), torch.nn.Parameter(torch.zeros(4, 2))
     optimizer = LoRARite([a, b], lr=0.1)
@@ -77,7 +77,7 @@ def test_dead_pair_is_a_finite_no_op():
 
 
 @pytest.mark.parametrize("missing", [(0, 0), (0, 1), None], ids=["A", "B", "pair"])
-def test_missing_gradients(missing):
+def test_missing_gradients(missing, engine):
     """B3: the pair is passed over, and the others move as without it."""
     params, optimizer = start(pairs=3)
     alone, alone_optimizer = start(pairs=3)
@@ -129,7 +129,7 @@ def test_zero_gradients():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("position", [0, 3, 5], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("steps", [0, 5])
-def test_non_finite_gradient_skips_the_whole_step(bad, position, steps):
+def test_non_finite_gradient_skips_the_whole_step(bad, position, steps, engine):
     """B5: parameters, state and step counters bitwise as they were, one warning with the name, and it goes on as if
     the step had never been."""
     params, optimizer = start(pairs=3)
@@ -193,7 +193,7 @@ def test_non_finite_parameter_is_an_error(bad, steps):
 
 
 @pytest.mark.parametrize("scale", [1e12, 1e-8, 1e-12])
-def test_the_step_does_not_depend_on_the_scale_of_the_gradient(scale):
+def test_the_step_does_not_depend_on_the_scale_of_the_gradient(scale, engine):
     """B7: with relative_eps, and eps itself below the gradient's scale."""
     gradients = gradients_of_w(10, 7, 9)
     options = {"lr": 1e-2, "clip_unmagnified_grad": 0.0, "eps": 1e-24}
@@ -204,7 +204,7 @@ def test_the_step_does_not_depend_on_the_scale_of_the_gradient(scale):
 
 @pytest.mark.parametrize("scale", [1.0, 1e-8], ids=["O(1)", "small"])
 @pytest.mark.parametrize("zero_b", [False, True], ids=["dense", "zero_b"])
-def test_rows_of_rounding_noise_are_not_equilibrated_to_full_size(zero_b, scale):
+def test_rows_of_rounding_noise_are_not_equilibrated_to_full_size(zero_b, scale, engine):
     """Inputs that are zero but for rounding: what that rounding was is not seen in W, whatever the gradient's scale."""
     gradients = scale * gradients_of_w(10, 30, 40)
     noise = [1e-11 * scale * gradients_of_w(10, 30, 20, seed=seed) for seed in (1, 2)]
@@ -240,7 +240,7 @@ def test_extreme_gradients_are_finite_or_counted(scale, options):
 
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("r", [8, 64])
-def test_low_rank_gradients_move_both_factors_as_the_reference(rank, r):
+def test_low_rank_gradients_move_both_factors_as_the_reference(rank, r, engine):
     """B8: rows may repeat, tokens may be few; the update of each factor points where the float64 reference's does."""
     pair = factors(r, 90, 70, condition=3.0, dtype=torch.float32)
     gradients = gradients_of_w(3, 70, 90, rank=rank)
@@ -304,7 +304,7 @@ def test_small_updates_of_bfloat16_do_not_vanish():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stochastic_rounding(dtype):
+def test_stochastic_rounding(dtype, engine):
     """Unbiased, to a neighbour, exact for values that the dtype has; subnormal numbers, zero and infinity included."""
     torch.manual_seed(0)
     x = torch.cat([torch.randn(20), torch.randn(20) * 1e-6, torch.tensor([0.0, 1.0, -2.5, torch.inf, -torch.inf])])
@@ -409,7 +409,7 @@ def test_a_factor_changed_from_outside_starts_anew_with_a_warning():
 
 
 @pytest.mark.parametrize("change", ["scaled", "permuted", "antisymmetric"])
-def test_changes_that_keep_sums_are_noticed(change):
+def test_changes_that_keep_sums_are_noticed(change, engine):
     """The checksum has signs that look random: neither a permutation of rows nor a sum of zero hides a change."""
     params, optimizer = start()
     with torch.no_grad():

@@ -64,7 +64,7 @@ def equal(one, other):
 
 @pytest.mark.parametrize("options", OPTIONS)
 @named_kinds
-def test_equals_the_slow_reference(kind, options):
+def test_equals_the_slow_reference(kind, options, engine):
     """float64, beside an ordinary pair, with which it is clipped: W after 20 steps. The frozen factor stays, bit by
     bit, without a gradient; both pairs count as preconditioned."""
     pairs = [one_sided(kind), [torch.nn.Parameter(x) for x in factors(4, 9, 11, zero_b=True, seed=1)]]
@@ -88,7 +88,7 @@ def test_equals_the_slow_reference(kind, options):
 
 
 @named_kinds
-def test_the_step_does_not_depend_on_the_factorisation(kind):
+def test_the_step_does_not_depend_on_the_factorisation(kind, engine):
     """(BK, K⁻¹A), the frozen factor turned as the other one is: the same W."""
     for dtype, condition, tolerance in ((torch.float64, 1e3, 1e-8), (torch.float32, 10.0, 1e-4)):
         results = []
@@ -118,7 +118,7 @@ def test_the_audit_turns_frozen_factors_and_leaves_the_model_as_it_is():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @named_kinds
-def test_resume_is_bit_exact(kind, dtype, tmp_path):
+def test_resume_is_bit_exact(kind, dtype, tmp_path, engine):
     """The state belongs to the factor that is trained; there is none under the frozen one."""
     pairs = [one_sided(kind, dtype)]
     optimizer = optimizer_of(pairs)
@@ -144,7 +144,7 @@ def test_resume_is_bit_exact(kind, dtype, tmp_path):
     assert frozen.grad is None
 
 
-def test_experts_with_a_frozen_factor_equal_separate_pairs():
+def test_experts_with_a_frozen_factor_equal_separate_pairs(engine):
     """Of three experts in two matrices, A frozen; the last gets no gradient, and stays as it is."""
     experts, steps = [one_sided("dense") for _ in range(3)], 4
     for i, (a, b) in enumerate(experts):

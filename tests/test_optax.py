@@ -163,6 +163,11 @@ PROBLEMS = {  # (r, n, m) and the zero factor of each pair; options; the gradien
     "defaults": ([((4, 9, 7), "B"), ((4, 20, 7), "B"), ((8, 30, 40), None)], {"weight_decay": 0.1}, None),
     "low_rank": ([((8, 50, 40), "B"), ((8, 40, 50), "A")], {}, 2),
     "everything": ([((4, 9, 7), None), ((4, 9, 7), "B")], EVERYTHING, None),
+    "scaled": (
+        [((4, 9, 7), "B"), ((8, 30, 40), None)],
+        {"scaling": 3.0, "weight_decay": 0.1, "eps": 1e-2, "update_skipping": 4.0, "clip_unmagnified_grad": 5.0},
+        None,
+    ),
     "summed": ([((4, 9, 7), None), ((4, 20, 7), "B")], SUMMED, None),
     "wide": ([((16, 12, 20), None), ((16, 12, 20), "B"), ((6, 30, 4), None)], {}, None),
 }

@@ -1,5 +1,6 @@
 """``lora-rite train --optimizer``: every name, and import paths."""
 
+import re
 import sys
 
 import pytest
@@ -53,6 +54,14 @@ def test_every_name_trains_both_factors_and_decays_as_told(name):
             optimizer.step()
         moved = [not torch.equal(p, q) for p, q in zip(start, params, strict=True)]
         assert moved == [bool(weight_decay)] * 2
+
+
+def test_the_help_of_train_has_every_name():
+    pytest.importorskip("jsonargparse")
+    from lora_rite.finetune.train import train
+
+    text = train.__doc__.partition(" optimizer: ")[2].partition(" optimizer_args: ")[0]
+    assert [name for name in PRESETS if not re.search(rf"\b{name}\b", text)] == []
 
 
 def test_published_is_the_authors_step_and_options_go_over_it():

@@ -27,7 +27,7 @@ OF_JAX = {
     "layouts": "a tree of parameters does not say which axis is the rank",
 }
 #: What scale_by_lora_rite does without, which has no learning rate and does not move parameters.
-NOT_SCALED = {"weight_decay", "damping", "balance_param", "maximize"}
+NOT_SCALED = {"weight_decay", "damping", "balance_param", "maximize", "scaling"}
 OUT_OF_RANGE = {
     "a finite number ≥ 0": (-1, float("nan"), float("inf"), "1e-3", True, None),
     "a finite number > 0": (0, -1e-8, float("nan"), float("inf"), "1e-8", True),
@@ -36,6 +36,7 @@ OUT_OF_RANGE = {
         (1.0, 0.9), (0.9, 1.1), (0.9,), (0.9, 0.99, 0.999), (float("nan"), 0.9), 0.9, (0.9, True), "ab", None,
     ),
     "True or False": (1, 0, None, "true"),
+    "None or a finite number > 0": (0, -1.0, float("nan"), float("inf"), "1", True),
 }  # fmt: skip
 
 

@@ -42,14 +42,14 @@ def relative_error(got, expected):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float64_equals_the_authors_code(case):
+def test_float64_equals_the_authors_code(case, engine):
     for (a, b), (a_got, b_got) in zip(*run(case, torch.float64), strict=True):
         assert relative_error(a_got, a) < 1e-10
         assert relative_error(b_got, b) < 1e-10
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float32_is_near_in_w(case):
+def test_float32_is_near_in_w(case, engine):
     tolerance = 1e-2 if case == "ill_conditioned" else 1e-5
     for (a, b), (a_got, b_got) in zip(*run(case, torch.float32), strict=True):
         assert relative_error(b_got @ a_got, b @ a) < tolerance

@@ -32,7 +32,7 @@ CASES = {  # shapes (r, n, m), the zero factor, the condition number; LoRARite's
 
 def options_of(*, row_equilibration=True, row_beta=0.99, clip_unmagnified_grad=1.0, apply_escape=False, **same):
     """Those of simple from those of LoRARite. (``update_skipping`` is in neither where gradients are small.)"""
-    same.pop("update_skipping", None)
+    same = {key: value for key, value in same.items() if key not in ("update_skipping", "scaling")}
     rows = row_beta if row_equilibration else None
     return simple.Options(row_beta=rows, clip=clip_unmagnified_grad, escape=apply_escape, **same)
 
@@ -49,7 +49,7 @@ def start_of(shape, zero, condition):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_lora_rite(case):
+def test_equals_lora_rite(case, engine):
     """20 steps in float64. Where r exceeds a dimension the condition number of a factor, up to 1e3, multiplies rounding
     once more."""
     shape, zero, condition, options = CASES[case]

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from problems import factors, gradients_of_w, set_gradients
 from test_numerics import equal
 
-from lora_rite import LoRARite
+from lora_rite import LoRARite, layer_report
 from lora_rite.optim.optimizer import state_bytes
+from lora_rite.plan.plan import make_plan
 
 OPTIONS = {"lr": 1e-2, "apply_escape": True, "adamw_lr": 1e-2}
 
@@ -55,7 +57,7 @@ def load_into(params, optimizer, weights, state_dict, order="weights first"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shuffled", [False, True], ids=["same_order", "shuffled"])
 @pytest.mark.parametrize("order", ["weights first", "optimizer first"])
-def test_resume_is_bitwise(dtype, shuffled, order, tmp_path):
+def test_resume_is_bitwise(dtype, shuffled, order, tmp_path, engine):
     """C1, C2, C4: saved at step 7, loaded by weights_only into a fresh optimizer (its parameters in another order), 20
     more steps. Loading the optimizer before the weights does not look like a change from outside."""
     params, optimizer = start(dtype)
@@ -305,3 +307,89 @@ def test_steps_of_some_pairs_leave_states_where_they_are(capturable):
     assert _addresses(optimizer) == before
     assert _storages(optimizer) == state_bytes(optimizer)
     assert [int(optimizer.state[a]["step"]) for a, _ in params] == [4, 5, 5, 5, 4, 5, 4, 5]
+
+
+def _arenas(optimizer):
+    """References to the tensors that the states are views of."""
+    tensors = [t for state in optimizer.state.values() for t in state.values() if t._base is not None]
+    return [weakref.ref(t._base) for t in tensors]
+
+
+@pytest.mark.parametrize("how", ["clear", "pop", "offload", "load"])
+def test_states_that_are_removed_are_freed_at_once(how):
+    """Not at the next step: whoever offloads them needs the memory before it."""
+    params, optimizer = start()
+    advance(params, optimizer, 2, seed=1)
+    arenas = _arenas(optimizer)
+    assert arenas
+    assert all(arena() is not None for arena in arenas)
+    saved = copy.deepcopy(optimizer.state_dict())
+    if how == "clear":
+        optimizer.state.clear()
+    elif how == "pop":
+        for p in list(optimizer.state):
+            del optimizer.state[p]
+    elif how == "load":
+        optimizer.load_state_dict(saved)
+    else:
+        for state in optimizer.state.values():
+            state.update({key: value.clone() for key, value in state.items()})
+    assert all(arena() is None for arena in arenas)
+
+
+def test_a_saved_state_dict_has_each_value_once(tmp_path):
+    """Though its tensors are parts of larger ones; of one parameter's state, that holds of clones."""
+    params, optimizer = start()
+    advance(params, optimizer, 2, seed=1)
+    state, path = optimizer.state_dict()["state"], tmp_path / "state.pt"
+    one = {key: value.clone() for key, value in state[0].items()}
+    for saved, least in ((state, state_bytes(optimizer)), (one, sum(t.nbytes for t in one.values()))):
+        torch.save(saved, path)
+        records = torch._C.PyTorchFileReader(str(path))
+        stored = sum(len(records.get_record(name)) for name in records.get_all_records() if name.startswith("data/"))
+        assert stored == least
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "load_state_dict"])
+def test_a_copy_reports_the_last_step_and_a_loaded_state_the_present_lr(how):
+    """When a step is reported, the scheduler has moved on to the lr of the next one."""
+    params, optimizer = start()
+    advance(params, optimizer, 3, seed=1)
+    at_last_lr = optimizer.report()["update_norm"]
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    assert optimizer.report()["update_norm"] == at_last_lr
+    if how == "load_state_dict":
+        optimizer.load_state_dict(optimizer.state_dict())
+        twin = copy.deepcopy(optimizer)
+        advance(params, optimizer, 1, seed=2)
+        assert optimizer.report()["update_norm"] < 0.5 * at_last_lr
+        assert twin.report()["update_norm"] < 0.5 * at_last_lr
+    else:
+        twin = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+        assert twin.report()["update_norm"] == at_last_lr
+
+
+def test_reports_copy_moments_of_a_few_pairs_at_most(monkeypatch):
+    """By the plan of the last step none; without one, those of so many pairs at once; with the same figures."""
+    monkeypatch.setattr("lora_rite.optim.optimizer.PAIRS_AT_ONCE", 2)
+    made = []
+
+    def watched(*args):
+        plan = make_plan(*args)
+        made.append(len(plan.pairs))
+        return plan
+
+    monkeypatch.setattr("lora_rite.optim.optimizer.make_plan", watched)
+    params, optimizer = start()
+    advance(params, optimizer, 2, seed=1)
+    made.clear()
+    expected, layers = optimizer.report(), layer_report(optimizer)
+    assert made == []
+    twin = copy.deepcopy(optimizer)
+    got = twin.report()
+    assert made == [2, 1]
+    assert got["update_norm"] == pytest.approx(expected["update_norm"], rel=1e-6)
+    assert got["dead_pairs"] == expected["dead_pairs"]
+    assert layer_report(twin) == layers
+    assert made == [2, 1] * 2

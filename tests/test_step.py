@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from engines import use
 from problems import factors, gradients_of_w, random_matrix, regauged, relative, set_gradients, train, w
 from reference import Reference
 
 from lora_rite import PUBLISHED, LoRARite
-from lora_rite.plan.plan import Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore:update_skipping has dropped")
 
@@ -40,15 +40,9 @@ def problem(zero_b, steps=50, pairs=3):
     return start, [gradients_of_w(steps, m, n, seed=i) for i, (_, n, m) in enumerate(shapes)]
 
 
-@pytest.fixture(params=[0, 10**6], ids=["as_they_lie", "stacked"])
-def both_ways(request, monkeypatch):
-    """Of multiplying factors on a CPU, whatever their size."""
-    monkeypatch.setattr(LoRARite, "_limits", Limits(direct_elements=request.param))
-
-
 @pytest.mark.parametrize("zero_b", [False, True], ids=["dense", "zero_b"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_equals_the_slow_reference_over_50_steps(options, zero_b, both_ways):
+def test_equals_the_slow_reference_over_50_steps(options, zero_b, engine):
     """1e-9, not 1e-12: the reference restarts from a fresh SVD at each step, ours from Gram matrices."""
     start, gradients = problem(zero_b)
     options = {"lr": 0.01, **options}
@@ -74,7 +68,7 @@ INVARIANT = {**{k: v for k, v in OPTIONS.items() if k in ("published", "ours", "
 @pytest.mark.parametrize(
     ("dtype", "condition", "tolerance"), [(torch.float64, 1e4, 1e-9), (torch.float32, 1e2, 1e-4)], ids=["f64", "f32"]
 )
-def test_w_does_not_depend_on_the_factorisation(options, zero_b, dtype, condition, tolerance, both_ways):
+def test_w_does_not_depend_on_the_factorisation(options, zero_b, dtype, condition, tolerance, engine):
     """(B, A) and (B·K, K⁻¹·A) give the same W after 30 steps with full-rank gradients.
 
     (B11 of the list of tortures: with momentum, escape, clip, skip, weight decay.)"""
@@ -86,7 +80,7 @@ def test_w_does_not_depend_on_the_factorisation(options, zero_b, dtype, conditio
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12, 1e20])
-def test_w_does_not_depend_on_the_scale_of_the_factors(scale, both_ways):
+def test_w_does_not_depend_on_the_scale_of_the_factors(scale, engine):
     """(The square of the last overflows in float32.)"""
     gradients = [gradients_of_w(20, 20, 30)]
     plain = factors(4, 30, 20, condition=3.0, dtype=torch.float32)
@@ -97,7 +91,7 @@ def test_w_does_not_depend_on_the_scale_of_the_factors(scale, both_ways):
 
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.float32, 1e-2)], ids=["f64", "f32"])
-def test_low_rank_gradients_from_zero_are_bounded_and_invariant(rank, dtype, tolerance, both_ways):
+def test_low_rank_gradients_from_zero_are_bounded_and_invariant(rank, dtype, tolerance, engine):
     """Inverting rounding noise blows up here (test below): r = 8, gradients of rank 1 or 2, B = 0 at start."""
     r, n, m, lr, steps = 8, 50, 40, 1e-2, 30
     gradients = [gradients_of_w(steps, m, n, rank=rank, seed=1)]
@@ -111,7 +105,7 @@ def test_low_rank_gradients_from_zero_are_bounded_and_invariant(rank, dtype, tol
 
 @pytest.mark.parametrize("zero_b", [False, True], ids=["dense", "zero_b"])
 @pytest.mark.parametrize(("r", "n", "m"), [(16, 12, 20), (16, 20, 12), (6, 4, 30), (8, 30, 2), (8, 1, 30), (8, 30, 1)])
-def test_ranks_above_a_dimension_equal_the_slow_reference(r, n, m, zero_b):
+def test_ranks_above_a_dimension_equal_the_slow_reference(r, n, m, zero_b, engine):
     """Heads, routers and value functions of a few outputs: the factor has null directions, into which it moves."""
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -127,7 +121,7 @@ def test_ranks_above_a_dimension_equal_the_slow_reference(r, n, m, zero_b):
         assert (w(params[0]) - w((a, b)) - expected).norm() < tolerance * expected.norm()
 
 
-def test_rounding_noise_is_not_taken_for_a_direction():
+def test_rounding_noise_is_not_taken_for_a_direction(engine):
     """From B = 0 with gradients of rank 2, directions of B are rounding noise; whoever inverts them (the authors' code:
     ‖W‖ 2.4e10 after 30 steps in float64; the reference that cuts at the last digit) blows up. Ours cuts them, even with
     the published settings."""
@@ -197,7 +191,7 @@ def test_learns_where_the_published_step_diverges(seed):
         assert least_squares(seed, mover_of_ours(dtype, **PUBLISHED))[1] == pytest.approx(cut, rel=0.2)
 
 
-def test_warm_up_from_lr_zero_with_b_zero():
+def test_warm_up_from_lr_zero_with_b_zero(engine):
     """σ = 0 and δ = 0 together must give 0, in float32 too (issue: B = 0 in the first step of a warm-up)."""
     for dtype in (torch.float32, torch.float64):
         start = factors(4, 20, 15, zero_b=True, dtype=dtype)
@@ -216,13 +210,13 @@ def test_warm_up_from_lr_zero_with_b_zero():
 
 
 @pytest.mark.parametrize("elements", [1, 200, 10**6], ids=["one_by_one", "chunks", "one_batch"])
-def test_batched_equals_one_by_one(elements, monkeypatch):
+def test_batched_equals_one_by_one(elements, engine, monkeypatch):
     """B24: mixed ranks and many pairs; the order of the pairs does not matter either."""
     shapes = [(4, 9, 7)] * 5 + [(8, 9, 12)] * 3 + [(1, 5, 6)] + [(4, 9, 7)] * 2
     start = [factors(*shape, condition=4.0, zero_b=i % 3 == 0, seed=i) for i, shape in enumerate(shapes)]
     gradients = [gradients_of_w(12, m, n, seed=i) for i, (_, n, m) in enumerate(shapes)]
     expected, _ = train(start, gradients, lr=0.01)
-    monkeypatch.setattr(LoRARite, "_limits", Limits(segment_elements=elements))
+    use(monkeypatch, engine, segment_elements=elements)
     got, _ = train(start[::-1], gradients[::-1], lr=0.01)
     for pair, other in zip(got[::-1], expected, strict=True):
         assert relative(w(pair), w(other)) < 1e-10

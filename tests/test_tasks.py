@@ -45,6 +45,13 @@ def tiny():
 # ------------------------------------------------------------------------------------------------ texts and rows
 
 
+def test_the_help_of_train_and_eval_has_every_name():
+    from lora_rite.finetune.evaluate import evaluate
+
+    for command in (train_module.train, evaluate):
+        assert [name for name in TASKS if name not in command.__doc__] == []
+
+
 @pytest.mark.parametrize("name", LM_EVAL)
 def test_the_text_that_is_learnt_is_the_one_that_lm_eval_asks_for(name, folder):
     """Prompt and right answer as lm_eval 0-shot makes them, and its data set: training and evaluation agree."""

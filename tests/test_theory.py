@@ -132,6 +132,7 @@ SMALL = {
 
 #: On the embedded model: half a minute each.
 SLOW = {
+    "ranks": {"ranks": [2, 8], "steps": 2, "lrs": [5e-3, 1e-2, 2e-2], "adamw_lrs": [5e-3, 1e-2, 2e-2]},
     "factors": {"steps": 4, "every": 2, "rank": 2},
     "few_tokens": {"rank": 2, "steps": 2, "lrs": [1e-2], "expert_steps": 4, "expert_lrs": [1e-2], "expert_seeds": 1},
 }
@@ -237,7 +238,7 @@ def test_unknown_settings(capsys):
     assert main(["theory", "--experiment", "width", "--settings", '{"with": 3}']) == 2
     assert "--settings: width has no 'with'; it has widths, rank" in capsys.readouterr().err
     assert main(["theory", "--experiment", "noise", "--settings", '{"steps": "x"}']) == 2
-    assert "--settings of noise: Parser key \"steps\": Expected a <class 'int'>" in capsys.readouterr().err
+    assert "--settings of noise: steps must be a whole number, got x" in capsys.readouterr().err
     assert main(["theory", "--experiment", "noise", "--settings", '{"steps": 0}']) == 2
     assert "--settings of noise: " in capsys.readouterr().err
 

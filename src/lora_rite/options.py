@@ -29,6 +29,7 @@ def _are_betas(value: Any) -> bool:
 
 _NOT_NEGATIVE, _POSITIVE, _BELOW_ONE = "a finite number ≥ 0", "a finite number > 0", "a number in [0, 1)"
 _BETAS, _SWITCH = "a number in [0, 1) and one in [0, 1]", "True or False"
+_SCALING = "None or a finite number > 0"
 #: What an error says of a range → whether a value is in it.
 RANGES: dict[str, Callable[[Any], bool]] = {
     _NOT_NEGATIVE: lambda value: _is_number(value) and 0 <= value < math.inf,
@@ -36,12 +37,19 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     _BELOW_ONE: lambda value: _is_number(value) and 0 <= value < 1,
     _BETAS: _are_betas,
     _SWITCH: lambda value: isinstance(value, bool),
+    _SCALING: lambda value: value is None or (_is_number(value) and 0 < value < math.inf),
 }
 #: Stands for a number that is not known before the step, as an array's under tracing: it is in all ranges of numbers.
 KNOWN_LATER = 0.5
 
 OPTIONS = {
     "lr": Option(2e-4, _NOT_NEGATIVE, "the learning rate, a"),
+    "scaling": Option(
+        None,
+        _SCALING,
+        "what the model multiplies B·A by (alpha/r; rsLoRA: alpha/√r). lr, clipping and eps are then those of W, lr at "
+        "rank 16: one value suits every alpha and, nearly, every rank. None: they are those of B·A as it is.",
+    ),
     "betas": Option((0.9, 0.999), _BETAS, "decays of the first and the second moment."),
     "eps": Option(1e-6, _POSITIVE, "added to the root of the eigenvalues of V."),
     "weight_decay": Option(0.0, _NOT_NEGATIVE, "decoupled, on both factors."),
@@ -83,7 +91,16 @@ OTHER_NAMES = {"learning_rate": "lr", "epsilon": "eps", "wd": "weight_decay"}
 
 #: Keyword arguments with the settings of the authors' PyTorch code: its step wherever the factors have full rank.
 #: Directions without rank, which that code inverts, are cut (for the deviations see :class:`lora_rite.LoRARite`).
-PUBLISHED = {"damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
+PUBLISHED = {"scaling": None, "damping": 0.0, "row_equilibration": False, "update_skipping": 1.0, "relative_eps": 0.0}
+
+
+#: With ``scaling``, lr is that of this rank; at others, lr·(RANK/r)^EXPONENT.
+RANK, EXPONENT = 16, 0.5
+
+
+def lr_scale(scaling: float | None, rank: int) -> float:
+    """What lr is multiplied by to give that of B·A: (16/r)^½/scaling, or 1 where ``scaling`` is None."""
+    return 1.0 if scaling is None else (RANK / rank) ** EXPONENT / scaling
 
 
 def check(values: Mapping[str, Any], number: Callable[[str, Any], Any] = lambda name, value: value) -> None:

@@ -5,10 +5,8 @@ them), and ratios are taken within a round. Peers that are not installed, or fai
 """
 
 import math
-import platform
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from ..finetune.models import fused_experts
 from ..invariance.problems import Shapes
 from ..optim.optimizer import state_bytes
 from ..plan.pairs import Shape
+from ..run.versions import processor
 from .contenders import BASELINE, WARM_UP, TimedOptimizer, optimizers
 from .shapes import formula, linear_maps, network, shallow
 from .watch import seconds, spread
@@ -188,12 +187,9 @@ def hardware() -> dict[str, Any]:
     """What :func:`lora_rite.run.versions.versions` does not say."""
     from importlib import metadata, util
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     found = util.find_spec("pytorch_optimizer") is not None
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
         "pytorch_optimizer": metadata.version("pytorch_optimizer") if found else None,

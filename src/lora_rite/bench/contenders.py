@@ -1,14 +1,15 @@
-"""The optimizers that are timed: :func:`optimizers` has one line for each."""
+"""The optimizers that are timed: :func:`optimizers` has a line for each, and all of :mod:`lora_rite.rivals`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..finetune.optimizers import PRESETS, create_optimizer
 from ..integrations.peft import create_lora_rite
 from ..invariance.problems import Adapter, Shapes
-from ..rivals import LoRAMuon, PoLoRA, Shampoo
 from .watch import Watch, seconds
 
 BASELINE = "AdamW (fused)"
@@ -29,6 +30,7 @@ def optimizers(adapter: nn.Module, device: str) -> dict[str, Callable[[], torch.
 
         return create_riemannian_optimizer(adapter, torch.optim.AdamW, lr=1e-4)  # type: ignore[arg-type]
 
+    rivals = [name for name, preset in PRESETS.items() if preset.path.startswith("lora_rite.rivals:")]
     cuda = device == "cuda"
     graphs: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "LoRARite (CUDA graph)" if cuda else "LoRARite (capturable)": lambda: create_lora_rite(
@@ -45,9 +47,7 @@ def optimizers(adapter: nn.Module, device: str) -> dict[str, Callable[[], torch.
         "pytorch_optimizer.LoRARite": pytorch_optimizer,
         "peft Riemannian (AdamW)": riemannian,
         "torch Muon": lambda: torch.optim.Muon(params, lr=1e-4),
-        "PoLoRA": lambda: PoLoRA(adapter, lr=1e-4),
-        "LoRA-Muon": lambda: LoRAMuon(adapter, lr=1e-4),
-        "Shampoo": lambda: Shampoo(adapter, lr=1e-4),
+        **{name: partial(create_optimizer, adapter, name, lr=1e-4) for name in rivals},
     }
 
 

@@ -4,17 +4,19 @@ import inspect
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import docstring_parser
-from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, set_parsing_settings
 
 from .. import __version__
 from ..errors import LoRARiteValueError
 from ..finetune.untrusted import CODE, forbid_imports, names_code, read_config
+from ..finetune.wording import did_you_mean
 from ..inputs import resolve
+from .messages import said
 from .registry import Verb
 from .words import item_type, join_lists, with_underscores
 
@@ -63,20 +65,28 @@ class CommandLine:
         return verb
 
     def parse(self, words: Sequence[str]) -> tuple[str, dict[str, Any]]:
-        """The name of the verb, and its options.
+        """The name of the verb, and its options. Without words, or with those of a group alone, it prints the help and
+        exits.
 
         Raises:
             LoRARiteValueError: what is wrong with the words, or with a config file that they name.
         """
+        words = [with_underscores(word) for word in words]
+        name, parser = self._named(words)
+        if " ".join(words) == name and parser._subcommands_action is not None:  # nothing, or a group alone
+            with suppress(SystemExit):
+                self._parse([*words, "--help"])
+            raise SystemExit(2)
         try:
-            arguments = self.parser.parse_args(join_lists([with_underscores(word) for word in words], self.lists))
+            arguments = self._parse(join_lists(words, self.lists))
         except ArgumentError as error:
-            message = " ".join(str(error).split())
-            key = re.search(r'key "(\w+)', message)
-            given = [word.partition("=")[0] for word in words]
-            if key and key[1] in self.places and f"--{key[1]}" not in given:
-                message = f"{self.places[key[1]]}: {message}"
-            raise LoRARiteValueError(f"{message} (see lora-rite VERB --help)") from None
+            options = [key.lstrip("-") for key in parser._option_string_actions if key[:2] == "--" and key[-1] != "+"]
+            positional = [action.dest for action in parser._actions if not action.option_strings]
+            message = said(str(error), words, name, options, positional)
+            key = re.match(r"--(\w+)(?=:| must be )", message)
+            if key and key[1] in self.places and not any(re.match(f"--{key[1]}(=|$)", word) for word in words):
+                message = f"{self.places[key[1]]}: {message.removeprefix('--')}"
+            raise LoRARiteValueError(f"{message} (see lora-rite {name}{' ' * bool(name)}--help)") from None
         verb = arguments.verb
         options = self.parser.instantiate(arguments)[verb].as_dict()
         if "part" in options:
@@ -84,6 +94,25 @@ class CommandLine:
             verb, options = f"{verb} {part}", options[part]
         options.pop("config")
         return verb, options
+
+    def _parse(self, words: list[str]) -> Any:
+        set_parsing_settings(
+            add_print_completion_argument=True
+        )  # here alone: a parser that reads a file must not print
+        try:
+            return self.parser.parse_args(words)
+        finally:
+            set_parsing_settings(add_print_completion_argument=False)
+
+    def _named(self, words: Sequence[str]) -> tuple[str, ArgumentParser]:
+        """The verb or group that words name, and its parser; "" and the whole parser where they name none."""
+        name, parser = "", self.parser
+        for word in words:
+            commands: Any = parser._subcommands_action
+            if commands is None or word not in commands.choices:
+                break
+            name, parser = f"{name} {word}".lstrip(), commands.choices[word]
+        return name, parser
 
 
 def _config_file(places: dict[str, str]) -> type[ActionConfigFile]:
@@ -114,8 +143,7 @@ def _config_file(places: dict[str, str]) -> type[ActionConfigFile]:
 def _check_key(key: str, value: Any, options: dict[str, Any], place: str) -> None:
     """Raises TypeError where a key of a config file is no option, or one that must not come from a file."""
     if key.partition(".")[0] not in options:
-        near = get_close_matches(key, options, 1, 0.5)
-        raise TypeError(f"{place}: no option {key}{f', did you mean {near[0]}?' if near else ''}")
+        raise TypeError(f"{place}: no option {key}{did_you_mean(key, options)}")
     on = value not in (False, None)  # --print_config writes them where they are off
     if on and key in ("config", "debug", "trust_remote_code"):
         raise TypeError(f"{place}: --{key} can be given on the command line only")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import benches, verbs
+from . import after, benches, verbs
 
 
 class Verb(NamedTuple):
@@ -26,6 +26,10 @@ VERBS = {
     "demo": Verb(verbs.demo),
     "train": Verb(verbs.train, "lora_rite.finetune.train:train"),
     "eval": Verb(verbs.evaluate, "lora_rite.finetune.evaluate:evaluate"),
+    "generate": Verb(after.generate, positional=True),
+    "chat": Verb(after.chat, positional=True),
+    "merge": Verb(after.merge, positional=True),
+    "push": Verb(after.push, positional=True),
     "compare": Verb(verbs.compare, "lora_rite.study.compare:compare", positional=True),
     "report": Verb(verbs.report, positional=True),
     "pairs": Verb(verbs.pairs),

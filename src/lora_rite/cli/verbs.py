@@ -46,12 +46,13 @@ def compare(**kwargs: Any) -> None:
 
 
 def report(folder: Path) -> None:
-    """Writes the report of a study: report.html (one file that needs no server), report.md and figures/.
+    """Writes the report of a study, or the loss curve of a run.
 
-    Also of a study that is not finished.
+    Of a study, also of one that is not finished: report.html (one file that needs no server), report.md and figures/.
+    Of a run: loss.png.
 
     Args:
-        folder: folder of the study, the --out of lora-rite compare.
+        folder: folder of the study, the --out of lora-rite compare, or of a run, the --out of lora-rite train.
     """
     from ..study.report import report as run
 
@@ -67,6 +68,8 @@ def pairs(
 ) -> None:
     """Shows which factors LoRARite pairs in a model with an adapter, and what it leaves to AdamW, and why.
 
+    A line for each kind of layer. Of the model its configuration is read alone, no weights.
+
     Args:
         model: hub id, local folder or GGUF file of a language model; "tiny" is the one inside this package.
         adapter: folder of a PEFT adapter; without it, a new LoRA adapter is attached.
@@ -74,11 +77,9 @@ def pairs(
         rank: rank of a new adapter.
         trust_remote_code: allow the model's own code to run.
     """
-    from ..finetune.load import attach_adapter, load_model
-    from ..plan.pairs import find_pairs
+    from ..study.shapes import pairs_of
 
-    network, _ = load_model(model, trust_remote_code=trust_remote_code)
-    print(find_pairs(attach_adapter(network, adapter=adapter, rank=rank, target_modules=target_modules)))
+    print(pairs_of(model, adapter, target_modules, rank, trust_remote_code))
 
 
 def audit_verb(
@@ -137,17 +138,19 @@ def audit_verb(
 
 
 def theory(
-    experiment: Literal["width", "transfer", "regret", "factors", "cost", "damping", "few_tokens", "noise", "ablation"],
+    experiment: Literal[
+        "width", "transfer", "ranks", "regret", "factors", "cost", "damping", "few_tokens", "noise", "ablation"
+    ],
     out: Path | None = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
     """Puts the paper's theorems, the costs and our own additions to the test: figures, a picture and a paragraph each.
 
     width: Theorem 1, the change of the output through A and through B over the width. transfer: the best lr over width
-    and rank. regret: Theorems 3 and 4. factors: how much A and B learn, on the embedded model. cost: operations, time
-    and memory over width and rank. damping: where the published step blows up; few_tokens: the same where it occurs.
-    noise: 20,000 steps of noise. ablation: every part of the step taken out or exchanged. Each takes one to ten minutes
-    on one core.
+    and rank. ranks: one lr for every rank? regret: Theorems 3 and 4. factors: how much A and B learn, on the embedded
+    model. cost: operations, time and memory over width and rank. damping: where the published step blows up;
+    few_tokens: the same where it occurs. noise: 20,000 steps of noise. ablation: every part of the step taken out or
+    exchanged. Each takes one to ten minutes on one core.
 
     Args:
         experiment: which one to run.

@@ -15,6 +15,7 @@ from ..algebra import step as equations
 from ..algebra.basis import NOISE, Basis, orthonormalise, warm_basis
 from ..algebra.linalg import eye_like, finite, gram, row_sums, trace
 from ..algebra.rounding import checksum
+from ..options import lr_scale
 from ..plan.plan import Bucket, constant
 from ..plan.state import ALGEBRA, Numbers
 from .phases import Measured, Moved, Moves, Preconditioned, Start, Verdict
@@ -32,7 +33,7 @@ def begin(bucket: Bucket, workspace: list[Tensor], with_gradients: bool = True) 
     betas = constant(tuple(float(b) for b in (*group["betas"], group["row_beta"])), ALGEBRA, device)
     second_moment, transport, *basis = arena.matrices.to(ALGEBRA).unbind(1)
     return Start(
-        lr=scalar(group["lr"], ALGEBRA, device),
+        lr=scalar(group["lr"], ALGEBRA, device) * lr_scale(group.get("scaling"), bucket.rank),
         decays=equations.bias_corrected_decay(arena.steps.to(ALGEBRA)[:, None, None] + 1, betas[:, None, None, None]),
         second_moment=second_moment,
         transport=transport,
@@ -75,15 +76,20 @@ def measure(bucket: Bucket, start: Start) -> Measured:
     grams, checksums = bucket.shards.total(torch.cat(squares), sums)
     grams = _gram_of_products(bucket, start, grams, d, Tall.gradient_times)
     kept = torch.ones_like(bucket.num_rows, dtype=torch.bool)
-    if limit := bucket.group["update_skipping"]:
+    if limit := bucket.group["update_skipping"] * scaling(bucket):
         kept = ~(trace(grams) / (bucket.num_rows * bucket.rank) > limit**2)
         grams = grams * kept
     return Measured(d, grams, kept, checksums, product)
 
 
-def norm_square(measured: Measured) -> Tensor:
-    """The sum of the squares of all unmagnified gradients, a scalar."""
-    return trace(measured.squares).sum()
+def scaling(bucket: Bucket) -> float:
+    """What the model multiplies B·A by, where the group says so; else 1."""
+    return bucket.group.get("scaling") or 1.0
+
+
+def norm_square(bucket: Bucket, measured: Measured) -> Tensor:
+    """The sum of the squares of all unmagnified gradients with respect to scaling·B·A, a scalar."""
+    return trace(measured.squares).sum() / scaling(bucket) ** 2
 
 
 def _gram_of_products(
@@ -127,7 +133,8 @@ def precondition(bucket: Bucket, start: Start, measured: Measured, norm: Tensor)
     )
     numbers = Numbers.of(start.numbers)
     escaped = start.decays[1] * numbers.escaped_mass.to(ALGEBRA)
-    root = equations.preconditioner(moment, escaped, group["eps"], group["relative_eps"], bucket.iterate)
+    eps = group["eps"] * scaling(bucket)
+    root = equations.preconditioner(moment, escaped, eps, group["relative_eps"], bucket.iterate)
     square = trace(root @ squares @ root)  # ‖S‖², which the equilibration of rows leaves as it is
     last = numbers.moment_norm.to(ALGEBRA)
     sign = -1.0 if group["maximize"] else 1.0
@@ -205,7 +212,8 @@ def _moves(
     zero, beta = start.lr.new_zeros(()), start.decays[0]
     eye = torch.eye(bucket.rank, out=torch.empty_like(zero))
     step = gated(start.lr * measured.unmagnifier.mT, zero)
-    shrink = gated((1 - start.lr * bucket.group["weight_decay"]).expand(2 * bucket.count, 1, 1), zero + 1)
+    decay = scalar(bucket.group["lr"], ALGEBRA, bucket.device) * bucket.group["weight_decay"]
+    shrink = gated((1 - decay).expand(2 * bucket.count, 1, 1), zero + 1)
     row_decay = gated(start.decays[2], zero + 1)
     # NOISE's margin is for float32 and float64: eps of bfloat16 and float16 to that power would be a part of the factor
     # that is no noise.
@@ -332,8 +340,9 @@ def dead(bucket: Bucket) -> list[bool]:
     return zero.reshape(2, -1).all(0).tolist()
 
 
-def update_square(bucket: Bucket, workspace: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """‖δB·A‖² + ‖B·δA‖² of the step that the present first moments make, summed over pairs, a scalar; and S and δ.
+def update_squares(bucket: Bucket, workspace: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """scaling²·‖δB·A‖² or scaling²·‖B·δA‖² of the step that the present first moment of each factor makes, (2p,); and S
+    and δ.
 
     δB·A = −lr·M_B·(T_A·D_B)ᵀ·Q_Aᵀ, and Q_A is orthonormal."""
     start = begin(bucket, workspace, with_gradients=False)
@@ -341,11 +350,11 @@ def update_square(bucket: Bucket, workspace: list[Tensor]) -> tuple[Tensor, tupl
     seen = start.transport.mT @ (bucket.partners(start.basis.coordinates) @ d).mT * start.lr
     norm, cap = Numbers.of(start.numbers).moment_norm, bucket.group["update_capping"]
     seen = equations.capped(seen, norm, bucket.num_rows, cap)
-    total = torch.zeros((), dtype=bucket.dtype, device=bucket.device)
-    for tall, part in zip(start.tall, bucket.by_segment(seen), strict=True):
-        if tall.segment.moves:
-            total += tall.moment_times(part).square_().sum()
-    return bucket.shards.total(total)[0], product
+    squares = [
+        tall.moment_times(part).square_().sum((-2, -1)) if tall.segment.moves else part.new_zeros(len(part))
+        for tall, part in zip(start.tall, bucket.by_segment(seen), strict=True)
+    ]
+    return bucket.shards.total(torch.cat(squares) * scaling(bucket) ** 2)[0], product
 
 
 def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

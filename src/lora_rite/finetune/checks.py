@@ -16,6 +16,8 @@ from .schedules import check_schedule
 
 #: Learning rates to start from where none is given, at the widths of real models (see the README).
 DEFAULT_LR = {"lora-rite": 5e-4, "adamw": 2e-4}
+#: Options of a run on which its outcome does not depend.
+NO_SETTINGS = ("resume", "progress", "allow_changed", "preview", "push_to_hub")
 
 
 def check_options(options: SimpleNamespace) -> dict[str, Any]:
@@ -36,9 +38,7 @@ def check_options(options: SimpleNamespace) -> dict[str, Any]:
         with blame(f"--chat_template {options.chat_template}"):
             read_text(options.chat_template)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    return {
-        key: value for key, value in settings.items() if key not in ("resume", "progress", "allow_changed", "preview")
-    }
+    return {key: value for key, value in settings.items() if key not in NO_SETTINGS}
 
 
 def check_processes() -> None:

@@ -1,12 +1,10 @@
 """Models from GGUF files, which llama.cpp and its kin run: the weights are dequantised as they are read."""
 
-import struct
 import warnings
 from typing import Any
 
 from ..errors import LoRARiteValueError
-from ..inputs import one_line
-from .models import locate
+from .models import locate, reading_gguf
 
 
 def load_gguf(model: str, dtype: Any) -> tuple[Any, Any]:
@@ -28,18 +26,13 @@ def load_gguf(model: str, dtype: Any) -> tuple[Any, Any]:
     unpacked: dict[str, Any] = {}
     if (quantization := getattr(transformers, "GgufConfig", None)) is not None:  # without it, all are dequantised
         unpacked["quantization_config"] = quantization(dequantize=True)
-    try:
+    with reading_gguf():
         tokenizer = AutoTokenizer.from_pretrained(place, **file)
         config = AutoConfig.from_pretrained(place, **file)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         loaded: Any = kind.from_pretrained(
             place, **file, **unpacked, config=config, dtype=dtype, output_loading_info=True
         )
-    except (LookupError, OverflowError, ValueError, struct.error) as error:
-        plain = isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError)
-        if plain and "reshape" not in str(error):  # which numpy says of a file that ends too soon
-            raise
-        raise LoRARiteValueError(f"the file is damaged or not whole ({one_line(error)})") from error
     network, found = loaded
     lacking = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
     if lacking:  # they would be random

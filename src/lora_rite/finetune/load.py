@@ -10,15 +10,16 @@ from .models import fused_experts, locate, refuse_adapter
 from .untrusted import check_adapter
 
 
-def load_model(name: str, *, bf16: bool = False, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_model(name: str, *, bf16: bool = False, dtype: Any = None, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """A language model (encoder–decoder where its config says so) and its tokenizer, from a hub id, a local folder, a
-    GGUF file (whose weights are dequantised, with a warning that says so), or "tiny"."""
+    GGUF file (whose weights are dequantised, with a warning that says so), or "tiny". A ``dtype`` that is given (of
+    torch, or "auto" for the checkpoint's, not for GGUF files) is taken instead of what ``bf16`` says."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = dtype or (torch.bfloat16 if bf16 else torch.float32)
     nowhere = "" if name == "tiny" or Path(name).exists() else " (a hub id: there is no such folder)"
     with blame(f"cannot load --model {name}{nowhere}"):
         place, options = locate(name)

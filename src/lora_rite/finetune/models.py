@@ -1,6 +1,7 @@
 """Models that are known without a network: the one inside this package, and the configurations of the paper's."""
 
 import importlib.util
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
-from ..inputs import blame, parse_json, suffix
+from ..inputs import blame, one_line, parse_json, suffix
 
 #: The folder of the embedded model.
 TINY = Path(__file__).parent / "tiny"
@@ -80,9 +81,29 @@ def configuration(model: str, option: str, trust_remote_code: bool = False) -> A
             kind, sizes = CONFIGS[model]
             return AutoConfig.for_model(kind, **sizes)
         place, options = locate(model)
-        if not options:
-            refuse_adapter(place)
-        return AutoConfig.from_pretrained(place, **options, trust_remote_code=trust_remote_code)
+        if options:
+            with reading_gguf():
+                return AutoConfig.from_pretrained(place, **options, trust_remote_code=trust_remote_code)
+        refuse_adapter(place)
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def reading_gguf() -> Iterator[None]:
+    """Turns what comes of a GGUF file that is not whole into an error that says so.
+
+    Raises:
+        LoRARiteValueError: the file is damaged.
+        ValueError: transformers' own, of an architecture or a tokenizer that it does not read from GGUF files.
+    """
+    try:
+        yield
+    except (LookupError, OverflowError, ValueError, OSError, struct.error) as error:
+        plain = isinstance(error, (ValueError, OSError)) and not isinstance(error, UnicodeDecodeError)
+        # numpy says the one of a file that ends too soon, transformers the other of lengths that cannot be
+        if plain and "reshape" not in str(error) and "not a valid JSON file" not in str(error):
+            raise
+        raise LoRARiteValueError(f"the file is damaged or not whole ({one_line(error)})") from error
 
 
 #: The file that makes a folder one of PEFT.
@@ -100,8 +121,7 @@ def refuse_adapter(model: str) -> None:
     if (folder / ADAPTER_CONFIG).is_file():
         raise LoRARiteValueError(
             f"it is an adapter ({ADAPTER_CONFIG}), not a model: give its base model{_base(folder)} as --model, and the "
-            "folder as --adapter to lora-rite eval, pairs or audit; lora-rite train begins a new adapter, on a model "
-            "that has the old one in it where PEFT's merge_and_unload and save_pretrained have made it"
+            "folder as --adapter to lora-rite eval, pairs or audit, or lora-rite merge makes a model of the two"
         )
     adapter = folder / "adapter"
     if (adapter / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():

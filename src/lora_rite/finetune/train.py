@@ -19,6 +19,7 @@ from .labelled import predict_labelled
 from .load import attach_adapter, load_model
 from .optimizers import check_optimizer
 from .preview import describe_windows, show_examples
+from .publish import check_push, export, next_commands, push
 from .tasks import examples, read_rows, read_task
 from .trainer import add_callbacks, describe_optimizer, held_out_loss, log_entries, make_trainer, seconds
 from .windows import IGNORED, Windows, label_count
@@ -62,12 +63,13 @@ def train(
     skip_bad_lines: bool = False,
     preview: int = 0,
     trust_remote_code: bool = False,
+    push_to_hub: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Fine-tunes a LoRA adapter and writes it, with the figures of the run, into a folder.
 
-    Into OUT go ``adapter/`` (for ``PeftModel.from_pretrained``), ``result.json`` (settings, versions, losses, times),
-    ``settings.json`` and, while the run goes on, ``checkpoints/``.
+    Into OUT go ``adapter/`` (for ``PeftModel.from_pretrained``; with its tokenizer and model card), ``result.json``
+    (settings, versions, losses, times), ``settings.json`` and, while the run goes on, ``checkpoints/``.
 
     Args:
         out: folder for the results; must be new or empty, except with --resume.
@@ -120,9 +122,16 @@ def train(
         preview: print so many windows of the training text as the model sees them, with « » around what carries loss,
             and stop.
         trust_remote_code: allow the model's own code to run.
+        push_to_hub: then upload the adapter to this repository of the hub (a new one is private), as lora-rite push.
         progress: show a progress bar.
     """
-    return _train(SimpleNamespace(**locals()))
+    options = SimpleNamespace(**locals())
+    if push_to_hub is not None:
+        check_push("--push_to_hub", push_to_hub)
+    result = _train(options)
+    if push_to_hub is not None and not preview:
+        print(push(out, push_to_hub))
+    return result
 
 
 def _train(options: SimpleNamespace) -> dict[str, Any]:
@@ -152,10 +161,11 @@ class _Examples(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What a run needs: the Trainer with its network, the windows to train on and those held out, digests of what goes
-    in, and the measurement of the held-out loss."""
+    """What a run needs: the Trainer with its network, the tokenizer, the windows to train on and those held out,
+    digests of what goes in, and the measurement of the held-out loss."""
 
     trainer: Any
+    tokenizer: Any
     train: Windows
     held_out: Windows
     inputs: dict[str, str]
@@ -257,14 +267,14 @@ def _prepare(options: SimpleNamespace, examples: _Examples) -> _Prepared:
     every = options.layers_every
     reporter = LoRARiteCallback(options.out / "layers.jsonl" if every else None, every or 1) if is_lora_rite else None
     add_callbacks(trainer, reporter, options.progress, measure, options.eval_every)
-    return _Prepared(trainer, train, held_out, inputs, measure)
+    return _Prepared(trainer, tokenizer, train, held_out, inputs, measure)
 
 
 def _run(
     options: SimpleNamespace, settings: dict[str, Any], examples: _Examples, prepared: _Prepared
 ) -> dict[str, Any]:
     """Begins or resumes the run, trains, and writes adapter and result, which it returns."""
-    trainer, train, held_out, inputs, measure = prepared
+    trainer, _, train, held_out, inputs, measure = prepared
     network = trainer.model
     if options.save_every:
         checkpoints.check_space(options.out, network)
@@ -302,7 +312,7 @@ def _run(
         "versions": versions(),
     }
     with evaluating(trainer.optimizer):
-        run.finish(lambda folder: network.save_pretrained(str(folder), safe_serialization=True), result)
+        run.finish(lambda folder: export(folder, network, prepared.tokenizer, result), result)
     return result
 
 
@@ -316,7 +326,8 @@ def summary(result: dict[str, Any]) -> str:
         f"perplexity {perplexity['before']:.2f} → {perplexity['after']:.2f} ({loss['tokens']} tokens)\n"
         + spent.format(**took)
         + (f"{cut} examples are longer than --max_length and were cut\n" if cut else "")
-        + f"adapter and result.json in {result['settings']['out']}"
+        + f"adapter and result.json in {result['settings']['out']}\n"
+        + next_commands(result)
     )
 
 

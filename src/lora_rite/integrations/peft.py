@@ -25,7 +25,9 @@ def create_lora_rite(model: nn.Module, lr: float | Tensor = 2e-4, **options: Any
 
     Args:
         model: the model, after ``get_peft_model``.
-        lr: the learning rate of the pairs.
+        lr: the learning rate of the pairs: that of W = W₀ + scaling·B·A, with the scaling (alpha/r; rsLoRA: alpha/√r)
+            of the model's layers, at rank 16; at rank r it counts √(16/r) times. So one lr suits every alpha and,
+            nearly, every rank. ``scaling=None`` makes it that of B·A as it is.
         options: keyword arguments of :class:`LoRARite`; ``adamw_lr`` where other parameters are trainable.
 
     Raises:
@@ -36,7 +38,7 @@ def create_lora_rite(model: nn.Module, lr: float | Tensor = 2e-4, **options: Any
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
         optimizer = create_lora_rite(model, lr=5e-4)
     """
-    groups = param_groups(model)
+    groups = param_groups(model, **{key: options.pop(key) for key in ("scaling",) if key in options})
     if not any(group["kind"] == "lora" for group in groups):
         raise LoRARiteValueError(f"no LoRA pairs: {_found_instead(model)}")
     return LoRARite(groups, lr=lr, **options)

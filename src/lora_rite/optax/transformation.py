@@ -19,7 +19,7 @@ from ..options import check as check_options
 from .algebra import trace
 from .layouts import LAYOUTS, Layout, factors_by_rank
 from .phases import FactorState, gather, zero_state
-from .update import by_factor, is_finite, measure, move, new_state, precondition, rebase
+from .update import by_factor, is_finite, measure, move, new_state, precondition, rebase, scaling
 
 
 class LoRARiteState(NamedTuple):
@@ -100,7 +100,7 @@ def _updated(
     }
     rebased = {rank: rebase(batch, state.count == 0) for rank, batch in batches.items()}
     measured = {rank: measure(batch, rebased[rank], lr) for rank, batch in batches.items()}
-    norm = jnp.sqrt(sum(trace(m.squares).sum() for m in measured.values()))
+    norm = jnp.sqrt(sum(trace(m.squares).sum() / scaling(batches[rank]) ** 2 for rank, m in measured.items()))
     new = {key: list(leaves[key]) for key in ("gradients", "first_moment", "row_moment")}
     finite, factor_states = [], {}
     for rank, batch in batches.items():
@@ -190,12 +190,9 @@ def scale_by_lora_rite(
 
     Args: as those of :func:`lora_rite`.
     """
-    return _transformation(
-        None, layouts, betas=betas, eps=eps, weight_decay=0.0, damping=0.0, row_equilibration=row_equilibration,
-        row_beta=row_beta, relative_eps=relative_eps, clip_unmagnified_grad=clip_unmagnified_grad,
-        update_skipping=update_skipping, update_capping=update_capping, apply_escape=apply_escape, balance_param=False,
-        maximize=False, scaled_later=True,
-    )  # fmt: skip
+    options = locals()
+    absent = {"weight_decay": 0.0, "damping": 0.0, "balance_param": False, "maximize": False, "scaling": None}
+    return _transformation(learning_rate=None, scaled_later=True, **options, **absent)
 
 
 def lora_rite(
@@ -214,6 +211,7 @@ def lora_rite(
     apply_escape: bool = False,
     balance_param: bool = False,
     maximize: bool = False,
+    scaling: float | None = None,
     layouts: Sequence[Layout] = LAYOUTS,
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-RITE, to be used as any optimizer of optax; ``update`` needs ``params``. Put it last in a chain, and no
@@ -253,6 +251,9 @@ def lora_rite(
         apply_escape: add the mass of V that the new basis does not see (ρ of Algorithm 1) to its eigenvalues.
         balance_param: rescale both factors to equal Frobenius norms after each step.
         maximize: ascend instead of descend.
+        scaling: what the model multiplies B·A by (alpha/r; rsLoRA: alpha/√r). lr, clipping and eps are then those of W,
+            lr at rank 16: one value suits every alpha and, nearly, every rank. None: they are those of B·A as it is.
+            Of one value for all pairs; where they differ, ``optax.partition``.
         layouts: where the factors are and which axis is the rank, see :class:`Layout`.
 
     All numbers may be arrays; those of jax (under :func:`optax.inject_hyperparams`, say) change without recompilation.
@@ -261,9 +262,5 @@ def lora_rite(
         LoRARiteValueError, LoRARiteTypeError: hyperparameters out of range; from ``init`` and ``update``, leaves that
             do not form pairs.
     """
-    return _transformation(
-        learning_rate, layouts, betas=betas, eps=eps, weight_decay=weight_decay, damping=damping,
-        row_equilibration=row_equilibration, row_beta=row_beta, relative_eps=relative_eps,
-        clip_unmagnified_grad=clip_unmagnified_grad, update_skipping=update_skipping, update_capping=update_capping,
-        apply_escape=apply_escape, balance_param=balance_param, maximize=maximize, scaled_later=False,
-    )  # fmt: skip
+    options = locals()
+    return _transformation(**options, scaled_later=False)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..options import lr_scale
 from .algebra import (
     bias_corrected_decay,
     damped_inverse,
@@ -31,6 +32,15 @@ from .algebra import (
 )
 from .layouts import Factor
 from .phases import Batch, Conditioned, FactorState, Rebased, Unmagnified, Updated
+
+
+def scaling(batch: Batch) -> Any:
+    """What the model multiplies B·A by, where that is given; else 1."""
+    return 1.0 if batch.options["scaling"] is None else batch.options["scaling"]
+
+
+def _lr_of_product(batch: Batch, lr: Any) -> Any:
+    return lr * lr_scale(batch.options["scaling"], batch.state.basis.shape[-1])
 
 
 def _partners(m: jax.Array) -> jax.Array:
@@ -89,12 +99,13 @@ def _grams(batch: Batch, warm: jax.Array) -> tuple[jax.Array, jax.Array]:
 def measure(batch: Batch, rebased: Rebased, lr: Any) -> Unmagnified:
     """Unmagnified gradients ḡ = g·D."""
     damping, skipping = batch.options["damping"], batch.options["update_skipping"]
+    skipping = skipping if is_exactly(skipping, 0) else skipping * scaling(batch)
     num_rows, basis = batch.num_rows, rebased.basis
     unmagnifier = _partners(basis.basis)
     if not is_exactly(damping, 0):
         t, half = basis.coordinates, num_rows.shape[0] // 2
         damps_a = rebased.damped[:half]
-        delta = damping * lr * jnp.sqrt(jnp.where(damps_a, num_rows[:half], num_rows[half:]))
+        delta = damping * _lr_of_product(batch, lr) * jnp.sqrt(jnp.where(damps_a, num_rows[:half], num_rows[half:]))
         y, x = jnp.where(damps_a, t[:half], t[half:]), jnp.where(damps_a, t[half:], t[:half])
         damped = jnp.tile(times(x.mT, damped_inverse(times(y, x.mT), delta)), (2, 1, 1))
         unmagnifier = jnp.where(_partners(rebased.damped) & (damping > 0), damped, unmagnifier)
@@ -123,7 +134,7 @@ def precondition(batch: Batch, rebased: Rebased, measured: Unmagnified, norm: ja
     escaped_mass = decays[1] * rebased.escaped_mass
     w, u = eigh(second_moment)
     root = jnp.sqrt(jnp.maximum(w, 0) + escaped_mass[..., 0])
-    inverse_root = 1 / (root + options["eps"] + options["relative_eps"] * root[..., -1:])
+    inverse_root = 1 / (root + options["eps"] * scaling(batch) + options["relative_eps"] * root[..., -1:])
     whitener = times(u * inverse_root[..., None, :], u.mT)
     sign = -1.0 if options["maximize"] else 1.0
     preconditioner = times(measured.unmagnifier, whitener) * (measured.kept * scale * sign)
@@ -138,7 +149,7 @@ def move(
     options, x = batch.options, batch.x
     decay, _, row_decay = conditioned.decays
     lr = jnp.where(conditioned.moving, lr, 0)
-    step = lr * measured.unmagnifier.mT
+    step = _lr_of_product(batch, lr) * measured.unmagnifier.mT
 
     def momentum(g: jax.Array, m: jax.Array, rows: jax.Array, preconditioner: jax.Array, transport: jax.Array,
                  rest: jax.Array, row_decay: jax.Array) -> tuple[jax.Array, jax.Array]:  # fmt: skip

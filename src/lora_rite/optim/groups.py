@@ -1,6 +1,8 @@
 """Parameter groups: what ``add_param_group`` makes of what it is given, and what is wrong with that."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate, chain
 from typing import Any
 
@@ -151,3 +153,17 @@ def group_at(groups: list[Group], position: int) -> Group:
     """The group of the parameter at a position among those of all groups."""
     ends = accumulate(len(group["params"]) for group in groups)
     return next(group for group, end in zip(groups, ends, strict=True) if position < end)
+
+
+@contextmanager
+def at_lrs(groups: list[Group], lrs: list[float | Tensor]) -> Iterator[None]:
+    """Within, the groups have these learning rates: those of the last step, when that is reported and the scheduler has
+    moved on. Groups that were added since then keep theirs."""
+    present = [group["lr"] for group in groups]
+    for group, lr in zip(groups, lrs, strict=False):
+        group["lr"] = lr
+    try:
+        yield
+    finally:
+        for group, lr in zip(groups, present, strict=True):
+            group["lr"] = lr

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, warn
@@ -52,6 +53,11 @@ class Guard:
                 f"{names_by_position(groups)[found[0]]} and its partner: one has a gradient and the other none, so "
                 f"neither is moved ({len(found)} such pairs; this is said once)"
             )
+
+
+def joined_flags(flags: list[Tensor]) -> Tensor:
+    """Flags of several devices in one tensor, on that of the first."""
+    return torch.cat([flag.to(flags[0].device) for flag in flags] or [torch.ones(0, dtype=torch.bool)])
 
 
 def read_flags(pairs: list[FactorPair], flags: Tensor) -> tuple[list[bool], list[FactorPair]]:

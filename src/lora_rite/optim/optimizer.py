@@ -1,7 +1,6 @@
 """``LoRARite``: its groups, and the order in which a step is checked, planned, measured, decided and made."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -10,17 +9,21 @@ from torch import Tensor
 from ..errors import LoRARiteTypeError, LoRARiteValueError, warn
 from ..execute import eager
 from ..execute.phases import Measured, Preconditioned, Start
-from ..plan.plan import Bucket, Limits, Marks, Plan, make_plan
+from ..options import OPTIONS
+from ..plan.plan import Bucket, Limits, Plan, make_plan
 from ..plan.state import new_state
 from .adamw import adamw_step, check_gradients, finite_gradients
-from .groups import check_hyperparameters, check_settings, group_at, new_groups
-from .guard import Guard, complain, count_skipped, read_flags, warn_of_change
+from .groups import at_lrs, check_hyperparameters, check_settings, group_at, new_groups
+from .guard import Guard, complain, count_skipped, joined_flags, read_flags, warn_of_change
 from .load import match_state, put_states
 from .precision import full_precision
 from .selection import alike, have_gradients, with_state
 from .statistics import MAX_DROPPED_IN_A_ROW, Statistics, report, state_bytes
 
 __all__ = ["LoRARite", "state_bytes"]
+
+#: Of so many pairs at once the moments are copied for a report, where no plan of them all is kept.
+PAIRS_AT_ONCE = 64
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -76,6 +79,9 @@ class LoRARite(torch.optim.Optimizer):
             non-finite gradient, or with a factor that was changed from outside, is skipped on the device, and
             ``report()`` says so. Take a first step before the capture, and give ``lr`` as a tensor if it is to change.
             Not with ``apply_escape``. One value for all groups.
+        scaling: what the model multiplies B·A by (alpha/r; rsLoRA: alpha/√r). lr, clipping and eps are then those of W,
+            lr at rank 16: one value suits every alpha and, nearly, every rank. None: they are those of B·A as it is.
+            :func:`lora_rite.create_lora_rite` and :func:`lora_rite.param_groups` read it off the model's layers.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: for the trainable parameters that are not factors (they
             become ``lr``, ``betas``, … of a group of kind "adamw", so that schedulers act on it too). Without
             ``adamw_lr`` such parameters are an error: LoRA-RITE's learning rate does not suit them.
@@ -129,18 +135,14 @@ class LoRARite(torch.optim.Optimizer):
         balance_param: bool = False,
         maximize: bool = False,
         capturable: bool = False,
+        scaling: float | None = None,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
     ):
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "damping": damping,
-            "row_equilibration": row_equilibration, "row_beta": row_beta, "relative_eps": relative_eps,
-            "clip_unmagnified_grad": clip_unmagnified_grad, "update_skipping": update_skipping,
-            "update_capping": update_capping, "apply_escape": apply_escape, "balance_param": balance_param,
-            "maximize": maximize, "capturable": capturable, "skipped": 0,
-        }  # fmt: skip
+        arguments = locals()
+        defaults = {**{name: arguments[name] for name in OPTIONS}, "skipped": 0}
         check_hyperparameters(defaults)
         self._adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
         if isinstance(params, torch.nn.Module):
@@ -154,9 +156,11 @@ class LoRARite(torch.optim.Optimizer):
             raise LoRARiteValueError(f"no LoRA pairs among the trainable parameters; {_ATTACH}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        last_lr = state.get("_last_lr", [])  # of a copy; load_state_dict gives none
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {"lr": None})
         self._begin()
+        self._last_lr = last_lr
 
     def _begin(self) -> None:
         """What is counted and said since this optimizer was made or loaded."""
@@ -166,7 +170,8 @@ class LoRARite(torch.optim.Optimizer):
         self._last_lr: list[float | Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_adamw": self._adamw}
+        self._count_skipped_on_device()
+        return {**super().__getstate__(), "_adamw": self._adamw, "_last_lr": self._last_lr}
 
     # ------------------------------------------------------------------------------------------------- construction
 
@@ -210,8 +215,9 @@ class LoRARite(torch.optim.Optimizer):
                 offset += len(group["params"])
             if not plan.installed:
                 plan.write_back(self.state)
-            elif plan.marks is None:  # not before AdamW has made its states
-                plan.marks, self._plan = Marks(self.param_groups, self.state), plan
+            elif plan is not self._plan and plan is not self._empty_plan:
+                plan.keep(self.param_groups, self.state)  # Kept earlier, it would lack the states that AdamW makes.
+                self._plan = plan
             lrs = (group["lr"] for group in self.param_groups)  # a tensor is changed in place by schedulers
             self._last_lr = [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
         return loss
@@ -224,38 +230,32 @@ class LoRARite(torch.optim.Optimizer):
 
     def _current_plan(self) -> Plan:
         """The plan of the last step where it still holds, else a new one, which is kept once a step is made by it."""
-        for plan in (self._plan, self._empty_plan):
-            if plan is not None and plan.marks.hold(self.param_groups, self.state):  # type: ignore[union-attr]
-                return plan
-        plan = self._plan
-        if plan is not None and not plan.marks.hold(self.param_groups, self.state, gradients=False):  # type: ignore[union-attr]
-            self._plan = None  # else this step alone is of other pairs
+        plan, empty = self._plan, self._empty_plan
+        if plan is not None and not plan.holds(self.param_groups, self.state):
+            plan = self._plan = None
+        if plan is not None and plan.gradients_hold():
+            return plan
+        if empty is not None and empty.gradients_hold() and empty.holds(self.param_groups, self.state):
+            return empty
         plan = make_plan(alike(self.param_groups, self.state, have_gradients), self.state, self._limits)
         self._guard.look_for_one_sided_pairs(self.param_groups)
         if not plan.buckets:
-            plan.marks, self._empty_plan = Marks(self.param_groups, self.state), plan
+            plan.keep(self.param_groups, self.state)
+            self._empty_plan = plan
         return plan
 
-    def _plan_of_states(self) -> Plan:
-        """The plan of the last step where it is about all pairs that have a state, else one that is not kept."""
+    def _plans_of_states(self) -> Iterator[Plan]:
+        """The plan of the last step where it is about all pairs that have a state, else plans of a few pairs each: a
+        new plan copies the moments of its pairs."""
         stepped = list(alike(self.param_groups, self.state, lambda a, b: with_state(a, b, self.state)))
-        plan, positions = self._plan, sorted(pair.position for _, pairs in stepped for pair in pairs)
-        holds = plan is not None and plan.marks.hold(self.param_groups, self.state, gradients=False)  # type: ignore[union-attr]
-        if plan is not None and holds and sorted(pair.position for pair in plan.pairs) == positions:
-            return plan
-        return make_plan(stepped, self.state, self._limits)
-
-    @contextmanager
-    def _at_last_lr(self) -> Iterator[None]:
-        """Within, each group has the lr of the last step: when that is reported, the scheduler has moved on."""
-        present = [group["lr"] for group in self.param_groups]
-        for group, lr in zip(self.param_groups, self._last_lr, strict=False):  # (groups may have been added)
-            group["lr"] = lr
-        try:
-            yield
-        finally:
-            for group, lr in zip(self.param_groups, present, strict=True):
-                group["lr"] = lr
+        positions, plan = {pair.position for _, pairs in stepped for pair in pairs}, self._plan
+        holds = plan is not None and plan.holds(self.param_groups, self.state)
+        if plan is not None and holds and {pair.position for pair in plan.pairs} == positions:
+            yield plan
+            return
+        for group, pairs in stepped:
+            for k in range(0, len(pairs), PAIRS_AT_ONCE):
+                yield make_plan([(group, pairs[k : k + PAIRS_AT_ONCE])], self.state, self._limits)
 
     def _measure(
         self, plan: Plan
@@ -265,7 +265,7 @@ class LoRARite(torch.optim.Optimizer):
         buckets = plan.buckets
         starts = [eager.begin(bucket, memory) for bucket, memory in zip(buckets, plan.workspaces(), strict=True)]
         measured = [eager.measure(bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
-        squares = [eager.norm_square(m) for m in measured]
+        squares = [eager.norm_square(*of_bucket) for of_bucket in zip(buckets, measured, strict=True)]
         norm = sum((s.to(squares[0].device) for s in squares[1:]), squares[0]).sqrt() if buckets else torch.zeros(())
         so_far = list(zip(buckets, starts, measured, strict=True))
         preconditioned = [eager.precondition(*phases, norm) for phases in so_far]
@@ -273,7 +273,7 @@ class LoRARite(torch.optim.Optimizer):
         verdicts = [eager.decide(*phases) for phases in work]
         others = [finite_gradients(group) for group in self.param_groups if group["kind"] == "adamw"]
         finite = [v.finite for v in verdicts] + others
-        flags = joined(finite + [v.unchanged for v in verdicts])
+        flags = joined_flags(finite + [v.unchanged for v in verdicts])
         ok = flags.all()
         if self.param_groups[0]["capturable"]:
             self._statistics.add(buckets, measured, norm, ok)
@@ -316,12 +316,13 @@ class LoRARite(torch.optim.Optimizer):
         ``damped_share``            share of singular directions of B·A with σ < δ in the last step
         ``sigma_over_delta``        median of σ/δ over pairs and directions in the last step (None without damping)
         ``update_norm``             Frobenius norm, to first order, of the change of W = B·A that the present first
-                                    moments make in one step at the lr of the last one
+                                    moments make in one step at the lr of the last one; after ``load_state_dict``,
+                                    at the present lr until a step is made
         ==========================  ==========================================================================
         """
         self._settle()
-        with full_precision(self.param_groups), self._at_last_lr():
-            return report(self, self._plan_of_states(), self._statistics)
+        with full_precision(self.param_groups), at_lrs(self.param_groups, self._last_lr):
+            return report(self, self._plans_of_states(), self._statistics)
 
     def _settle(self) -> None:
         """With ``capturable``: takes over what the device has counted, and says what a step would have said."""
@@ -344,11 +345,17 @@ class LoRARite(torch.optim.Optimizer):
     # ----------------------------------------------------------------------------------------------------- state dict
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; tensors, numbers and strings alone."""
+        """As torch's; tensors, numbers and strings alone. The tensors are the optimizer's own, as torch's are, and most
+        are parts of larger ones: ``torch.save`` of the whole stores each once, but of one parameter's state alone, all
+        that lies beside it, unless its tensors are cloned."""
+        self._count_skipped_on_device()
+        return super().state_dict()
+
+    def _count_skipped_on_device(self) -> None:
+        """With ``capturable``: adds the steps to ``skipped`` that the device has skipped since that was last asked."""
         if self._statistics.flags is not None:
             count_skipped(self.param_groups, int(self._statistics.counts[3]))
             self._statistics.counts[3] = 0
-        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of LoRARite. State comes in the dtype of the arithmetic, float32 or for float64 factors
@@ -370,7 +377,3 @@ class LoRARite(torch.optim.Optimizer):
         finally:
             hook.remove()
         put_states(self.state, self.param_groups, matched)
-
-
-def joined(flags: list[Tensor]) -> Tensor:
-    return torch.cat([flag.to(flags[0].device) for flag in flags] or [torch.ones(0, dtype=torch.bool)])

@@ -3,16 +3,16 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..execute import eager
-from ..plan.layout import rank_of
 from ..plan.names import plain_names
-from ..plan.plan import make_plan
+from ..plan.plan import Bucket
 from ..plan.state import ALGEBRA, MATRICES
 from .checks import names_by_position
+from .groups import at_lrs
 from .optimizer import LoRARite
 from .precision import full_precision
-from .selection import alike, with_state
 
 
 @torch.no_grad()
@@ -33,25 +33,30 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
     ``docs/tuning.md``. Takes a few r×r decompositions a pair and synchronises with the device: for logging, not for
     every step.
     """
-    groups, states, rows = optimizer.param_groups, optimizer.state, []
-    names = plain_names(names_by_position(groups))
-    with full_precision(groups), optimizer._at_last_lr():
-        for group, pairs in alike(groups, states, lambda a, b: with_state(a, b, states)):
-            for pair in pairs:
-                plan = make_plan([(group, [pair])], states, optimizer._limits)
-                (bucket,), (workspace,) = plan.buckets, plan.workspaces()
-                square, product = eager.update_square(bucket, workspace)
-                t = bucket.arena.matrices[:, MATRICES.index("coordinates")].to(ALGEBRA).cpu()
-                sigma = torch.linalg.svdvals(t[bucket.count :] @ t[: bucket.count].mT)
-                delta = product[1][..., 0].cpu() if product is not None else torch.zeros(())
-                rows.append(
-                    {
+    names = plain_names(names_by_position(optimizer.param_groups))
+    rows: dict[int, dict[str, Any]] = {}
+    with full_precision(optimizer.param_groups), at_lrs(optimizer.param_groups, optimizer._last_lr):
+        for plan in optimizer._plans_of_states():
+            for bucket, workspace in zip(plan.buckets, plan.workspaces(), strict=True):
+                of_bucket = zip(bucket.pairs, *_figures(bucket, workspace), strict=True)
+                for pair, square, sigma, delta in of_bucket:
+                    rows[pair.position] = {
                         "name": names[pair.position],
-                        "rank": rank_of(group, pair.a),
+                        "rank": bucket.rank,
                         "damped_share": float((sigma < delta).double().mean()),
                         "sigma_over_delta": float((sigma / delta).median()) if delta.any() else None,
                         "update_norm": float(square) ** 0.5,
                         "product_norm": float(sigma.square().sum().sqrt()),
                     }
-                )
-    return rows
+    return [rows[position] for position in sorted(rows)]
+
+
+def _figures(bucket: Bucket, workspace: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each pair of parameters, on the CPU: the square of its update's norm (k,), the singular values of its products
+    B·A (k, blocks, r), and δ (k, blocks, 1), 0 without damping."""
+    squares, product = eager.update_squares(bucket, workspace)
+    t = bucket.arena.matrices[:, MATRICES.index("coordinates")].to(ALGEBRA).cpu()
+    sigma = torch.linalg.svdvals(t[bucket.count :] @ t[: bucket.count].mT)
+    delta = torch.zeros(bucket.count, 1, dtype=ALGEBRA) if product is None else product[1][..., 0].cpu()
+    by_pair = lambda x: x.unflatten(0, (len(bucket.pairs), -1))
+    return squares.view(2, len(bucket.pairs), -1).sum((0, 2)).cpu(), by_pair(sigma), by_pair(delta)

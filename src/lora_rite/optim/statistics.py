@@ -1,6 +1,7 @@
 """What the optimizer reports."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -73,8 +74,8 @@ class Statistics:
         }
 
 
-def report(optimizer: torch.optim.Optimizer, plan: Plan, statistics: Statistics) -> dict[str, Any]:
-    """What ``LoRARite.report()`` returns. ``plan`` is about all pairs that have a state."""
+def report(optimizer: torch.optim.Optimizer, plans: Iterable[Plan], statistics: Statistics) -> dict[str, Any]:
+    """What ``LoRARite.report()`` returns. ``plans`` are about all pairs that have a state."""
     groups = optimizer.param_groups
     lora = [group for group in groups if group["kind"] == "lora"]
     ranks = [
@@ -84,8 +85,11 @@ def report(optimizer: torch.optim.Optimizer, plan: Plan, statistics: Statistics)
         for _ in range(group.get("blocks", 1))
     ]
     states = [state for state in optimizer.state.values() if "matrices" in state]
-    of_buckets = zip(plan.buckets, plan.workspaces(), strict=True)
-    squares = [eager.update_square(bucket, workspace)[0] for bucket, workspace in of_buckets]
+    square, dead_pairs = 0.0, 0
+    for plan in plans:
+        for bucket, workspace in zip(plan.buckets, plan.workspaces(), strict=True):
+            square += float(eager.update_squares(bucket, workspace)[0].sum())
+            dead_pairs += sum(eager.dead(bucket))
     return {
         "pairs": len(ranks),
         "ranks": {rank: ranks.count(rank) for rank in sorted(set(ranks))},
@@ -93,8 +97,8 @@ def report(optimizer: torch.optim.Optimizer, plan: Plan, statistics: Statistics)
         "state_bytes": state_bytes(optimizer),
         "steps": max((int(state["step"].max()) for state in states), default=0),
         "skipped": groups[0]["skipped"],
-        "dead_pairs": sum(int(dead) for bucket in plan.buckets for dead in eager.dead(bucket)),
-        "update_norm": sum(map(float, squares)) ** 0.5,
+        "dead_pairs": dead_pairs,
+        "update_norm": square**0.5,
         **statistics.summary(),
     }
 

@@ -15,7 +15,7 @@ from ..errors import LoRARiteTypeError, LoRARiteValueError, warn
 from .checks import check_pair
 from .factors import BETWEEN_NAMES, is_a, is_parametrized, layer_of, partner_of, why_not
 from .names import plain_names
-from .stacked import EXPERTS, base_weights, layout_by_shapes, stacked_layers
+from .stacked import EXPERTS, base_weights, layer_scalings, layout_by_shapes, stacked_layers
 
 
 class Shape(NamedTuple):
@@ -55,7 +55,8 @@ class Shape(NamedTuple):
 class Pair:
     """One product B·A: A is (r, n) and B is (m, r), or convolutions (r, n, …) and (m, r, 1, …). Or several, ``blocks``:
     A is (blocks·r, n, …), and B (blocks·m, r, …) (groups), or, where ``columns`` says so, (m, r·blocks): "interleaved"
-    (experts) or "side by side" (a block-diagonal A). One factor may be frozen."""
+    (experts) or "side by side" (a block-diagonal A). One factor may be frozen. ``scaling`` is what the layer multiplies
+    B·A by, of layers as PEFT has them; None where it is not known."""
 
     a_name: str
     b_name: str
@@ -63,6 +64,7 @@ class Pair:
     b: Tensor
     blocks: int = 1
     columns: str = ""
+    scaling: float | None = None
 
     @property
     def rank(self) -> int:
@@ -133,6 +135,7 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
     """
     named = list(model.named_parameters()) if isinstance(model, nn.Module) else _check_named(model)
     stacked = stacked_layers(model) if isinstance(model, nn.Module) else {}
+    scalings = layer_scalings(model) if isinstance(model, nn.Module) else {}
     given = dict(zip(plain_names([name for name, _ in named]), (name for name, _ in named), strict=True))
     named = list(zip(given, (p for _, p in named), strict=True))
     everything = dict(named)
@@ -172,7 +175,7 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
                     f"rank {a.shape[0]}: the layer's weights are not among the parameters. Pass the model "
                     "(create_lora_rite(model), param_groups(model)), or all of model.named_parameters()"
                 )
-        pair = Pair(given[a_name], given[b_name], a, b, *(layout or (1, "")))
+        pair = Pair(given[a_name], given[b_name], a, b, *(layout or (1, "")), scalings.get(given[a_name]))
         check_pair(a, b, pair.a_name, pair.b_name, pair.blocks, pair.columns)
         pairing.pairs.append(pair)
     paired = {name for names in partners.items() for name in names}
@@ -183,18 +186,24 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
 
 def param_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: Any) -> list[dict[str, Any]]:
     """Groups for ``LoRARite``: of kind "lora", one with named pairs and the ``options`` (lr, betas, …), and one more
-    for each number of pairs that parameters hold together (experts, groups of a convolution); of kind "adamw", one
-    where other parameters are trainable (the optimizer gives it its ``adamw_…`` settings).
+    for each further scaling (PEFT's ``alpha_pattern``, ``rank_pattern``) and number of pairs that parameters hold
+    together (experts, groups of a convolution); of kind "adamw", one where other parameters are trainable (the
+    optimizer gives it its ``adamw_…`` settings).
+
+    ``scaling`` of a group is what the layers of a model multiply B·A by, so that lr is that of W. ``scaling=None``
+    makes it that of B·A, which it is too where ``named_parameters()`` are given, which do not tell.
 
     To give pairs different settings, call it with the ``named_parameters()`` of one part of the model at a time.
     """
     pairing = find_pairs(model)
     groups: list[dict[str, Any]] = []
-    for layout in sorted({(p.blocks, p.columns) for p in pairing.pairs}):
-        alike = [p for p in pairing.pairs if (p.blocks, p.columns) == layout]
+    kind = lambda p: (p.blocks, p.columns, None if "scaling" in options else p.scaling)
+    for blocks, columns, scaling in sorted({kind(p) for p in pairing.pairs}, key=str):
+        alike = [p for p in pairing.pairs if kind(p) == (blocks, columns, scaling)]
         named = [named for p in alike for named in ((p.a_name, p.a), (p.b_name, p.b))]
-        several = {"blocks": layout[0], "columns": layout[1]} if layout[0] > 1 else {}
-        groups.append({"params": named, "kind": "lora", **several, **options})
+        several = {"blocks": blocks, "columns": columns} if blocks > 1 else {}
+        known = {"scaling": scaling} if scaling is not None else {}
+        groups.append({"params": named, "kind": "lora", **several, **known, **options})
     if pairing.left_out:
         groups.append({"params": [(o.name, o.parameter) for o in pairing.left_out], "kind": "adamw"})
     return groups

@@ -2,18 +2,18 @@
 gradients or states change in kind, and kept while they do not; nothing is computed here.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
-from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layout import LAYOUT_KEYS, Layout, layouts, rank_of
-from .sharding import Shards, is_sharded, local
+from .layout import Layout, layouts, rank_of
+from .marks import Marks
+from .sharding import Shards, local
 from .state import (
     ALGEBRA,
     FROZEN_KEYS,
@@ -142,13 +142,13 @@ class Bucket:
 class Plan:
     """``buckets``, and the states of their parameters as views of the buckets' tensors (``views``), which
     :meth:`install` puts in place. ``fresh``: parameters whose states begin here; while the plan is not installed, the
-    optimizer's own states are as they were."""
+    optimizer's own states are as they were. ``marks``: what a plan that is kept rests on."""
 
     buckets: list[Bucket]
     views: dict[Tensor, State]
     fresh: set[Tensor]
-    marks: "Marks | None" = None
-    installed: bool = field(default=False)
+    marks: Marks | None = None
+    installed: bool = False
 
     @property
     def pairs(self) -> list[FactorPair]:
@@ -165,8 +165,27 @@ class Plan:
         for p, state in states.items():
             if p not in self.views:
                 state.update({key: of_its_own(t) for key, t in state.items() if isinstance(t, Tensor)})
-        self.fresh.clear()
-        self.installed = True
+        self.views, self.fresh, self.installed = {}, set(), True
+
+    def keep(self, groups: list[dict[str, Any]], states: dict[Tensor, State]) -> None:
+        """Marks what the plan rests on, so that it can serve further steps. It is given up as soon as a tensor of the
+        states is gone (``optimizer.state.clear()``, an offload), as the arenas would stay in memory for nothing."""
+        kept = weakref.ref(self)
+
+        def give_up(tensor: Any) -> None:
+            plan = kept()
+            if plan is not None:
+                plan.marks, plan.buckets = None, []
+
+        self.marks = Marks(groups, states, give_up)
+
+    def holds(self, groups: list[dict[str, Any]], states: dict[Tensor, State]) -> bool:
+        """Whether what the plan rests on, gradients left aside, is as it was when the plan was kept."""
+        return self.marks is not None and self.marks.hold(groups, states)
+
+    def gradients_hold(self) -> bool:
+        """Whether the same parameters have gradients, of the same dtypes and layouts, as when the plan was kept."""
+        return self.marks is not None and self.marks.gradients_hold()
 
     def write_back(self, states: dict[Tensor, State]) -> None:
         """Copies the views into the states."""
@@ -185,68 +204,6 @@ class Plan:
             for kind, of_kind in sizes.items()
         }
         return [memory[bucket.device, bucket.dtype] for bucket in self.buckets]
-
-
-#: What of a parameter, and of a gradient, decides how it is stepped.
-_PROPERTIES = (*map(attrgetter, ("requires_grad", "dtype", "shape", "device")), Tensor.is_contiguous)
-_OF_GRADIENTS = attrgetter("dtype"), attrgetter("layout")
-
-
-class Marks:
-    """What a plan rests on, to be compared with what there is now: a plan whose marks differ is stale."""
-
-    def __init__(self, groups: list[dict[str, Any]], states: dict[Tensor, State]):
-        self.groups = list(groups)
-        self.params = [list(group["params"]) for group in groups]
-        self.options = [_options(group) for group in groups]
-        self.kinds = self._kinds()
-        self.gradients = self._gradients()
-        self.see_states(states)
-
-    def _kinds(self) -> list[list[Any]]:
-        """What decides how parameters are stepped, a list a property: no object is made for each parameter."""
-        return [list(map(read, chain.from_iterable(self.params))) for read in _PROPERTIES]
-
-    def _gradients(self) -> list[list[Any]]:
-        """Dtypes and layouts of the gradients."""
-        gradients = [p.grad for p in chain.from_iterable(self.params)]
-        return [[g if g is None else read(g) for g in gradients] for read in _OF_GRADIENTS]
-
-    def see_states(self, states: dict[Tensor, State]) -> None:
-        """Takes the states as they are for what the plan rests on."""
-        self.owners, self.dicts = list(states), list(states.values())
-        self.tensors = list(_tensors(self.dicts))
-        self.plain = [t for t in self.tensors if isinstance(t, Tensor) and not is_sharded(t)]
-        self.addresses = list(map(Tensor.data_ptr, self.plain))
-
-    def hold(self, groups: list[dict[str, Any]], states: dict[Tensor, State], gradients: bool = True) -> bool:
-        """Whether groups, parameters, gradients (unless they do not matter) and states are of the same kind and in the
-        same place as before."""
-        return (
-            _same(groups, self.groups)
-            and all(_same(group["params"], params) for group, params in zip(groups, self.params, strict=True))
-            and [_options(group) for group in groups] == self.options
-            and self._kinds() == self.kinds
-            and (not gradients or self._gradients() == self.gradients)
-            and _same(states, self.owners)
-            and _same(states.values(), self.dicts)
-            and _same(_tensors(self.dicts), self.tensors)
-            and list(map(Tensor.data_ptr, self.plain)) == self.addresses
-        )
-
-
-def _same(now: Iterable[Any], before: Sequence[Any]) -> bool:
-    """Whether the objects are the same ones, in the same order."""
-    now = list(now)
-    return len(now) == len(before) and all(map(is_, now, before))
-
-
-def _tensors(states: Iterable[State]) -> Iterator[Any]:
-    return chain.from_iterable(map(dict.values, states))
-
-
-def _options(group: dict[str, Any]) -> tuple[Any, ...]:
-    return group["kind"], group["capturable"], *(group.get(key) for key in LAYOUT_KEYS)
 
 
 def make_plan(

@@ -1,5 +1,7 @@
-"""Layers whose parameters hold several pairs: experts, groups of a convolution, block-diagonal factors."""
+"""What layers tell of their pairs: several in one parameter (experts, groups of a convolution, block-diagonal factors),
+and what they multiply B·A by."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -63,3 +65,19 @@ def layout_by_shapes(a: Tensor, b: Tensor, weights: Iterable[Tensor]) -> tuple[i
         elif a.ndim > 2 and w.ndim == a.ndim and w.shape[0] == m and w.shape[2:] == a.shape[2:]:
             found.update([(above, "")] * (above > 0 and m % above == 0 and n in (w.shape[1], w.shape[1] * above)))
     return found.pop() if len(found) == 1 else None
+
+
+def layer_scalings(model: nn.Module) -> dict[str, float]:
+    """By name of A, what a layer of PEFT multiplies its B·A by."""
+    found = {}
+    for name, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        for side, suffix in (("lora_A", ".weight"), ("lora_embedding_A", "")):
+            factors = getattr(module, side, None)
+            if not isinstance(factors, nn.ModuleDict | nn.ParameterDict) or not isinstance(scaling, dict):
+                continue
+            for adapter in factors:
+                value = scaling.get(adapter)
+                if isinstance(value, int | float) and 0 < value < math.inf:
+                    found[f"{name}.{side}.{adapter}{suffix}".removeprefix(".")] = float(value)
+    return found

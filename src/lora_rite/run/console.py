@@ -1,4 +1,4 @@
-"""Tables on the terminal."""
+"""Words and tables on the terminal."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,3 +15,8 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[Any]], le
     for cells in rows:
         made.add_row(*map(str, cells))
     return made
+
+
+def number(count: int, what: str) -> str:
+    """As in "1 pair" and "2 pairs"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

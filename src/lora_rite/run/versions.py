@@ -20,17 +20,27 @@ def versions(*more: str) -> dict[str, Any]:
         **{package: metadata.version(package) for package in packages},
         "machine": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
+def processor() -> str:
+    """The name of the CPU, as Linux knows it; elsewhere what Python says."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def environment(versions: dict[str, Any]) -> dict[str, Any]:
     """What bitwise equality needs to stay the same: versions, this package's code, device, instruction set, threads."""
     import torch
 
-    kept = {key: value for key, value in versions.items() if key not in ("date", "machine", "git_commit")}
+    left_out = ("date", "machine", "processor", "git_commit")
+    kept = {key: value for key, value in versions.items() if key not in left_out}
     code = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parents[1].rglob("*.py"))))
     return {**kept, "code": code.hexdigest(), "cpu": torch.backends.cpu.get_cpu_capability()}
 

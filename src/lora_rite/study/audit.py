@@ -62,6 +62,8 @@ def audit_command(
         raise LoRARiteValueError(f"--{'adapter' if adapter else 'data'} is for a --model; give one")
     if "lr" in (optimizer_args or {}):
         raise LoRARiteValueError("--optimizer_args.lr: give the learning rate by --lr")
+    if rank < 1:
+        raise LoRARiteValueError(f"--rank must be at least 1, got {rank}")
     if out is not None:
         check_folder("--out", out)
     network = loss = None

@@ -2,14 +2,25 @@
 
 import math
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..run.files import read_json
-from .statistics import Difference, difference, mean_interval, plus_minus, step_at
+from .measures import GOOD, Rates, Reached, good_rates
+from .recipe import tuned_adamw
+from .statistics import Difference, curve, difference, mean_interval, plus_minus, smoothed, step_at
 
-#: A learning rate is good where its validation loss exceeds the optimizer's best by no more than this share.
-GOOD = 0.01
+#: Measurements of a held-out loss below which it is no curve: before, after, and one between.
+LEAST_POINTS = 3
+#: By so much of it, the mean of equal losses may be above them: a curve that ends there has reached it.
+ROUNDING = 1e-12
+
+
+def all_cases(study: dict[str, Any], folder: Path) -> list["Case"]:
+    """The cases of a study.json in its folder."""
+    recipe = study["recipe"]
+    return [Case(task, rank, study, folder) for task in recipe["tasks"] for rank in recipe["ranks"]]
 
 
 class Row:
@@ -20,12 +31,13 @@ class Row:
         name: str,
         sweep: dict[str, Any],
         runs: list[dict[str, Any]],
+        budgets: dict[int, dict[int, float]],
         tried_paths: dict[float, list[str]],
         folder: Path,
     ):
         self.name, self.lr, self.grid = name, sweep["best"], sweep["grid"]
         self.validation = dict(sweep["validation_loss"])
-        self.tried_paths = tried_paths
+        self.tried_paths, self.budgets = tried_paths, budgets
         self.paths = {run["seed"]: run["path"] for run in runs}
         self.losses = {run["seed"]: run["loss"] for run in runs}
         self.results = {seed: read_json(folder / p, "settings", "held_out") for seed, p in self.paths.items()}
@@ -58,10 +70,9 @@ class Row:
         return statistics.median(known) if known else math.nan
 
     @property
-    def good(self) -> list[float]:
-        """The learning rates tried whose validation loss is within :data:`GOOD` of the best."""
-        best = min(self.validation.values(), default=math.inf)
-        return [lr for lr, loss in self.validation.items() if loss <= best * (1 + GOOD)]
+    def rates(self) -> Rates | None:
+        """The good learning rates."""
+        return good_rates(self.validation)
 
 
 class Case:
@@ -81,9 +92,22 @@ class Case:
                 if run["split"] == "validation":
                     tried.setdefault(run["lr"], []).append(run["path"])
             own = [run for run in final if run["seed"] in study["recipe"]["seeds"]]
-            self.in_order.append(Row(name, sweep, own, tried, folder))
+            budgets: dict[int, dict[int, float]] = {}
+            for run in own:
+                if run.get("steps"):
+                    budgets.setdefault(run["steps"], {})[run["seed"]] = run["loss"]
+            own = [run for run in own if not run.get("steps")]
+            self.in_order.append(Row(name, sweep, own, budgets, tried, folder))
         self.rows = sorted((row for row in self.in_order if row.losses), key=lambda row: row.mean)
         self.baseline = self.in_order[0]
+        adamw = tuned_adamw({name: c["optimizer"] for name, c in study["recipe"]["optimizers"].items()})
+        self.adamw = next((row for row in self.rows if row.name == adamw), None)
+        finished = [result for row in self.in_order for result in row.finished]
+        self.steps = finished[0]["settings"]["steps"] if finished else None
+        curves = [curve(result) for result in finished]
+        self.curves = bool(curves) and min(map(len, curves)) >= LEAST_POINTS
+        #: Steps between two measurements of the held-out loss, at most.
+        self.resolution = max((b[0] - a[0] for points in curves for a, b in pairwise(points)), default=0)
         self.lead = difference(self.rows[0].losses, self.rows[1].losses) if len(self.rows) > 1 else None
 
     @property
@@ -120,16 +144,60 @@ class Case:
     def against_baseline(self, row: Row) -> Difference:
         return difference(row.losses, self.baseline.losses)
 
-    def steps_to_baseline(self, row: Row) -> float | None:
-        """Mean over seeds of the step at which the row reaches the baseline's final loss of the same seed; None where
-        one of them does not."""
-        steps = [
-            step_at(result, self.baseline.losses[seed])
-            for seed, result in row.results.items()
-            if seed in self.baseline.losses and "diverged" not in result
-        ]
-        known = [step for step in steps if step is not None]
-        return statistics.fmean(known) if known and len(known) == len(row.losses) else None
+    def steps_to_adamw(self, row: Row) -> Reached | None:
+        """The steps after which the smoothed held-out curve of each seed is at AdamW's final loss of that seed; None
+        where there is no AdamW, or the loss was measured at the ends alone."""
+        if self.adamw is None or not self.curves:
+            return None
+        targets = {seed: loss for seed, loss in self.adamw.losses.items() if math.isfinite(loss) and seed in row.losses}
+        curves = {seed: row.results[seed] for seed in targets if "diverged" not in row.results[seed]}
+        points = {seed: smoothed(curve(result)) for seed, result in curves.items()}
+        limits = {seed: loss + ROUNDING * abs(loss) for seed, loss in targets.items()}
+        when = {s: step_at(points[s], limit) if s in points else None for s, limit in limits.items()}
+        return Reached(when) if when else None
+
+    def seconds_to_adamw(self, row: Row) -> Reached | None:
+        """Those steps times the row's median step time; None where that is not known."""
+        steps, time = self.steps_to_adamw(row), row.median("seconds", "step")
+        return None if steps is None or not time > 0 else steps.times(time)
+
+    @property
+    def budgets(self) -> list[int]:
+        """All numbers of steps that runs of the case have."""
+        return sorted({steps for row in self.rows for steps in self.by_budget(row)})
+
+    def by_budget(self, row: Row) -> dict[int, dict[int, float]]:
+        """The row's losses by seed after each number of steps that it was run with, the full one among them, in
+        order."""
+        full = {} if self.steps is None else {self.steps: row.losses}
+        return dict(sorted({**row.budgets, **full}.items()))
+
+    def budget_to_adamw(self, row: Row) -> int | None:
+        """Steps of the shortest run whose mean loss over seeds is no higher than AdamW's full run's; None where
+        none is."""
+        if self.adamw is None:
+            return None
+        mean = lambda losses: statistics.fmean(losses.values()) if losses else math.inf
+        reached = (steps for steps, losses in self.by_budget(row).items() if mean(losses) <= self.adamw.mean)
+        return next(reached, None)
+
+    def measures(self, row: Row) -> dict[str, Any]:
+        """The row's figures for study.json."""
+        steps, seconds, rates = self.steps_to_adamw(row), self.seconds_to_adamw(row), row.rates
+        budgets = {
+            "loss_by_budget": {steps: mean_interval(list(found.values())) for steps, found in row.budgets.items()},
+            "budget_to_adamw": self.budget_to_adamw(row),
+        }
+        return {
+            "task": self.task,
+            "rank": self.rank,
+            "optimizer": row.name,
+            "loss": {"mean": row.mean, "half_width": row.half_width},
+            "steps_to_adamw": None if steps is None else steps.as_json(),
+            "seconds_to_adamw": None if seconds is None else seconds.as_json(),
+            "good_rates": None if rates is None else {**rates._asdict(), "within": GOOD},
+            **(budgets if row.budgets else {}),
+        }
 
     def time_ratio(self, row: Row) -> float:
         """The row's time of a step over the baseline's."""

@@ -12,9 +12,11 @@ from ..finetune.optimizers import create_optimizer
 from ..finetune.tasks import find_task
 from ..inputs import one_line
 from ..plan.pairs import Shape
+from ..run.console import number
 from .data import read_data
 from .recipe import HEADERS, SPLITS
 from .search import Study
+from .shapes import network_of_shapes
 
 
 class Needs(NamedTuple):
@@ -55,20 +57,16 @@ def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
     copy of them.
     """
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from .. import find_pairs
 
-    model = options.get("model", "tiny")
-    config = configuration(model, "train.model", options.get("trust_remote_code", False))
-    build = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    if study.recipe.function is not None:  # which knows what it puts on top
-        build = AutoModel
+    model, trusted = options.get("model", "tiny"), options.get("trust_remote_code", False)
+    config = configuration(model, "train.model", trusted)
+    # a recipe's function knows what it puts on top of the model
+    network = network_of_shapes(config, base=study.recipe.function is not None, trust_remote_code=trusted)
+    parameters = sum(p.numel() for p in network.parameters())
     with torch.device("meta"):
-        network = build.from_config(config)
-        parameters = sum(p.numel() for p in network.parameters())
-        targets = options.get("target_modules", "all-linear")
-        network = attach_adapter(network, rank=rank, target_modules=targets)
+        network = attach_adapter(network, rank=rank, target_modules=options.get("target_modules", "all-linear"))
     pairing = find_pairs(network)
     if pairing.left_out:
         names = ", ".join(f"{left.name} ({left.reason})" for left in pairing.left_out[:3])
@@ -132,21 +130,24 @@ def check(study: Study, data_dir: Any = None) -> str:
         LoRARiteValueError: what is wrong, by its key in the recipe.
     """
     recipe = study.recipe
-    lines = [f"{recipe.title}: {len(recipe.optimizers)} optimizers, {len(recipe.tasks)} tasks, ranks {recipe.ranks}"]
+    optimizers, tasks = number(len(recipe.optimizers), "optimizer"), number(len(recipe.tasks), "task")
+    ranks = f"rank{'s' * (len(recipe.ranks) > 1)} {', '.join(map(str, recipe.ranks))}"
+    lines = [f"{recipe.title}: {optimizers}, {tasks}, {ranks}"]
     for rank in recipe.ranks:
         need = needs(study, rank)
         lines.append(
-            f"rank {rank}: {need.pairs} pairs in {need.model} ({_billions(need.parameters)} parameters); about "
-            f"{_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
+            f"rank {rank}: {number(need.pairs, 'pair')} in {need.model} ({_billions(need.parameters)} parameters); "
+            f"about {_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
             f"{_gib(need.adapter)}, activations roughly {_gib(need.activations)}, optimizer state at most "
             f"{_gib(max(need.state.values()))}"
         )
         lines += [f"  state of {name}: {_gib(size)}" for name, size in need.state.items()]
-    runs, steps = study.planned({}), sum(study.planned({}, task) * n for task, n in study.steps().items())
+    runs, steps = study.planned({}), study.planned_steps()
     grids = [len(c.lr) for c in recipe.optimizers.values()]
     lines.append(
-        f"{runs} runs of {study.steps_text()}, {steps:,} steps in all: {len(study.lines)} optimizers in cases, "
-        f"{statistics.fmean(grids):.1f} learning rates each on the average, {len(recipe.seeds)} seeds at the best"
+        f"{number(runs, 'run')} of {study.steps_text()}, {number(steps, 'step')} in all: "
+        f"{number(len(study.lines), 'optimizer')} in cases, {statistics.fmean(grids):.1f} learning rates each on the "
+        f"average, {number(len(recipe.seeds), 'seed')} at the best"
     )
     for name, task in recipe.tasks.items():
         if task.task not in (None, HEADERS):
@@ -156,7 +157,9 @@ def check(study: Study, data_dir: Any = None) -> str:
                 lines.append(f"{name}: {task.task} {where}; not loaded (--data_dir checks local files)")
                 continue
         found = read_data(task, data_dir)
-        lines.append(f"{name}: " + ", ".join(f"{len(found[part])} examples to {_FOR[part]}" for part in SPLITS))
+        lines.append(
+            f"{name}: " + ", ".join(f"{number(len(found[part]), 'example')} to {_FOR[part]}" for part in SPLITS)
+        )
     return "\n".join(lines)
 
 

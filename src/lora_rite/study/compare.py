@@ -180,6 +180,7 @@ def _run_all(
         shown = bar.add_task("", total=study.planned(losses), completed=len(losses))
         while due := study.due(losses):
             for run in [run for run in due if run not in working.values()][: jobs - len(working)]:
+                print(f"[{len(losses) + len(working) + 1}] {run}: begins", flush=True)
                 work = study.options(run, out), study.evaluation(run, out, data_dir)
                 working[pool.submit(run_one, study.recipe.function, *work)] = run
             done, _ = wait(working, return_when=FIRST_COMPLETED)
@@ -191,8 +192,8 @@ def _run_all(
                 left = statistics.fmean(seconds) * (planned - len(losses)) / jobs
                 bar.update(shown, total=planned, completed=len(losses), description=f"about {duration(left)} left")
                 print(
-                    f"[{len(losses)}/{planned}] {run.task}, rank {run.rank}, {run.optimizer}, lr {run.lr:g}, seed "
-                    f"{run.seed}: {run.split} loss {losses[run]:.4f} ({took:.0f} s; about {duration(left)} left)",
+                    f"[{len(losses)}/{planned}] {run}: {run.split} loss {losses[run]:.4f} "
+                    f"({took:.0f} s; about {duration(left)} left)",
                     flush=True,
                 )
                 write_study(study, out, data, losses)

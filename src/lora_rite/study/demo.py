@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from ..errors import LoRARiteValueError
 from ..finetune.data import Example
 from ..finetune.train import train
-from ..run.console import table
+from ..run.console import number, table
 from ..run.files import write_json
 from ..run.versions import versions
-from .statistics import step_at
+from .statistics import curve, step_at
 
 
 class Entry(NamedTuple):
@@ -99,7 +99,7 @@ def demo(out: Path, *, seeds: int = 2, progress: bool = True, settings: dict[str
         raise LoRARiteValueError(f"--seeds must be at least 1, got {seeds}")
     _clear(out)
     data = write_data(out / "data")
-    print(f"The embedded model (Python) learns {data['text']}: {data['files']['train']} files to train on.")
+    print(f"The embedded model (Python) learns {data['text']}: {number(data['files']['train'], 'file')} to train on.")
     runs: list[dict[str, Any]] = []
     for seed in range(seeds):
         for entry in ENTRIES:
@@ -143,7 +143,7 @@ def _row(entry: Entry, runs: list[dict[str, Any]]) -> dict[str, Any]:
     own = [run for run in runs if run["label"] == entry.label]
     final = [run["held_out"]["after"] for run in own]
     target = min(run["held_out"]["after"] for run in runs if run["label"] == ENTRIES[0].label)
-    steps = [step for run in own if (step := step_at(run, target)) is not None]
+    steps = [step for run in own if (step := step_at(curve(run), target)) is not None]
     return {
         "optimizer": entry.label,
         "lr": entry.lr,
@@ -159,7 +159,7 @@ def _print_table(rows: list[dict[str, Any]], runs: list[dict[str, Any]], out: Pa
     from rich.console import Console
 
     steps, seeds = runs[0]["settings"]["steps"], len(runs) // len(rows)
-    title = f"{steps} steps, {seeds} seeds, before: {runs[0]['held_out']['before']:.3f}"
+    title = f"{number(steps, 'step')}, {number(seeds, 'seed')}, before: {runs[0]['held_out']['before']:.3f}"
     headings = ("optimizer", "lr", "held-out loss", "steps to AdamW's best", "optimizer state", "share of a step")
     cells = [
         (
@@ -198,8 +198,8 @@ def _plot(runs: list[dict[str, Any]], path: Path) -> None:
         steps = [0] + [e["step"] for e in own[0]["held_out_losses"]]
         training = [_smoothed([e["loss"] for e in run["losses"]]) for run in own]
         for axis, x, curves in ((axes[0], steps, held_out), (axes[1], range(1, len(training[0]) + 1), training)):
-            for curve in curves:
-                axis.plot(x, curve, color=color, linewidth=0.7, alpha=0.5)
+            for values in curves:
+                axis.plot(x, values, color=color, linewidth=0.7, alpha=0.5)
             mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
             axis.plot(x, mean, color=color, linewidth=2, label=label)
     for axis, title in zip(axes, ("held-out loss", "training loss (running mean of 10 steps)"), strict=True):

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from ..run.console import table
+from ..run.console import number, table
 from .search import FINALISTS, MAX_EXTENSIONS, Losses, Study
 
 
@@ -16,17 +16,18 @@ def print_plan(study: Study, losses: Losses, out: Path) -> None:
         runs, search = study.runs(line, losses), study.search(line, losses)
         best = search.best
         done = sum(run in losses for run in runs)
-        known = len(runs) + len(study.recipe.seeds) * (best is None)
+        known = len(runs) + study.later(line, losses)
         grid = ", ".join(f"{lr:g}" for lr in search.grid)
         rows.append((*line, grid, "" if best is None else f"{best:g}", done, known - done))
     headings = ("task", "rank", "optimizer", "lr to try", "best lr", "done", "to do")
     title = f"{study.recipe.title}: {study.steps_text()} a run"
     console = Console()
     console.print(table(title, headings, rows, left=("optimizer", "lr to try")))
+    more = number(len(study.recipe.sweep_seeds) - 1, "more seed")
     console.print(
-        f"{study.planned(losses)} runs, {len(losses)} of them finished in {out}; and in each line the best {FINALISTS} "
-        f"rates with {len(study.recipe.sweep_seeds) - 1} more seeds, and up to {MAX_EXTENSIONS} more rates where the "
-        "best lies on the edge of the grid",
+        f"{number(study.planned(losses), 'run')}, {len(losses)} of them finished in {out}; and in each line the best "
+        f"{FINALISTS} rates with {more}, and up to {MAX_EXTENSIONS} more rates where the best lies on the edge of the "
+        "grid",
         highlight=False,
         soft_wrap=True,
     )

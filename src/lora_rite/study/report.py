@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from ..run.console import number
 from ..run.files import read_json
-from .cases import GOOD, Case
-from .plots import figure
-from .statistics import LEAST_SEEDS, plus_minus
+from ..run.settings import RESULT, SETTINGS
+from .cases import all_cases
+from .measures import GOOD
+from .plots import figure, figure_of_ranks, figure_of_run
+from .recipe import tuned_adamw
+from .statistics import LEAST_SEEDS, mean_interval, plus_minus
 
 
 def require_packages() -> None:
@@ -21,24 +25,39 @@ def require_packages() -> None:
 
 def report(folder: Path) -> Path:
     """Writes report.md, report.html (one file, figures inside) and figures/ into the folder of a study, also of one
-    that is not finished. Returns the path of the page.
+    that is not finished; into that of a single run, its loss curve, loss.png. Returns the path of what was written.
 
     Args:
-        folder: of the study, as ``lora-rite compare --out`` names it.
+        folder: of the study, as ``lora-rite compare --out`` names it, or of a run of ``lora-rite train``.
 
     Raises:
-        LoRARiteValueError: no study.json there, or it or a result that it names is missing or damaged.
+        LoRARiteValueError: neither is there, or a file of it is missing or damaged.
     """
     path = folder / "study.json"
-    if not path.is_file():
-        raise LoRARiteValueError(f"{folder} holds no study (no study.json); lora-rite compare writes it")
+    if path.is_file():
+        return _report_study(folder, read_json(path, "recipe", "data", "runs", "sweeps", "complete", "versions"))
+    if (folder / RESULT).is_file():
+        result = read_json(folder / RESULT, "settings", "held_out")
+        (folder / "loss.png").write_bytes(figure_of_run(result))
+        return folder / "loss.png"
+    if (folder / SETTINGS).is_file():
+        raise LoRARiteValueError(f"the run in {folder} is not finished (no {RESULT}); lora-rite train --resume goes on")
+    raise LoRARiteValueError(
+        f"{folder} holds no study (no study.json, which lora-rite compare writes) and no run (no {RESULT})"
+    )
+
+
+def _report_study(folder: Path, study: dict[str, Any]) -> Path:
     require_packages()
     import jinja2
     from markdown_it import MarkdownIt
 
-    study = read_json(path, "recipe", "data", "runs", "sweeps", "complete", "versions")
-    cases = [Case(t, r, study, folder) for t in study["recipe"]["tasks"] for r in study["recipe"]["ranks"]]
-    figures = {f"figures/{case.slug}.svg": figure(case, cases).encode() for case in cases if case.rows}
+    cases = all_cases(study, folder)
+    by_task = {task: [case for case in cases if case.task == task] for task in study["recipe"]["tasks"]}
+    figures = {f"figures/{case.slug}.svg": figure(case, cases) for case in cases if case.rows}
+    for task, of_ranks in by_task.items():
+        if len(of_ranks) > 1 and any(row.validation for case in of_ranks for row in case.in_order):
+            figures[f"figures/{task}-ranks.svg"] = figure_of_ranks(of_ranks)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lora_rite.study", "."),
         trim_blocks=True,
@@ -46,10 +65,17 @@ def report(folder: Path) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(g=lambda x: f"{x:g}", link=lambda p: p.replace(" ", "%20"))
-    environment.filters.update(plus_minus=plus_minus, known=_known)
+    environment.filters.update(plus_minus=plus_minus, known=_known, number=number)
+    environment.filters.update(
+        reached=lambda found, unit="": "–" if found is None else found.text(unit),
+        over_seeds=lambda losses: plus_minus(*mean_interval(list(losses.values()))),
+    )
     text = environment.get_template("report.md.j2").render(
         study=study,
         cases=cases,
+        by_task=by_task,
+        figures=figures,
+        adamw=tuned_adamw({name: c["optimizer"] for name, c in study["recipe"]["optimizers"].items()}),
         versions=_versions(study, folder),
         good=GOOD,
         least=LEAST_SEEDS,
@@ -58,13 +84,13 @@ def report(folder: Path) -> Path:
     markdown = MarkdownIt("commonmark").enable("table")
 
     def inline(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
-        return figures[tokens[index].attrGet("src").replace("%20", " ")].decode()
+        return figures[tokens[index].attrGet("src").replace("%20", " ")]
 
     markdown.add_render_rule("image", inline)
     page = environment.get_template("report.html.j2").render(title=study["recipe"]["title"], body=markdown.render(text))
     (folder / "figures").mkdir(exist_ok=True)
     for name, content in figures.items():
-        (folder / name).write_bytes(content)
+        (folder / name).write_text(content, encoding="utf-8")
     (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"

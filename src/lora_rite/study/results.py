@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import LoRARiteValueError, warn
 from ..run.files import read_json, write_json
 from ..run.versions import versions
+from .cases import all_cases
 from .search import Losses, Study
 
 
@@ -44,14 +45,15 @@ def warn_of_other_versions(study: Study, out: Path, losses: Losses) -> None:
     """Warns where the finished runs, and those to come, are not all of the same versions."""
     found = [read_json(out / run.folder / "result.json") for run in losses]
     known = [result.get("versions", {}) for result in found] + [versions()] * bool(study.due(losses))
-    keys = set().union(*known) - {"date", "machine", "device", "threads"}
+    keys = set().union(*known) - {"date", "machine", "device", "processor", "threads"}
     if mixed := sorted(key for key in keys if len({str(part[key]) for part in known if key in part}) > 1):
         warn(f"runs of {out} are of different {', '.join(mixed)}, which may be what they differ by; the report has all")
 
 
 def write_study(study: Study, out: Path, data: dict[str, Any], losses: Losses) -> dict[str, Any]:
-    """study.json: the recipe, the data, every run with its loss, and what each sweep chose."""
-    result = {
+    """study.json: the recipe, the data, every run with its loss, what each sweep chose, and, once all runs are done,
+    the report's measures."""
+    result: dict[str, Any] = {
         "recipe": plain(asdict(study.recipe)),
         "data": data,
         "runs": [{**run._asdict(), "loss": loss, "path": f"{run.folder}/result.json"} for run, loss in losses.items()],
@@ -68,5 +70,8 @@ def write_study(study: Study, out: Path, data: dict[str, Any], losses: Losses) -
         "complete": not study.due(losses),
         "versions": versions(),
     }
+    if result["complete"]:
+        cases = all_cases(result, out)
+        result["measures"] = [case.measures(row) for case in cases for row in case.rows]
     write_json(out / "study.json", result)
     return result

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..run.console import number
 from .recipe import Recipe
 
 #: Learning rates tried beyond the recipe's grid where the best lies on its edge.
@@ -14,7 +15,8 @@ FINALISTS = 2
 
 
 class Run(NamedTuple):
-    """One run: trained on the task's training split, judged on ``split``."""
+    """One run: trained on the task's training split, judged on ``split``; with so many ``steps`` where these are one of
+    the recipe's budgets, else with the task's."""
 
     task: str
     rank: int
@@ -22,10 +24,16 @@ class Run(NamedTuple):
     lr: float
     seed: int
     split: str
+    steps: int | None = None
 
     @property
     def folder(self) -> str:
-        return f"runs/{self.task}/r{self.rank}/{self.optimizer}/lr{self.lr:g}-seed{self.seed}-{self.split}"
+        name = f"lr{self.lr:g}-seed{self.seed}-{self.split}" + (f"-{self.steps}steps" if self.steps else "")
+        return f"runs/{self.task}/r{self.rank}/{self.optimizer}/{name}"
+
+    def __str__(self) -> str:
+        steps = f", {number(self.steps, 'step')}" if self.steps else ""
+        return f"{self.task}, rank {self.rank}, {self.optimizer}, lr {self.lr:g}, seed {self.seed}{steps}"
 
 
 class Line(NamedTuple):
@@ -92,17 +100,47 @@ class Study:
         """All runs of a line that are known by now, those that are done first."""
         search, seeds = self.search(line, losses), self.recipe.sweep_seeds
         done = [Run(*line, lr, seed, "validation") for seed in seeds for lr in search.scores]
-        finals = [Run(*line, search.best, seed, "test") for seed in self.recipe.seeds if search.best is not None]
+        finals = []
+        if search.best is not None:
+            lengths = (None, *self.budgets(line.task))
+            finals = [Run(*line, search.best, seed, "test", steps) for steps in lengths for seed in self.recipe.seeds]
         return [run for run in done if run in losses] + search.due + finals
 
     def due(self, losses: Losses) -> list[Run]:
-        return [run for line in self.lines for run in self.runs(line, losses) if run not in losses]
+        """The runs to do, in this order: in each case first those that choose the learning rates, then the final ones
+        seed by seed, then those of the budgets, so that a study that is stopped has as many seeds of each optimizer."""
+        cases, seeds, budgets = [line[:2] for line in self.lines], self.recipe.seeds, [None, *self.recipe.budgets]
+        runs = [run for line in self.lines for run in self.runs(line, losses) if run not in losses]
+
+        def order(run: Run) -> tuple[int, ...]:
+            final = run.split == "test"
+            return cases.index(run[:2]), final, budgets.index(run.steps), final and seeds.index(run.seed)
+
+        return sorted(runs, key=order)
 
     def planned(self, losses: Losses, task: str | None = None) -> int:
         """Number of runs in all, or of a task, as far as they are known: the final ones count before their lr is
         chosen."""
-        finals, lines = len(self.recipe.seeds), [line for line in self.lines if task in (None, line.task)]
-        return sum(len(self.runs(n, losses)) + finals * (self.search(n, losses).best is None) for n in lines)
+        lines = [line for line in self.lines if task in (None, line.task)]
+        return sum(len(self.runs(n, losses)) + self.later(n, losses) for n in lines)
+
+    def later(self, line: Line, losses: Losses) -> int:
+        """The number of a line's final runs while their learning rate is not known, then 0."""
+        if self.search(line, losses).best is not None:
+            return 0
+        return len(self.recipe.seeds) * (1 + len(self.budgets(line.task)))
+
+    def budgets(self, task: str) -> list[int]:
+        """The recipe's budgets that are not the task's own number of steps."""
+        return [steps for steps in self.recipe.budgets if steps != self.steps()[task]]
+
+    def planned_steps(self) -> int:
+        """Optimizer steps of all runs that are known before any of them is done."""
+        seeds, total = len(self.recipe.seeds), 0
+        for task, steps in self.steps().items():
+            budgets, lines = self.budgets(task), sum(line.task == task for line in self.lines)
+            total += self.planned({}, task) * steps + lines * seeds * sum(budget - steps for budget in budgets)
+        return total
 
     def train_options(self, task: str) -> dict[str, Any]:
         """The recipe's options of ``lora-rite train`` for a task: those that all runs share, and its own over them."""
@@ -114,8 +152,8 @@ class Study:
 
     def steps_text(self) -> str:
         """The steps of a run, as in "200 steps" or "210 to 2500 steps"."""
-        steps = self.steps().values()
-        return f"{min(steps)} steps" if len(set(steps)) == 1 else f"{min(steps)} to {max(steps)} steps"
+        steps = {*self.steps().values(), *self.recipe.budgets}
+        return number(min(steps), "step") if len(steps) == 1 else f"{min(steps)} to {max(steps)} steps"
 
     def options(self, run: Run, out: Path) -> dict[str, Any]:
         """The options of ``lora-rite train`` for a run."""
@@ -130,6 +168,7 @@ class Study:
             "rank": run.rank,
             "seed": run.seed,
             "out": out / run.folder,
+            **({"steps": run.steps} if run.steps else {}),
         }
 
     def evaluation(self, run: Run, out: Path, data_dir: Path | None) -> dict[str, Any]:
@@ -137,7 +176,7 @@ class Study:
         options = self.options(run, out)
         shared = ("model", "batch_size", "max_length", "bf16", "trust_remote_code")
         return {
-            "tasks": self.recipe.tasks[run.task].evaluate if run.split == "test" else [],
+            "tasks": self.recipe.tasks[run.task].evaluate if run.split == "test" and not run.steps else [],
             "adapter": out / run.folder / "adapter",
             "data_dir": data_dir,
             "out": out / run.folder / "evaluation",

@@ -52,9 +52,17 @@ def difference(a: dict[int, float], b: dict[int, float]) -> Difference:
     return Difference(mean, half_width, p, len(seeds))
 
 
-def step_at(result: dict[str, Any], loss: float) -> float | None:
-    """The step at which a run's held-out loss first reaches ``loss``, interpolated between two measurements."""
-    points = curve(result)
+def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The non-increasing curve next to these losses over steps, by scipy's isotonic regression (least squares): a rise
+    is taken for noise and averaged with what is before it. It ends no higher than the points do."""
+    from scipy.optimize import isotonic_regression
+
+    fit = isotonic_regression([loss for _, loss in points], increasing=False)
+    return [(step, float(loss)) for (step, _), loss in zip(points, fit.x, strict=True)]
+
+
+def step_at(points: list[tuple[int, float]], loss: float) -> float | None:
+    """The step at which a curve first reaches ``loss``, interpolated between two points; None where it does not."""
     if points[0][1] <= loss:
         return 0.0
     for (step, value), (next_step, next_value) in pairwise(points):

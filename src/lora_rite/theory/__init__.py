@@ -25,6 +25,7 @@ def theory(experiment: str, out: Path | None = None, **settings: Any) -> dict[st
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from ..finetune.wording import in_words
     from ..run.files import prepare_folder, write_json
     from ..run.versions import versions
 
@@ -37,7 +38,7 @@ def theory(experiment: str, out: Path | None = None, **settings: Any) -> dict[st
     try:
         parsed = parser.parse_object(settings)
     except ArgumentError as error:
-        raise LoRARiteValueError(f"--settings of {experiment}: {' '.join(str(error).split())}") from None
+        raise LoRARiteValueError(f"--settings of {experiment}: {in_words(str(error))}") from None
     if out is not None:
         prepare_folder("--out", out)
     with blame(f"--settings of {experiment}") if settings else nullcontext():

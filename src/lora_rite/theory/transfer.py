@@ -34,7 +34,7 @@ def run(
             for rank in ranks:
                 losses = [_mean_loss(make, width, rank, lr, steps, seeds) for lr in lrs]
                 rows.append({"optimizer": name, "width": width, "rank": rank, "losses": losses,
-                             "best_lr": _minimum(lrs, losses), "best_loss": min(losses)})  # fmt: skip
+                             "best_lr": minimum(lrs, losses), "best_loss": min(losses)})  # fmt: skip
     fits = []
     for name in OPTIMIZERS:
         own = [row for row in rows if row["optimizer"] == name]
@@ -65,7 +65,7 @@ def _mean_loss(make: Any, width: int, rank: int, lr: float, steps: int, seeds: i
     return total / seeds if math.isfinite(total) else math.inf
 
 
-def _minimum(lrs: tuple[float, ...], losses: list[float]) -> float:
+def minimum(lrs: tuple[float, ...], losses: list[float]) -> float:
     """The minimum of the parabola in log lr and log loss through the best lr and its neighbours."""
     import numpy as np
 

@@ -1,0 +1,43 @@
+"""Loads what a user has named: a model, and its adapter where there is one."""
+
+from typing import Any
+
+from ..errors import LoRARiteValueError
+from ..inputs import blame
+from .load import attach_adapter, load_model
+from .models import locate
+from .sources import Dtype, Source
+
+
+def load_source(found: Source, dtype: Dtype | None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """The model, without its adapter, in evaluation mode, and the tokenizer, which is the adapter's where that has one.
+
+    Args:
+        found: by :func:`find_source`.
+        dtype: of the weights; None is the checkpoint's own, and float32 for a GGUF file.
+        trust_remote_code: allow the model's own code to run.
+
+    Raises:
+        LoRARiteValueError: a model or tokenizer that cannot be loaded, or that do not fit each other.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    with blame(f"--model {found.model}"):
+        on_gguf = bool(locate(found.model)[1])
+    chosen = getattr(torch, dtype or ("float32" if on_gguf else ""), "auto")
+    try:
+        network, tokenizer = load_model(found.model, dtype=chosen, trust_remote_code=trust_remote_code)
+    except LoRARiteValueError as error:
+        said = str(error).replace("cannot load --model", "cannot load", 1)  # here that option is the adapter's base
+        of = f" (the base model of {found.adapter}; --model gives another one)" if found.adapter else ""
+        raise LoRARiteValueError(said + of) from error
+    if found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file():
+        with blame(f"cannot load the tokenizer in {found.adapter}"):
+            tokenizer = AutoTokenizer.from_pretrained(found.adapter, trust_remote_code=trust_remote_code)
+    return network.eval(), tokenizer
+
+
+def attach(network: Any, found: Source) -> Any:
+    """The model of :func:`load_source` with the adapter, if there is one, in evaluation mode."""
+    return network if found.adapter is None else attach_adapter(network, adapter=found.adapter).eval()
