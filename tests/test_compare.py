@@ -761,7 +761,7 @@ def test_shorter_prompts_travel_with_the_data(tmp_path):
     from lora_rite.finetune.data import Example, read_examples
 
     examples = [Example("long prompt", "a", ("short", "s")), Example("p", "b"), Example("", "text")]
-    lines = [json.dumps(data_module.record(example)) for example in examples]
+    lines = [json.dumps(data_module.as_record(example)) for example in examples]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     assert read_examples(tmp_path / "x.jsonl") == examples
     (tmp_path / "x.jsonl").write_text('{"prompt": "p", "completion": "c", "shorter": "no list"}')
