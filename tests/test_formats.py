@@ -409,3 +409,27 @@ def test_a_study_takes_chats_and_data_sets(files, monkeypatch):
         assert read_examples(files / "data" / "Chats" / f"{part}.jsonl") == examples
     task.data, task.validation = path("own/set:train"), path("lost.jsonl")
     assert missing_files(recipe, files / "other") == [("tasks.Chats.validation", path("lost.jsonl"))]
+
+
+def test_a_study_of_chats_is_checked_with_its_template(files, monkeypatch):
+    """Before its first run; each task with its own."""
+    from lora_rite.study import compare as module
+
+    template = files / "template.jinja"
+    recipe = files / "recipe.yaml"
+    recipe.write_text(
+        "title: Chats\ntrain: {steps: 1, batch_size: 2, target_modules: [q_proj]}\nranks: [1]\nseeds: [0]\n"
+        f"tasks: {{Chats: {{data: {files / 'chats.jsonl'}, train: {{chat_template: {template}}}}}}}\n"
+        "optimizers: {LoRA-RITE: {optimizer: lora-rite, lr: [0.01]}}\n"
+    )
+    reached = []
+    monkeypatch.setattr(module, "_run_all", lambda *args: reached.append(1))
+    monkeypatch.setattr(module, "report", lambda out: out)
+    module.compare(recipe, out=files / "study", progress=False)
+    assert reached
+    recipe.write_text(recipe.read_text().replace(f", train: {{chat_template: {template}}}", ""))
+    with pytest.raises(LoRARiteValueError, match="no chat template for conversations"):
+        module.compare(recipe, out=files / "other", progress=False)
+    recipe.write_text(recipe.read_text().replace("steps: 1", "preview: 1"))
+    with pytest.raises(LoRARiteValueError, match=r"train.preview: the study decides it"):
+        module.compare(recipe, out=files / "other", progress=False)

@@ -25,7 +25,7 @@ HEADERS = "torch-headers"
 SPLITS = ("train", "validation", "test")
 #: Options of a run that the study gives, and those that it decides: a task is among the data that it gives.
 GIVEN = {"data", "validation", "optimizer", "optimizer_args", "lr", "rank", "seed", "out"}
-DECIDED = GIVEN | {"task", "data_dir"}
+DECIDED = GIVEN | {"task", "data_dir", "preview", "push_to_hub"}
 _WORD = re.compile(r"[\w.+][\w.+ -]*")
 
 
