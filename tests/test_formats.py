@@ -263,6 +263,15 @@ def test_of_a_prompt_no_turn_carries_loss():
         assert learnt(row, tok) == ["after<end>\n"]
 
 
+def test_packed_chats_learn_what_single_ones_do():
+    tok = tokenizer(TEMPLATE)
+    chats = [chat(turns("a" * n, "b" * n, "c", "d" * n)) for n in range(1, 6)]
+    single = [text for row in windows(chats, tok, 256).rows for text in learnt(row, tok)]
+    packed = windows(chats, tok, 256, packing=True).rows
+    assert len(packed) < len(chats)
+    assert [text for row in packed for text in learnt(row, tok)] == single
+
+
 def test_a_known_template_is_trained_as_trl_does():
     """Qwen3's writes the last turn otherwise: its turns cannot be told apart without TRL's version."""
     from trl import chat_template_utils
