@@ -63,6 +63,7 @@ def test_train_writes_an_adapter_and_the_figures(optimizer, data, tmp_path, caps
 
 
 @pytest.mark.filterwarnings("default:.*is not used")
+@pytest.mark.filterwarnings("default:.*is finished already")
 def test_a_stopped_run_resumes_bitwise_and_a_finished_one_is_not_run_again(data, tmp_path, capsys, monkeypatch):
     words = ["train", "--data", data, *SMALL[2:], "--steps", 6, "--save_every", 2]
     assert run(*words, "--out", tmp_path / "whole") == 0

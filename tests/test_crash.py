@@ -25,7 +25,7 @@ from transformers import Trainer
 from lora_rite.cli import main
 from lora_rite.errors import CheckpointError, InterruptedRunError
 from lora_rite.finetune import train as train_module
-from lora_rite.finetune.trainer import CLOCK
+from lora_rite.finetune.callbacks import CLOCK
 from lora_rite.run import checkpoints as checkpoint
 from lora_rite.run import failpoints
 from lora_rite.run.files import write_json

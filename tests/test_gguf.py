@@ -114,7 +114,7 @@ def test_weights_and_tokens_are_those_of_the_file(tmp_path):
     assert tokenizer.convert_ids_to_tokens(tokenizer("cabba", add_special_tokens=False)["input_ids"]) == ["cab", "ba"]
     assert not hasattr(network.config, "quantization_config")
     with pytest.warns(UserWarning, match="dequantised to bfloat16"):
-        network, _ = train_module.load_model(str(path), bf16=True)
+        network, _ = train_module.load_model(str(path), dtype="bfloat16")
     assert network.dtype == torch.bfloat16
 
 

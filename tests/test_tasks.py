@@ -16,6 +16,7 @@ from lora_rite.cli import main  # noqa: E402
 from lora_rite.finetune import tasks as module  # noqa: E402
 from lora_rite.finetune import train as train_module  # noqa: E402
 from lora_rite.finetune.data import Example  # noqa: E402
+from lora_rite.finetune.header import summary  # noqa: E402
 from lora_rite.finetune.limits import find_limits  # noqa: E402
 from lora_rite.finetune.tasks import TASKS, examples, find_task, read_rows, read_task, require_rows  # noqa: E402
 from lora_rite.finetune.windows import IGNORED, windows  # noqa: E402
@@ -343,9 +344,9 @@ def test_the_command_line_trains_on_a_task_with_packing(folder, tmp_path, capsys
 def test_what_is_cut_is_counted(folder, tmp_path):
     result = train_module.train(out=tmp_path / "run", task="gsm8k", data_dir=folder, **{**OPTIONS, "max_length": 40})
     assert result["examples"]["cut"]["train"] > 0
-    assert "longer than --max_length and were cut" in train_module.summary(result)
+    assert "longer than --max_length and were cut" in summary(result)
     result["seconds"] = dict.fromkeys(result["seconds"])
-    assert "of training" not in train_module.summary(result)
+    assert "of training" not in summary(result)
 
 
 def test_an_encoder_decoder_model_learns(mt5, folder, tmp_path):

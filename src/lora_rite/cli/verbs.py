@@ -24,7 +24,7 @@ def demo(out: Path = Path("demo"), seeds: int = 2, progress: bool = True) -> Non
 
 
 def train(**kwargs: Any) -> None:
-    from ..finetune.train import summary
+    from ..finetune.header import summary
     from ..finetune.train import train as run
 
     if result := run(**kwargs):

@@ -5,7 +5,6 @@ from typing import Any
 from ..errors import LoRARiteValueError
 from ..inputs import blame
 from .load import attach_adapter, load_model
-from .models import locate
 from .sources import Dtype, Source
 
 
@@ -20,14 +19,10 @@ def load_source(found: Source, dtype: Dtype | None, *, trust_remote_code: bool =
     Raises:
         LoRARiteValueError: a model or tokenizer that cannot be loaded, or that do not fit each other.
     """
-    import torch
     from transformers import AutoTokenizer
 
-    with blame(f"--model {found.model}"):
-        on_gguf = bool(locate(found.model)[1])
-    chosen = getattr(torch, dtype or ("float32" if on_gguf else ""), "auto")
     try:
-        network, tokenizer = load_model(found.model, dtype=chosen, trust_remote_code=trust_remote_code)
+        network, tokenizer = load_model(found.model, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
     except LoRARiteValueError as error:
         said = str(error).replace("cannot load --model", "cannot load", 1)  # here that option is the adapter's base
         of = f" (the base model of {found.adapter}; --model gives another one)" if found.adapter else ""

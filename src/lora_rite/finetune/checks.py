@@ -2,22 +2,35 @@
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..errors import LoRARiteValueError
-from ..inputs import blame
+from ..errors import LoRARiteValueError, warn
+from ..inputs import blame, suffix
+from ..run.checkpoints import checkpoints
 from ..run.files import LOCK, read_json
 from ..run.settings import PLACES, RESULT, changes, read_settings, refuse_changes
 from .optimizers import find_optimizer
 from .records import read_text
 from .schedules import check_schedule
+from .untrusted import find_adapter
 
 #: Learning rates to start from where none is given, at the widths of real models (see the README).
 DEFAULT_LR = {"lora-rite": 5e-4, "adamw": 2e-4}
 #: Options of a run on which its outcome does not depend.
 NO_SETTINGS = ("resume", "progress", "allow_changed", "preview", "push_to_hub")
+#: Steps where neither --steps nor --epochs is given.
+DEFAULT_STEPS = 200
+#: Optimizers that are LoRARite by their name.
+OURS = ("lora-rite", "lora-rite-published")
+#: What makes a new adapter: options, what they are where they are not given, and PEFT's names.
+NEW_ADAPTER = {
+    "rank": (16, "r"), "alpha": (None, "lora_alpha"), "target_modules": ("all-linear", "target_modules"),
+    "dropout": (0.0, "lora_dropout"), "dora": (False, "use_dora"), "rslora": (False, "use_rslora"),
+    "modules_to_save": (None, "modules_to_save"),
+}  # fmt: skip
 
 
 def check_options(options: SimpleNamespace) -> dict[str, Any]:
@@ -27,18 +40,90 @@ def check_options(options: SimpleNamespace) -> dict[str, Any]:
         The run's settings: the options without those that say how it is watched or gone on with.
     """
     _check_ranges(vars(options))
+    _check_together(options)
     if options.lr is None and options.optimizer not in DEFAULT_LR:
         raise LoRARiteValueError(f"--lr is needed for --optimizer {options.optimizer}")
     options.lr = DEFAULT_LR[options.optimizer] if options.lr is None else options.lr
     options.alpha = options.rank if options.alpha is None else options.alpha
-    with blame(f"--scheduler {options.scheduler}"):
-        check_schedule(options.scheduler, options.scheduler_args, options.lr, options.steps, options.warmup)
+    options.dtype, _ = weights_of(vars(options))
+    if options.epochs is None:
+        options.steps = DEFAULT_STEPS if options.steps is None else options.steps
+    check_steps(options, options.steps or DEFAULT_STEPS)  # of epochs, they are not known yet
     _check_reporter(options.report_to)
     if options.chat_template is not None:  # whether it can be used is seen with the model's tokenizer
         with blame(f"--chat_template {options.chat_template}"):
             read_text(options.chat_template)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     return {key: value for key, value in settings.items() if key not in NO_SETTINGS}
+
+
+def check_steps(options: SimpleNamespace, steps: int) -> None:
+    """Checks the schedule of a run over so many steps."""
+    with blame(f"--scheduler {options.scheduler}"):
+        check_schedule(options.scheduler, options.scheduler_args, options.lr, steps, options.warmup)
+
+
+def weights_of(options: Mapping[str, Any]) -> tuple[str, int | None]:
+    """The dtype of a model's weights by the options of ``lora-rite train``, and the bits of those that are quantised.
+
+    Raises:
+        LoRARiteValueError: options that contradict each other.
+    """
+    four, eight, dtype = (options.get(key) for key in ("load_in_4bit", "load_in_8bit", "dtype"))
+    if four and eight:
+        raise LoRARiteValueError("give either --load_in_4bit or --load_in_8bit")
+    if options.get("bf16"):
+        if dtype not in (None, "bfloat16"):
+            raise LoRARiteValueError(f"--bf16 is --dtype bfloat16, and --dtype is {dtype}: leave one of them out")
+        dtype = "bfloat16"
+    bits = 4 if four else 8 if eight else None
+    return dtype or ("float32" if bits is None else "auto"), bits
+
+
+def _check_together(options: SimpleNamespace) -> None:
+    """Checks what options say of each other."""
+    import torch
+
+    if options.steps is not None and options.epochs is not None:
+        raise LoRARiteValueError("give either --steps or --epochs")
+    dtype, bits = weights_of(vars(options))
+    if dtype == "float16" and not torch.accelerator.is_available():
+        raise LoRARiteValueError("--dtype float16 trains on a GPU alone; a CPU has float32 and bfloat16")
+    if bits is not None and suffix(options.model) == ".gguf":
+        raise LoRARiteValueError(f"--load_in_{bits}bit: a GGUF file is dequantised as it is loaded")
+    if options.packing and options.attn_implementation == "flash_attention_2":
+        raise LoRARiteValueError(
+            "--packing keeps examples apart by a mask, which flash_attention_2 does not take: --attn_implementation "
+            "sdpa or eager"
+        )
+    for key in ("early_stopping", "keep_best"):
+        if getattr(options, key) and not options.eval_every:
+            raise LoRARiteValueError(f"--{key} needs the held-out loss of some steps: give --eval_every")
+    if options.max_grad_norm and options.optimizer in OURS:
+        raise LoRARiteValueError(f"--max_grad_norm {options.max_grad_norm:g}: {RAW_CLIPPING}")
+    if options.adapter is not None:
+        _check_adapter(options)
+
+
+#: Why gradients are not clipped in front of LoRARite.
+RAW_CLIPPING = (
+    "LoRA-RITE clips by itself (--optimizer_args.clip_unmagnified_grad), independently of the factorisation; clipping "
+    "raw gradients would undo that: leave it out"
+)
+
+
+def _check_adapter(options: SimpleNamespace) -> None:
+    """Checks that the options of a new adapter are not given beside an adapter to go on from, or are its own; they are
+    those of the adapter then."""
+    with blame(f"--adapter {options.adapter}"):
+        config, _ = find_adapter(options.adapter)
+    for key, (default, name) in NEW_ADAPTER.items():
+        given, own = getattr(options, key), config.get(name)
+        if given not in (default, own):
+            raise LoRARiteValueError(
+                f"--{key} {given}: --adapter {options.adapter} has {own}, and is gone on with: leave it out"
+            )
+    options.rank, options.alpha = config.get("r") or options.rank, config.get("lora_alpha")
 
 
 def check_processes() -> None:
@@ -82,10 +167,16 @@ def _check_ranges(settings: dict[str, Any]) -> None:
         "save_every": 0,
         "layers_every": 0,
         "preview": 0,
+        "limit": 1,
+        "eval_limit": 0,
+        "early_stopping": 0,
+        "max_grad_norm": 0,
     }
     for key, value in least.items():
-        if settings[key] < value:
+        if settings[key] is not None and not value <= settings[key] < math.inf:
             raise LoRARiteValueError(f"--{key} must be at least {value}, got {settings[key]}")
+    if settings["epochs"] is not None and not 0 < settings["epochs"] < math.inf:
+        raise LoRARiteValueError(f"--epochs must be a finite number > 0, got {settings['epochs']}")
     if settings["lr"] is not None and not 0 <= settings["lr"] < math.inf:
         raise LoRARiteValueError(f"--lr must be a finite number ≥ 0, got {settings['lr']}")
     for key in ("warmup", "dropout"):
@@ -105,7 +196,8 @@ def _check_ranges(settings: dict[str, Any]) -> None:
 def finished_result(
     out: Path, settings: dict[str, Any], resume: bool, allow_changed: list[str] | None
 ) -> dict[str, Any] | None:
-    """Checks that OUT has nothing in it, or the run to resume. Returns the result where that run is finished."""
+    """Checks that OUT has nothing in it, or the run to resume. Returns the result where that run is finished, which is
+    said, unless it is to go on to more steps."""
     if not resume:
         files = (p for p in out.rglob("*") if p != out / LOCK)
         if out.is_file() or any(p.is_symlink() or not p.is_dir() for p in files):
@@ -116,7 +208,31 @@ def finished_result(
     if unknown := sorted({*(allow_changed or [])} - {*settings, *stored["inputs"], *stored["environment"]}):
         raise LoRARiteValueError(f"--allow_changed {unknown[0]}: no such setting, input or version")
     finished = out / RESULT
+    raised = raised_steps(out, settings)
     same = ("out",) if finished.is_file() else PLACES  # what is there, Run.begin compares
     changed = {k: v for k, v in changes(stored["settings"], settings).items() if k not in same}
-    refuse_changes(out, changed, allow_changed)
-    return read_json(finished, "settings", "held_out") if finished.is_file() else None
+    refuse_changes(out, changed, [*(allow_changed or []), *raised])
+    if not finished.is_file():
+        return None
+    result = read_json(finished, "settings", "held_out")
+    if raised and not checkpoints(out / "checkpoints"):
+        raise LoRARiteValueError(
+            f"{out} is finished and has no checkpoint to go on from to more --{raised[0]} (--save_every 0): a new run "
+            f"with --adapter {out / 'adapter'} begins with its adapter"
+        )
+    if raised:
+        warn(
+            f"{out} was finished, and goes on to --{raised[0]} {settings[raised[0]]}: with the schedule of so many, so "
+            "that it is not the run that these would have been from the beginning"
+        )
+        return None
+    warn(f"{out} is finished already: nothing was trained (more --steps or --epochs go on)")
+    return result
+
+
+def raised_steps(out: Path, settings: dict[str, Any]) -> list[str]:
+    """Of a finished run in OUT, which of ``steps`` and ``epochs`` the settings have more of; none of another run."""
+    if not (out / RESULT).is_file():
+        return []
+    before = read_json(out / RESULT, "settings")["settings"]
+    return [k for k in ("epochs", "steps") if before.get(k) and settings.get(k) and settings[k] > before[k]]

@@ -78,7 +78,7 @@ def train_choices(
         LoRARiteValueError: a question without wrong answers, a model that cannot be loaded, an optimizer or a schedule
             that cannot train it.
     """
-    options = SimpleNamespace(**locals(), weight_decay=0.0)
+    options = SimpleNamespace(**locals(), weight_decay=0.0, max_grad_norm=None)
 
     from transformers import Trainer, set_seed
     from transformers.utils import logging

@@ -48,7 +48,10 @@ class Evaluator:
 
         self.progress = progress
         network, self.tokenizer = load_model(
-            settings["model"], bf16=settings["bf16"], trust_remote_code=trust_remote_code
+            settings["model"],
+            dtype="bfloat16" if settings["bf16"] else "float32",
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
         self.settings = {**settings, "model_digest": settings["model_digest"] or model_digest(settings["model"])}
         if settings["chat_template"] is not None:

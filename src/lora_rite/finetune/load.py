@@ -1,42 +1,116 @@
 """A model with its tokenizer, and an adapter on it."""
 
+import importlib.util
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
+from ..errors import LoRARiteValueError
 from ..inputs import blame
 from .gguf import load_gguf
 from .models import fused_experts, locate, refuse_adapter
 from .untrusted import check_adapter
 
+#: Attention that runs on a CPU too, where a model is tried; of the others the model gets what it has been tried with
+#: until :func:`set_attention` exchanges it.
+TRIED_ATTENTION = (None, "eager", "sdpa")
 
-def load_model(name: str, *, bf16: bool = False, dtype: Any = None, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A language model (encoder–decoder where its config says so) and its tokenizer, from a hub id, a local folder, a
-    GGUF file (whose weights are dequantised, with a warning that says so), or "tiny". A ``dtype`` that is given (of
-    torch, or "auto" for the checkpoint's, not for GGUF files) is taken instead of what ``bf16`` says."""
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "float32",
+    bits: int | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> tuple[Any, Any]:
+    """A language model (encoder–decoder where its config says so) and its tokenizer, on the CPU.
+
+    Args:
+        name: hub id, local folder, GGUF file (whose weights are dequantised, with a warning that says so), or "tiny".
+        dtype: of the weights: float32, bfloat16, float16, or auto, the checkpoint's (float32 for a GGUF file).
+        bits: 4 (NF4, its constants quantised too) or 8 (LLM.int8) quantises the linear maps by bitsandbytes; the dtype
+            is then that of what is left, and of the products.
+        attn_implementation: transformers' name of one of :data:`TRIED_ATTENTION`; others are left out.
+        trust_remote_code: allow the model's own code to run.
+        progress: show bars while weights are fetched and loaded.
+
+    Raises:
+        LoRARiteValueError: it cannot be loaded, by ``--model``.
+        ImportError: bitsandbytes is missing.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    dtype = dtype or (torch.bfloat16 if bf16 else torch.float32)
+    (logging.enable_progress_bar if progress else logging.disable_progress_bar)()
+    if bits is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"--load_in_{bits}bit needs bitsandbytes: pip install bitsandbytes")
+    given = dtype if dtype == "auto" else getattr(torch, dtype)
     nowhere = "" if name == "tiny" or Path(name).exists() else " (a hub id: there is no such folder)"
     with blame(f"cannot load --model {name}{nowhere}"):
         place, options = locate(name)
+        if options and bits is not None:
+            raise LoRARiteValueError(f"a GGUF file is dequantised, so that --load_in_{bits}bit is not for it")
         if options:
-            network, tokenizer = load_gguf(name, dtype)
+            network, tokenizer = load_gguf(name, torch.float32 if dtype == "auto" else given)
         else:
             refuse_adapter(place)
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
             kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            more = {} if bits is None else _quantised(bits, given, config)
+            if attn_implementation is not None and attn_implementation in TRIED_ATTENTION:
+                more["attn_implementation"] = attn_implementation
             network = kind.from_pretrained(
-                place, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+                place, dtype=given, trust_remote_code=trust_remote_code, use_safetensors=True, **more
             )
     if tokenizer.pad_token is None:  # what it is does not matter: it is neither attended to nor learnt
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"  # on the left (Gemma), padding would be what predicts a window's first token
     return network, tokenizer
+
+
+def _quantised(bits: int, dtype: Any, config: Any) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` that quantise a model, and keep it on the CPU, where it is tried."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if getattr(config, "quantization_config", None) is not None:
+        raise LoRARiteValueError(f"it is quantised already: leave --load_in_{bits}bit out")
+    if bits == 8:
+        quantisation = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        products = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else dtype
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=products,
+        )
+    return {"quantization_config": quantisation, "device_map": {"": "cpu"}}
+
+
+def set_attention(network: Any, attn_implementation: str | None) -> None:
+    """Exchanges the attention of a model for one that it could not be tried with on a CPU.
+
+    Raises:
+        LoRARiteValueError: the model has not that one, or its package or device is missing.
+    """
+    if attn_implementation not in TRIED_ATTENTION:
+        with blame(f"--attn_implementation {attn_implementation}"):
+            network.set_attn_implementation(attn_implementation)
+
+
+def place_quantised(network: Any) -> None:
+    """Moves a quantised model to the accelerator, if there is one: the Trainer leaves those where they are."""
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None and getattr(network, "quantization_method", None) is not None:
+        network.to(torch.device(device.type, torch.accelerator.current_device_index()))
 
 
 def attach_adapter(
@@ -47,8 +121,16 @@ def attach_adapter(
     alpha: float | None = None,
     target_modules: str | list[str] = "all-linear",
     dropout: float = 0.0,
+    dora: bool = False,
+    rslora: bool = False,
+    modules_to_save: str | list[str] | None = None,
 ) -> Any:
-    """The network with a trainable PEFT adapter: the one in the folder ``adapter``, or a new one of LoRA."""
+    """The network with a trainable PEFT adapter: the one in the folder ``adapter``, or a new one of LoRA with the other
+    options, which ``lora-rite train`` has too.
+
+    Raises:
+        LoRARiteValueError: a damaged or unsafe adapter, or modules that the network has not, by their option.
+    """
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter is not None:
@@ -59,12 +141,41 @@ def attach_adapter(
     kind = "SEQ_2_SEQ_LM" if network.config.is_encoder_decoder else "CAUSAL_LM"
     if not network.can_generate():
         kind = "FEATURE_EXTRACTION"
+    targets, saved = module_names(target_modules), module_names(modules_to_save)
+    for option, names in (("target_modules", targets), ("modules_to_save", saved)):
+        if isinstance(names, list):
+            _check_names(network, names, f"--{option}")
+    if isinstance(saved, str):
+        raise LoRARiteValueError(f"--modules_to_save {saved}: give names of modules, with commas between them")
     with blame(f"--target_modules {target_modules}"), fused_experts():
         config = LoraConfig(
             r=rank,
             lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
             lora_dropout=dropout,
-            target_modules=target_modules,
+            target_modules=targets,
+            use_dora=dora,
+            use_rslora=rslora,
+            modules_to_save=saved,
             task_type=kind,
         )
         return get_peft_model(network, config)
+
+
+def module_names(given: str | list[str] | None) -> str | list[str] | None:
+    """A list of names as it is, a name or several with commas between them as a list; "all-linear" and regular
+    expressions stay strings."""
+    if not isinstance(given, str) or given == "all-linear" or not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*,?", given):
+        return given
+    return [name.strip() for name in given.split(",") if name.strip()]
+
+
+def _check_names(network: Any, names: list[str], option: str) -> None:
+    """Checks that each name is that of modules, as PEFT finds them, which passes over what none has."""
+    there = [name for name, _ in network.named_modules()]
+    for wanted in names:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in there):
+            last = sorted({name.rpartition(".")[2] for name, m in network.named_modules() if not list(m.children())})
+            known = ", ".join(name for name in last if not name.isdigit())
+            raise LoRARiteValueError(f"{option}: no module of the model is named {wanted}; there are {known}")
+    if not names:
+        raise LoRARiteValueError(f"{option}: no names")

@@ -121,7 +121,7 @@ def refuse_adapter(model: str) -> None:
     if (folder / ADAPTER_CONFIG).is_file():
         raise LoRARiteValueError(
             f"it is an adapter ({ADAPTER_CONFIG}), not a model: give its base model{_base(folder)} as --model, and the "
-            "folder as --adapter to lora-rite eval, pairs or audit, or lora-rite merge makes a model of the two"
+            "folder as --adapter, or lora-rite merge makes a model of the two"
         )
     adapter = folder / "adapter"
     if (adapter / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():

@@ -101,13 +101,16 @@ def option(name: str, options: dict[str, Any] | None) -> str:
 
 def check_optimizer(
     model: Any, name: str, lr: float, weight_decay: float = 0.0, options: dict[str, Any] | None = None
-) -> None:
+) -> Any:
     """Checks that an optimizer can be made, and that a training loop can step it: by two steps on a small adapter, with
     dense gradients, no closure and a schedule of its lr.
 
     Args:
         model: to make it for, without a step; None makes it for the small adapter alone.
         name, lr, weight_decay, options: as :func:`create_optimizer` takes them.
+
+    Returns:
+        The optimizer of the model, which has made no step; None without one.
 
     Raises:
         LoRARiteValueError: what is wrong, by the option. (What cannot be made for the small adapter is not judged by it
@@ -118,12 +121,13 @@ def check_optimizer(
     from ..invariance.problems import Adapter
     from ..plan.pairs import Shape
 
+    made = None
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself says it
         if model is not None:
             with blame(option(name, options)):
-                create_optimizer(model, name, lr, weight_decay, options)
+                made = create_optimizer(model, name, lr, weight_decay, options)
         adapter = Adapter([Shape(48, 32, 4)], torch.float32, str(device))
         try:
             optimizer = create_optimizer(adapter, name, lr, weight_decay, options)
@@ -131,7 +135,7 @@ def check_optimizer(
             if model is None and isinstance(find_optimizer(name)[0], type):
                 with blame(option(name, options)):
                     raise error
-            return
+            return made
         with blame(f"{option(name, options)}: no schedule can set its lr"):
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         with blame(f"{option(name, options)} cannot be stepped with dense gradients and no closure"):
@@ -144,6 +148,7 @@ def check_optimizer(
                 schedule.step()
             with evaluating(optimizer):
                 optimizer.state_dict()
+    return made
 
 
 def published(model: Any, **options: Any) -> Any:

@@ -52,7 +52,8 @@ def next_commands(result: dict[str, Any]) -> str:
     settings = result["settings"]
     out = Path(settings["out"])
     held_out = settings["task"] or settings["validation"] or "HELD_OUT.jsonl"
-    more = [f"--{switch}" for switch in ("bf16", "trust_remote_code") if settings[switch]]
+    more = ["--bf16"] * (settings["bf16"] or settings.get("dtype") == "bfloat16")
+    more += ["--trust_remote_code"] * settings["trust_remote_code"]
     evaluation = ["--tasks", held_out, "--model", settings["model"], "--adapter", str(out / "adapter"), *more]
     commands = [
         ["generate", str(out), "--prompt", "…"],

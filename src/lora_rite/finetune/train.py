@@ -1,71 +1,67 @@
 """``lora-rite train``: LoRA fine-tuning of a language model on transformers' Trainer."""
 
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from ..errors import LoRARiteValueError, warn
+from ..errors import LoRARiteValueError
+from ..inputs import blame
 from ..optim.modes import evaluating
 from ..run import checkpoints, digest
 from ..run.files import locked
 from ..run.run import Run, crash_safe
 from ..run.versions import versions
 from .chats import set_chat_template
-from .checks import check_options, finished_result
-from .data import Chat, Sample, Split, read_data, split
+from .checks import (
+    DEFAULT_LR,
+    NEW_ADAPTER,
+    OURS,
+    RAW_CLIPPING,
+    check_options,
+    check_steps,
+    finished_result,
+    raised_steps,
+    weights_of,
+)  # fmt: skip
+from .examples import Examples, read, say
+from .header import announce, busy, describe, show
 from .labelled import predict_labelled
-from .load import attach_adapter, load_model
+from .load import attach_adapter, load_model, place_quantised, set_attention
+from .memory import peak
 from .optimizers import check_optimizer
+from .plans import adapter_digest
 from .preview import describe_windows, show_examples
-from .publish import check_push, export, next_commands, push
-from .tasks import examples, read_rows, read_task
+from .publish import check_push, export, push
 from .trainer import add_callbacks, describe_optimizer, held_out_loss, log_entries, make_trainer, seconds
 from .windows import IGNORED, Windows, label_count
 
 
 def train(
     out: Path,
-    data: Path | None = None,
-    task: str | None = None,
-    data_dir: Path | None = None,
-    model: str = "tiny",
-    validation: Path | None = None,
-    optimizer: str = "lora-rite",
-    lr: float | None = None,
-    optimizer_args: dict[str, Any] | None = None,
-    rank: int = 16,
-    alpha: float | None = None,
-    target_modules: str | list[str] = "all-linear",
-    dropout: float = 0.0,
-    steps: int = 200,
-    batch_size: int = 8,
-    accumulation: int = 1,
-    max_length: int = 256,
-    packing: bool = False,
-    chat_template: Path | None = None,
-    group_by_length: bool = False,
-    warmup: float = 0.1,
-    scheduler: str = "cosine",
-    scheduler_args: dict[str, Any] | None = None,
-    weight_decay: float = 0.0,
-    holdout: float = 0.1,
-    seed: int = 0,
-    bf16: bool = False,
-    log_every: int = 1,
-    eval_every: int = 0,
-    save_every: int = 0,
-    layers_every: int = 0,
-    report_to: str = "none",
-    resume: bool = False,
-    allow_changed: list[str] | None = None,
-    skip_bad_lines: bool = False,
+    data: Path | None = None, task: str | None = None, data_dir: Path | None = None, validation: Path | None = None,
+    holdout: float = 0.1, limit: int | None = None, eval_limit: int = 256, skip_bad_lines: bool = False,
     preview: int = 0,
-    trust_remote_code: bool = False,
-    push_to_hub: str | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
+    model: str = "tiny", trust_remote_code: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None, bf16: bool = False,
+    load_in_4bit: bool = False, load_in_8bit: bool = False,
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None,
+    gradient_checkpointing: bool = False,
+    adapter: Path | None = None, rank: int = 16, alpha: float | None = None,
+    target_modules: str | list[str] = "all-linear", modules_to_save: str | list[str] | None = None,
+    dropout: float = 0.0, dora: bool = False, rslora: bool = False,
+    optimizer: str = "lora-rite", lr: float | None = None, optimizer_args: dict[str, Any] | None = None,
+    weight_decay: float = 0.0, max_grad_norm: float | None = None,
+    steps: int | None = None, epochs: float | None = None, batch_size: int = 8, accumulation: int = 1,
+    max_length: int = 256, packing: bool = False, chat_template: Path | None = None,
+    group_by_length: bool = False,
+    warmup: float = 0.1, scheduler: str = "cosine", scheduler_args: dict[str, Any] | None = None, seed: int = 0,
+    log_every: int = 1, eval_every: int = 0, early_stopping: int = 0, keep_best: bool = False,
+    save_every: int = 0, layers_every: int = 0, report_to: str = "none", push_to_hub: str | None = None,
+    resume: bool = False, allow_changed: list[str] | None = None, progress: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Fine-tunes a LoRA adapter and writes it, with the figures of the run, into a folder.
 
     Into OUT go ``adapter/`` (for ``PeftModel.from_pretrained``; with its tokenizer and model card), ``result.json``
@@ -80,20 +76,44 @@ def train(
         task: instead of data, the training split of a task by its name, in lm_eval's format, loss on the answer alone:
             hellaswag, arc_challenge, arc_easy, openbookqa, gsm8k, natural_instructions or natural_instructions:TASK.
         data_dir: folder with the task's rows as local files; without it, they come from the hub.
-        model: hub id, local folder or GGUF file (.gguf, dequantised) of a causal or an encoder-decoder language model;
-            "tiny" is the causal one inside this package.
         validation: held-out text in the formats of data; without it, the task's validation split is held out, and
             where there is none, a share of the data.
+        holdout: share of the data to hold out where no validation file is given.
+        limit: train on the first so many examples alone (what is held out stays the same): to try it out.
+        eval_limit: measure the held-out loss on so many windows, drawn at random once for all seeds; 0 takes all.
+        skip_bad_lines: leave out lines of .jsonl files that cannot be used, and say how many.
+        model: hub id, local folder or GGUF file (.gguf, dequantised) of a causal or an encoder-decoder language model;
+            "tiny" is the causal one inside this package.
+        trust_remote_code: allow the model's own code to run.
+        dtype: of the model's weights and products: float32, bfloat16, float16 (on a GPU) or auto, the checkpoint's; by
+            default float32, and auto where the model is quantised. The adapter is trained in float32.
+        bf16: the same as --dtype bfloat16.
+        load_in_4bit: quantise the linear maps to NF4 with bitsandbytes.
+        load_in_8bit: quantise them to 8 bits (LLM.int8).
+        attn_implementation: transformers' name of the attention: eager, sdpa or flash_attention_2; by default the
+            model's own.
+        gradient_checkpointing: keep each layer's input alone and compute the rest again for the gradient: less memory,
+            about a third more time, the same result.
+        adapter: folder of a PEFT adapter to go on from, instead of a new one; it has its own rank and modules.
+        rank: rank of the adapter.
+        alpha: LoRA's alpha (the adapter is scaled by alpha/rank); by default the rank.
+        target_modules: layers that get an adapter: all-linear, names with commas between them or as a list, or a
+            regular expression for the whole path.
+        modules_to_save: names of modules that are trained as a whole and saved with the adapter, as lm_head; by
+            lora-rite with AdamW, at lr 2e-4 or --optimizer_args.adamw_lr.
+        dropout: dropout on the adapter's input.
+        dora: DoRA: a trained magnitude for each output of a layer, as modules_to_save by AdamW.
+        rslora: scale the adapter by alpha/√rank.
         optimizer: lora-rite, lora-rite-published, adamw, lora-plus, riemannian, muon, lamb, soap, shampoo, polora,
             lora-muon, or the import path package.module:attribute of an optimizer class, or of a factory that is called
             with the model.
         lr: peak learning rate; by default 5e-4 for lora-rite and 2e-4 for adamw.
         optimizer_args: further keyword arguments of the optimizer.
-        rank: rank of the adapter.
-        alpha: LoRA's alpha (the adapter is scaled by alpha/rank); by default the rank.
-        target_modules: layers that get an adapter: all-linear, a list of names, or a regular expression.
-        dropout: dropout on the adapter's input.
-        steps: optimizer steps.
+        weight_decay: decoupled weight decay.
+        max_grad_norm: clip the norm of all gradients to this, 0 does not; by default 1, and for lora-rite, which clips
+            by itself, 0.
+        steps: optimizer steps; by default 200.
+        epochs: instead of steps, how often to go through the data.
         batch_size: windows in a batch, on each device.
         accumulation: batches in a step.
         max_length: tokens in a window, at most the model's positions; for an encoder-decoder model, of a prompt and of
@@ -106,38 +126,37 @@ def train(
         warmup: share of the steps in which lr rises linearly.
         scheduler: transformers' name of the schedule after the warm-up (cosine, linear, constant_with_warmup, …).
         scheduler_args: further arguments of the schedule, as min_lr_rate of cosine_with_min_lr.
-        weight_decay: decoupled weight decay.
-        holdout: share of the data to hold out where no validation file is given.
         seed: of the adapter's initialisation, the split and the order of batches.
-        bf16: load and run the model in bfloat16 (the adapter stays float32).
         log_every: steps between logged training losses; each is the mean of so many steps.
         eval_every: steps between measurements of the held-out loss; 0 measures before and after training alone.
+        early_stopping: stop after so many measurements in a row without a new lowest held-out loss, and write the
+            adapter of the lowest; 0 never stops.
+        keep_best: write the adapter of the lowest held-out loss that was measured, instead of the last one.
         save_every: steps between checkpoints; 0 saves none, except where a signal ends the run. The last two are kept.
         layers_every: steps between figures of each layer in OUT/layers.jsonl (see docs/tuning.md); 0 writes none.
         report_to: transformers' name of a reporter: none, tensorboard, trackio, wandb, …
-        resume: go on from the newest checkpoint in OUT that verifies, with the same settings, bitwise.
+        push_to_hub: then upload the adapter to this repository of the hub (a new one is private), as lora-rite push.
+        resume: go on from the newest checkpoint in OUT that verifies, with the same settings, bitwise; a finished run
+            goes on where steps or epochs are more.
         allow_changed: names of settings, or of what else a refused --resume has listed (tokens, torch, threads, …),
             that may differ from the interrupted run.
-        skip_bad_lines: leave out lines of .jsonl files that cannot be used, and say how many.
-        preview: print so many windows of the training text as the model sees them, with « » around what carries loss,
-            and stop.
-        trust_remote_code: allow the model's own code to run.
-        push_to_hub: then upload the adapter to this repository of the hub (a new one is private), as lora-rite push.
-        progress: show a progress bar.
+        progress: say what is run, show bars, and print held-out losses as they come.
     """
     options = SimpleNamespace(**locals())
     if push_to_hub is not None:
         check_push("--push_to_hub", push_to_hub)
-    result = _train(options)
+    result = _whole(options)
     if push_to_hub is not None and not preview:
         print(push(out, push_to_hub))
     return result
 
 
-def _train(options: SimpleNamespace) -> dict[str, Any]:
+def _whole(options: SimpleNamespace) -> dict[str, Any]:
     """:func:`train` with its options in one place."""
     settings = check_options(options)
-    examples = _read(options)
+    if options.progress:
+        announce(options)
+    examples = read(options)
     if options.preview:
         where = options.model, options.max_length, options.chat_template, options.trust_remote_code
         show_examples(options.preview, examples.parts.train, *where)
@@ -151,18 +170,10 @@ def _train(options: SimpleNamespace) -> dict[str, Any]:
         return _run(options, settings, examples, prepared)
 
 
-class _Examples(NamedTuple):
-    """The examples to train on and those held out, where they come from, and how many of the latter are among the
-    former."""
-
-    parts: Split
-    sources: dict[str, str]
-    contaminated: int
-
-
 class _Prepared(NamedTuple):
     """What a run needs: the Trainer with its network, the tokenizer, the windows to train on and those held out,
-    digests of what goes in, and the measurement of the held-out loss."""
+    digests of what goes in, the measurement of the held-out loss, and what the run is
+    (:func:`~lora_rite.finetune.header.describe`)."""
 
     trainer: Any
     tokenizer: Any
@@ -170,77 +181,88 @@ class _Prepared(NamedTuple):
     held_out: Windows
     inputs: dict[str, str]
     measure: Callable[[], float]
+    run: dict[str, Any]
 
 
-def _read(options: SimpleNamespace) -> _Examples:
-    """Reads the examples, and warns of held-out ones that are in the training data too."""
-    parts, sources = _parts(options)
-    if options.chat_template is not None and not any(isinstance(e, Chat) for part in parts for e in part):
-        raise LoRARiteValueError("--chat_template: no example is a conversation that it could be for")
-    contaminated = len(set(parts.train) & set(parts.held_out))
-    if contaminated:
-        warn(f"{contaminated} held-out examples are in the training data too: the held-out loss is too good")
-    return _Examples(parts, sources, contaminated)
-
-
-def _say(options: SimpleNamespace, line: str) -> None:
-    if options.progress:
-        print(line)
-
-
-def _parts(options: SimpleNamespace) -> tuple[Split, dict[str, str]]:
-    data, task, data_dir, validation = options.data, options.task, options.data_dir, options.validation
-
-    def read(path: Path) -> list[Sample]:
-        found = read_data(path, options.skip_bad_lines)
-        _say(options, found.summary(str(path)))
-        return found.examples
-
-    if data is not None and task is None:
-        found, source = read(data), str(data)
-    elif task is not None and data is None:
-        found, source = read_task(task, "train", data_dir, progress=options.progress)
-    else:
-        raise LoRARiteValueError("give either --data or --task")
-    if validation is not None:
-        return Split(found, read(validation)), {"train": source, "held_out": str(validation)}
-    if task is not None and (rows := read_rows(task, "validation", data_dir)) is not None:
-        return Split(found, examples(task, rows)), {"train": source, "held_out": rows.source}
-    sources = {"train": source, "held_out": f"{options.holdout:g} of {source}"}
-    return split(found, options.holdout, options.seed), sources
-
-
-def _prepare(options: SimpleNamespace, examples: _Examples) -> _Prepared:
-    """Loads the model, makes windows of the examples and the Trainer, which is the first to write into the folder."""
-    from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
-
-    from .. import LoRARiteCallback
+def _load(options: SimpleNamespace, examples: Examples) -> tuple[Any, Any, Windows, Windows, int]:
+    """The model, its tokenizer, the windows to train on and to measure the held-out loss on, and how many there were of
+    the latter before ``eval_limit``. From the windows follow the steps, where epochs are given."""
     from .limits import prepare_windows
 
-    network, tokenizer = load_model(options.model, bf16=options.bf16, trust_remote_code=options.trust_remote_code)
+    dtype, options.bits = weights_of(vars(options))
+    network, tokenizer = load_model(
+        options.model,
+        dtype=dtype,
+        bits=options.bits,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+        progress=options.progress,
+    )
     if options.chat_template is not None:
         set_chat_template(tokenizer, options.chat_template)
-    train, held_out = prepare_windows(
-        examples.parts, network, tokenizer, options.model, options.max_length, packing=options.packing
-    )
+    with busy("making tokens of the data, and trying the model on a few", options.progress):
+        train, held_out = prepare_windows(
+            examples.parts, network, tokenizer, options.model, options.max_length, packing=options.packing
+        )
     for name, part, found in zip(("training", "held out"), examples.parts, (train, held_out), strict=True):
-        _say(options, describe_windows(name, part, found, options.max_length, network.config.is_encoder_decoder))
+        say(options, describe_windows(name, part, found, options.max_length, network.config.is_encoder_decoder))
+    set_attention(network, options.attn_implementation)
+    there = len(held_out.rows)
+    if 0 < options.eval_limit < there:  # the same for all seeds and optimizers
+        chosen = sorted(random.Random(0).sample(range(there), options.eval_limit))
+        held_out = held_out._replace(rows=[held_out.rows[i] for i in chosen])
     if options.group_by_length:
         held_out.rows.sort(key=lambda row: len(row["input_ids"]))
-    inputs = {
-        "base_weights": digest.digest_tensors(sorted(network.state_dict().items())),
-        "tokens": digest.digest_rows(train.rows, held_out.rows),
-    }
+    if options.epochs is not None:
+        batches = math.ceil(len(train.rows) / options.batch_size)
+        options.steps = math.ceil(options.epochs * math.ceil(batches / options.accumulation))
+        check_steps(options, options.steps)
+    return network, tokenizer, train, held_out, there
+
+
+def _attach(options: SimpleNamespace, network: Any) -> Any:
+    """The network with the adapter of the options, and the optimizer checked on it."""
+    from transformers import set_seed
+
+    from .. import LoRARite
+
     set_seed(options.seed)
-    network = attach_adapter(
-        network,
-        rank=options.rank,
-        alpha=options.alpha,
-        target_modules=options.target_modules,
-        dropout=options.dropout,
-    )
-    check_optimizer(network, options.optimizer, options.lr, options.weight_decay, options.optimizer_args)
+    new = {key: getattr(options, key) for key in NEW_ADAPTER}
+    network = attach_adapter(network, adapter=options.adapter, **new)
+    place_quantised(network)
+    config = network.peft_config[network.active_adapter]
+    if options.optimizer in OURS and (config.modules_to_save or getattr(config, "use_dora", False)):
+        options.optimizer_args = {"adamw_lr": DEFAULT_LR["adamw"], **(options.optimizer_args or {})}
+    made = check_optimizer(network, options.optimizer, options.lr, options.weight_decay, options.optimizer_args)
+    if options.max_grad_norm and isinstance(made, LoRARite):
+        raise LoRARiteValueError(f"--max_grad_norm {options.max_grad_norm:g}: {RAW_CLIPPING}")
     predict_labelled(network)
+    if options.gradient_checkpointing:
+        with blame("--gradient_checkpointing"):  # not by the Trainer's argument, which has another name from version 6
+            enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+    return network
+
+
+def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
+    """Loads the model, makes windows of the examples and the Trainer, which is the first to write into the folder."""
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import DataCollatorForSeq2Seq, Trainer
+
+    from .. import LoRARiteCallback
+
+    network, tokenizer, train, held_out, there = _load(options, examples)
+    dtype = network.dtype
+    weights = tqdm(
+        sorted(network.state_dict().items()), "checking the weights", leave=False, disable=not options.progress
+    )
+    inputs = {
+        "base_weights": digest.digest_tensors(weights),
+        "tokens": digest.digest_rows(train.rows, held_out.rows),
+        **({} if options.adapter is None else {"adapter": adapter_digest(options.adapter)}),
+    }
+    network = _attach(options, network)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     with locked(options.out):
         pass  # the Trainer makes folders: from here on, the folder is known as one of ours
@@ -251,7 +273,8 @@ def _prepare(options: SimpleNamespace, examples: _Examples) -> _Prepared:
         collator,
         train.rows,
         gradient_accumulation_steps=options.accumulation,
-        bf16=options.bf16,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         include_num_input_tokens_seen="non_padding",
         save_strategy="steps" if options.save_every else "no",
         save_steps=options.save_every or 500,
@@ -262,33 +285,57 @@ def _prepare(options: SimpleNamespace, examples: _Examples) -> _Prepared:
 
     def measure() -> float:
         with evaluating(trainer.optimizer):
-            return held_out_loss(network, held_out.rows, collator, options.batch_size)
+            return held_out_loss(network, held_out.rows, collator, options.batch_size, progress=options.progress)
 
     every = options.layers_every
     reporter = LoRARiteCallback(options.out / "layers.jsonl" if every else None, every or 1) if is_lora_rite else None
-    add_callbacks(trainer, reporter, options.progress, measure, options.eval_every)
-    return _Prepared(trainer, tokenizer, train, held_out, inputs, measure)
+    add_callbacks(
+        trainer, reporter, options.progress, measure, options.eval_every, options.keep_best, options.early_stopping
+    )
+    run = describe(options, network, dtype, train, held_out, examples)
+    run["max_grad_norm"] = trainer.args.max_grad_norm
+    if options.progress:
+        show(run, options, train.cut + held_out.cut, there)
+    return _Prepared(trainer, tokenizer, train, held_out, inputs, measure, run)
 
 
-def _run(
-    options: SimpleNamespace, settings: dict[str, Any], examples: _Examples, prepared: _Prepared
-) -> dict[str, Any]:
-    """Begins or resumes the run, trains, and writes adapter and result, which it returns."""
-    trainer, _, train, held_out, inputs, measure = prepared
-    network = trainer.model
+def _train(options: SimpleNamespace, settings: dict[str, Any], prepared: _Prepared) -> tuple[Run, float, float]:
+    """Begins or resumes the run and trains. Returns it with the held-out losses before and after."""
+    from .callbacks import has_stopped
+
+    trainer, measure = prepared.trainer, prepared.measure
     if options.save_every:
-        checkpoints.check_space(options.out, network)
-    run = Run(options.out, settings, inputs, versions(), options.allow_changed)
+        checkpoints.check_space(options.out, trainer.model)
+    allowed = [*(options.allow_changed or []), *raised_steps(options.out, settings)]
+    run = Run(options.out, settings, prepared.inputs, versions(), allowed)
     run.begin(options.resume)
     before = measure()
-    run.train(trainer, options.steps)
+    run.train(trainer, options.steps, lambda state: has_stopped(state, options.early_stopping))
     after = measure()
     if not math.isfinite(after):
-        run.fail(f"the held-out loss is {after} after training: lower --lr", options.steps)
+        run.fail(f"the held-out loss is {after} after training: lower --lr", trainer.state.global_step)
+    return run, before, after
+
+
+def _run(options: SimpleNamespace, settings: dict[str, Any], examples: Examples, prepared: _Prepared) -> dict[str, Any]:
+    """Trains, and writes adapter and result, which it returns."""
+    from .callbacks import LOWEST
+
+    run, before, last = _train(options, settings, prepared)
+    trainer, train, held_out = prepared.trainer, prepared.train, prepared.held_out
+    network, state = trainer.model, trainer.state
+    best = None
+    if run.best is not None:
+        lowest = state.stateful_callbacks[LOWEST]
+        if last < lowest["loss"]:
+            run.best, lowest = None, {"loss": last, "step": state.global_step}
+        best = {"step": lowest["step"], "held_out_loss": lowest["loss"], "last": last, "last_step": state.global_step}
+    after = last if best is None else best["held_out_loss"]
     result = {
-        "settings": settings,
+        "settings": {**settings, "steps": options.steps},
+        "run": {**prepared.run, "memory": {**prepared.run["memory"], "peak": peak()}, "steps_done": state.global_step},
         "data": examples.sources,
-        "inputs": inputs,
+        "inputs": prepared.inputs,
         "changes": run.record["changes"],
         "held_out": {
             "before": before,
@@ -296,39 +343,25 @@ def _run(
             "tokens": label_count(held_out.rows, network.config.is_encoder_decoder),
             "examples_in_training_data": examples.contaminated,
         },
+        **({} if best is None else {"best": best}),
         "perplexity": {"before": _perplexity(before), "after": _perplexity(after)},
-        "losses": log_entries(trainer.state.log_history, "loss", "learning_rate"),
-        "held_out_losses": log_entries(trainer.state.log_history, "held_out_loss"),
-        "log": trainer.state.log_history,
-        "seconds": seconds(trainer.state),
+        "losses": log_entries(state.log_history, "loss", "learning_rate"),
+        "held_out_losses": log_entries(state.log_history, "held_out_loss"),
+        "log": state.log_history,
+        "seconds": seconds(state),
         "optimizer": describe_optimizer(trainer.optimizer),
-        "windows": {"train": len(train.rows), "held_out": len(held_out.rows)},
+        "windows": prepared.run["windows"],
         "examples": {
-            "train": len(examples.parts.train),
-            "held_out": len(examples.parts.held_out),
+            **prepared.run["examples"],
             "cut": {"train": train.cut, "held_out": held_out.cut},
             "dropped": {"train": train.dropped, "held_out": held_out.dropped},
         },
         "versions": versions(),
     }
     with evaluating(trainer.optimizer):
+        run.restore_best(network)
         run.finish(lambda folder: export(folder, network, prepared.tokenizer, result), result)
     return result
-
-
-def summary(result: dict[str, Any]) -> str:
-    """What a run of :func:`train` came to, in a few lines."""
-    loss, perplexity, took = result["held_out"], result["perplexity"], result["seconds"]
-    cut = sum(result["examples"]["cut"].values())
-    spent = "{training:.0f} s of training, {optimizer_share:.1%} of a step in the optimizer\n" if took["step"] else ""
-    return (
-        f"held-out loss {loss['before']:.4f} → {loss['after']:.4f} nat a token, "
-        f"perplexity {perplexity['before']:.2f} → {perplexity['after']:.2f} ({loss['tokens']} tokens)\n"
-        + spent.format(**took)
-        + (f"{cut} examples are longer than --max_length and were cut\n" if cut else "")
-        + f"adapter and result.json in {result['settings']['out']}\n"
-        + next_commands(result)
-    )
 
 
 def _perplexity(loss: float) -> float:

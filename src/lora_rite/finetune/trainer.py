@@ -1,6 +1,5 @@
 """transformers' Trainer as all runs set it up, and the figures that it gives."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +8,8 @@ from ..optim.modes import without_accelerate
 from .optimizers import OptimizerFactory, option
 from .windows import label_count
 
-#: The times of the steps in the Trainer's ``state.stateful_callbacks``.
-CLOCK = "Clock"
+#: The norm to which optimizers other than LoRARite have their gradients clipped where no other is given.
+MAX_GRAD_NORM = 1.0
 
 
 def make_trainer(
@@ -22,8 +21,8 @@ def make_trainer(
         trainer_class: transformers' Trainer or one made of it.
         network: the model with its adapter.
         options: as ``lora-rite train`` takes them: ``out``, ``steps``, ``batch_size``, ``optimizer``, ``lr``,
-            ``optimizer_args``, ``weight_decay``, ``warmup``, ``scheduler``, ``scheduler_args``, ``seed`` and
-            ``log_every``.
+            ``optimizer_args``, ``weight_decay``, ``warmup``, ``scheduler``, ``scheduler_args``, ``seed``,
+            ``log_every`` and ``max_grad_norm``.
         collator: makes a batch of rows.
         rows: the training data.
         more: further arguments, by the Trainer's names.
@@ -48,7 +47,8 @@ def make_trainer(
     )
     with blame(option(options.optimizer, options.optimizer_args)):
         is_lora_rite = isinstance(trainer.create_optimizer(), LoRARite)
-    trainer.args.max_grad_norm = 0.0 if is_lora_rite else 1.0  # LoRA-RITE clips by itself, invariantly
+    given = MAX_GRAD_NORM if options.max_grad_norm is None else options.max_grad_norm
+    trainer.args.max_grad_norm = 0.0 if is_lora_rite else given  # LoRA-RITE clips by itself, invariantly
     return trainer, is_lora_rite
 
 
@@ -76,57 +76,24 @@ def _arguments(options: Any, more: dict[str, Any]) -> Any:
         )
 
 
-def add_callbacks(trainer: Any, reporter: Any, progress: bool, measure: Callable[[], float], eval_every: int) -> None:
+def add_callbacks(
+    trainer: Any,
+    reporter: Any,
+    progress: bool,
+    measure: Callable[[], float],
+    eval_every: int,
+    keep_best: bool = False,
+    early_stopping: int = 0,
+) -> None:
     """The clock, the held-out loss, the progress bar and, in front of the reporters, LoRARite's figures."""
-    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+    from transformers import PrinterCallback
 
-    class Clock(TrainerCallback):
-        """Times the training, whole steps and the optimizer's part of them. In the Trainer's state, which checkpoints
-        have too, so that a resumed run has the times of all its steps."""
-
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.last = time.perf_counter()
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.begin = time.perf_counter()
-
-        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            self.begin_optimizer = time.perf_counter()
-
-        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            self.optimizer = time.perf_counter() - self.begin_optimizer
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            now = time.perf_counter()
-            times = state.stateful_callbacks.setdefault(CLOCK, {"training": 0.0, "steps": [], "optimizer": []})
-            times["training"] += now - self.last
-            times["steps"].append(now - self.begin)
-            times["optimizer"].append(self.optimizer)
-            self.last = now
-
-    class Bar(ProgressCallback):
-        """One line that says how the run goes, instead of a line a step."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if self.training_bar is not None and logs and "loss" in logs:
-                speed = next((v for k, v in logs.items() if "tokens_per_second" in k), 0.0)
-                self.training_bar.set_postfix_str(
-                    f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, {speed:,.0f} tokens/s"
-                )
-
-    class HeldOut(TrainerCallback):
-        """Measures the held-out loss at intervals, and has the Trainer log it."""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % eval_every == 0:
-                due = control.should_log
-                trainer.log({"held_out_loss": measure()})
-                control.should_log = due  # logging has cleared it, and the training loss is still to come
+    from .callbacks import Bar, Clock, HeldOut
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Clock())
     if eval_every:
-        trainer.add_callback(HeldOut())
+        trainer.add_callback(HeldOut(trainer, measure, eval_every, keep_best or early_stopping > 0, early_stopping))
     if progress:
         trainer.add_callback(Bar())
     if reporter is not None:
@@ -145,7 +112,8 @@ def held_out_loss(
     training = model.training
     model.eval()
     with torch.inference_mode():
-        for i in tqdm(range(0, len(rows), batch_size), desc="measuring the loss", disable=not progress):
+        batches = range(0, len(rows), batch_size)
+        for i in tqdm(batches, desc="measuring the held-out loss", leave=False, disable=not progress):
             part = rows[i : i + batch_size]
             batch = collator([dict(row) for row in part]).to(model.device)
             count = label_count(part, encoder_decoder)
@@ -159,6 +127,8 @@ def seconds(state: Any) -> dict[str, float | None]:
     """From the Trainer's state: seconds of training up to the end of the last step, medians over the steps, and the
     optimizer's share. Steps before a checkpoint that came without times are not among them; None where there are no
     others. On a GPU, kernels run on after the host goes on: there the share is the host's."""
+    from .callbacks import CLOCK
+
     times = state.stateful_callbacks.get(CLOCK)
     if times is None:
         return dict.fromkeys(("training", "step", "optimizer_step", "optimizer_share"))

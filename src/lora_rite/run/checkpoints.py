@@ -20,6 +20,8 @@ from .files import sync_folder, sync_tree, write_json
 MANIFEST = "manifest.json"
 #: In a checkpoint of an optimizer with two modes, whose adapter is the one to evaluate: the parameters that it trains.
 TRAINING = "training_parameters.safetensors"
+#: In a checkpoint of a run that keeps them: the trained parameters at the lowest held-out loss so far.
+BEST = "best.safetensors"
 
 SCHEMA = 1
 #: Verified checkpoints that rotation keeps.

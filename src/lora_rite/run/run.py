@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InterruptedRunError, LoRARiteError, NonFiniteError, warn
-from .checkpoints import TRAINING, clear, newest_verified, read_manifest, rotate, seal, step_of
+from .checkpoints import BEST, TRAINING, clear, newest_verified, read_manifest, rotate, seal, step_of
 from .digest import digest_state, trained
 from .failpoints import failpoint
 from .files import write_folder, write_json, writing
@@ -44,6 +44,7 @@ class Run:
         }  # fmt: skip
         self.checkpoint: Path | None = None
         self.last_saved: int | None = None
+        self.best: dict[str, Any] | None = None  # the trained parameters at the lowest held-out loss, on the CPU
 
     def begin(self, resume: bool) -> None:
         """Writes ``settings.json``; where the run is resumed, checks it and chooses the checkpoint to go on from."""
@@ -72,15 +73,22 @@ class Run:
                 "would have been"
             )
 
-    def train(self, trainer: Any, steps: int) -> None:
+    def train(self, trainer: Any, steps: int, has_stopped: Callable[[Any], bool] = lambda state: False) -> None:
         """Trains from the checkpoint on, or from the beginning. Signals end it after a step and a checkpoint.
+
+        Args:
+            trainer: transformers' Trainer, of :func:`crash_safe`.
+            steps: to train to.
+            has_stopped: whether the run has stopped before them, of the Trainer's state in a checkpoint.
 
         Raises:
             InterruptedRunError, NonFiniteError, WriteError, LoRARiteError: see the exit codes in docs/reliability.md.
         """
         trainer.run = self
         try:
-            if self.checkpoint is not None and step_of(self.checkpoint) >= steps:
+            if self.checkpoint is not None and (
+                step_of(self.checkpoint) >= steps or has_stopped(_trainer_state(self.checkpoint))
+            ):
                 self._load(trainer, steps)
                 return
             with _stop_after_step(trainer) as received:
@@ -113,13 +121,11 @@ class Run:
 
     def _load(self, trainer: Any, steps: int) -> None:
         """The state after the last step, of a run that was killed after it had saved that."""
-        from transformers import TrainerState
-
         folder = str(self.checkpoint)
         trainer._load_from_checkpoint(folder)
         trainer.create_scheduler(num_training_steps=steps)
         trainer._load_optimizer_and_scheduler(folder)
-        trainer.state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
+        trainer.state = _trainer_state(Path(folder))
         self._go_on(trainer)
 
     def _go_on(self, trainer: Any) -> None:
@@ -140,6 +146,8 @@ class Run:
             with torch.no_grad():
                 for name, p in trained(trainer.model):
                     p.copy_(values[name])
+        if (saved := self.checkpoint / BEST).is_file():
+            self.best = load_file(saved)
 
     def _checks(self, trainer: Any) -> Any:
         from transformers import TrainerCallback
@@ -190,10 +198,21 @@ class Run:
             if two_modes(trainer.optimizer) is not None:
                 training = {name: p.detach().contiguous() for name, p in trained(trainer.model)}
                 save_file(training, checkpoint / TRAINING)
+            if self.best is not None:
+                save_file(self.best, checkpoint / BEST)
             failpoint("checkpoint written")
             seal(checkpoint, self.record["id"], state)
         self.last_saved = step
         rotate(self.folder, self.record["id"])
+
+    def restore_best(self, model: Any) -> None:
+        """Gives the trained parameters the values at the lowest held-out loss, where the run has kept them."""
+        import torch
+
+        if self.best is not None:
+            with torch.no_grad():
+                for name, p in trained(model):
+                    p.copy_(self.best[name])
 
     def finish(self, export: Callable[[Path], None], result: dict[str, Any]) -> None:
         """Writes the adapter, then the result: a run with ``result.json`` is finished."""
@@ -201,6 +220,12 @@ class Run:
             write_folder(self.out / "adapter", export)
             write_json(self.out / RESULT, result)
         (self.out / FAILED).unlink(missing_ok=True)
+
+
+def _trainer_state(checkpoint: Path) -> Any:
+    from transformers import TrainerState
+
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def crash_safe(trainer_class: type) -> type:

@@ -35,6 +35,17 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def chip() -> str:
+    """The name of the accelerator, or of the CPU where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        return accelerator.type
+    return processor() or "cpu"
+
+
 def environment(versions: dict[str, Any]) -> dict[str, Any]:
     """What bitwise equality needs to stay the same: versions, this package's code, device, instruction set, threads."""
     import torch

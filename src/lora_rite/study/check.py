@@ -1,14 +1,14 @@
 """``lora-rite compare --check``: what a study needs, from shapes alone. Nothing is trained, no weights are loaded."""
 
-import math
 import statistics
 from collections import Counter
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
+from ..finetune.checks import weights_of
 from ..finetune.load import attach_adapter
+from ..finetune.memory import activations, count_text, optimizer_state, size_text
 from ..finetune.models import configuration
-from ..finetune.optimizers import create_optimizer
 from ..finetune.tasks import find_task
 from ..inputs import one_line
 from ..plan.pairs import Shape
@@ -36,7 +36,10 @@ class Needs(NamedTuple):
 
 
 #: The options that memory depends on.
-SIZES = ("model", "trust_remote_code", "target_modules", "bf16", "batch_size", "max_length")
+SIZES = (
+    "model", "trust_remote_code", "target_modules", "bf16", "dtype", "load_in_4bit", "load_in_8bit", "batch_size",
+    "max_length", "gradient_checkpointing",
+)  # fmt: skip
 
 
 def needs(study: Study, rank: int) -> Needs:
@@ -50,11 +53,8 @@ def needs(study: Study, rank: int) -> Needs:
 def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
     """What a run with these options needs. The model and its adapter are built on torch's meta device.
 
-    The state is that after a step on the adapter's factors, on the meta device too, or where the optimizer needs values
-    (LoRARite), on the CPU with one pair of each shape. Activations are a rough estimate: what a layer keeps for the
-    backward pass (about 16 tensors as wide as the model and 4 as the feed-forward, of experts those that a token goes
-    to) and the logits, without checkpointing; and the weights of adapted experts once more, since PEFT adds B·A to a
-    copy of them.
+    For state and activations see :mod:`lora_rite.finetune.memory`; of quantised models the weights count as if they
+    were not.
     """
     import torch
 
@@ -75,13 +75,10 @@ def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
         )
     shapes = Counter(pair.shape for pair in pairing.pairs)
     factors = sum(shape.elements * count for shape, count in shapes.items())
-    bytes_each = 2 if options.get("bf16") else 4
+    dtype = weights_of(options)[0]
+    stored = getattr(config, "dtype", None) or torch.float32
+    bytes_each = (stored if dtype == "auto" else getattr(torch, dtype)).itemsize
     tokens = options.get("batch_size", 8) * options.get("max_length", 256)
-    layers = config.num_hidden_layers * (2 if config.is_encoder_decoder else 1)
-    inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or config.d_ff
-    inner *= getattr(config, "num_experts_per_tok", None) or 1
-    experts = sum(math.prod(s.weight) * count for s, count in shapes.items() if s.columns == "interleaved")
-    kept = layers * (16 * config.hidden_size + 4 * inner) * bytes_each + config.vocab_size * (bytes_each + 8)
     return Needs(
         model=model,
         pairs=pairing.count,
@@ -89,38 +86,17 @@ def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
         weights=parameters * bytes_each,
         adapter=factors * (4 + 4),
         state={name: _state(study, name, shapes) for name in study.recipe.optimizers},
-        activations=tokens * kept + experts * bytes_each,
+        activations=activations(config, shapes, tokens, bytes_each, options.get("gradient_checkpointing", False)),
     )
 
 
 def _state(study: Study, name: str, shapes: Counter[Shape]) -> int:
     """Bytes of an optimizer's state after a step, for pairs of these shapes in float32."""
-    import torch
-
-    from ..invariance.problems import Adapter
-    from ..optim.optimizer import state_bytes
-
     contender = study.recipe.optimizers[name]
-
-    def measure(device: str, shape: Shape) -> int:
-        adapter = Adapter([shape], torch.float32, device)
-        optimizer = create_optimizer(adapter, contender.optimizer, contender.lr[0], options=contender.optimizer_args)
-        for p in adapter.parameters():
-            p.grad = torch.full_like(p, 1e-3) if p.requires_grad else None
-        optimizer.step()
-        return state_bytes(optimizer)
-
-    total = 0
-    for shape, count in shapes.items():
-        try:
-            each = measure("meta", shape)
-        except Exception:  # whatever an optimizer that reads values makes of a tensor without any
-            try:
-                each = measure("cpu", shape)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise LoRARiteValueError(f"optimizers.{name}: {one_line(error)}") from error
-        total += count * each
-    return total
+    try:
+        return optimizer_state(shapes, contender.optimizer, contender.lr[0], contender.optimizer_args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LoRARiteValueError(f"optimizers.{name}: {one_line(error)}") from error
 
 
 def check(study: Study, data_dir: Any = None) -> str:
@@ -136,12 +112,12 @@ def check(study: Study, data_dir: Any = None) -> str:
     for rank in recipe.ranks:
         need = needs(study, rank)
         lines.append(
-            f"rank {rank}: {number(need.pairs, 'pair')} in {need.model} ({_billions(need.parameters)} parameters); "
-            f"about {_gib(need.total)} on a device: weights {_gib(need.weights)}, factors and gradients "
-            f"{_gib(need.adapter)}, activations roughly {_gib(need.activations)}, optimizer state at most "
-            f"{_gib(max(need.state.values()))}"
+            f"rank {rank}: {number(need.pairs, 'pair')} in {need.model} ({count_text(need.parameters)} parameters); "
+            f"about {size_text(need.total)} on a device: weights {size_text(need.weights)}, factors and gradients "
+            f"{size_text(need.adapter)}, activations roughly {size_text(need.activations)}, optimizer state at most "
+            f"{size_text(max(need.state.values()))}"
         )
-        lines += [f"  state of {name}: {_gib(size)}" for name, size in need.state.items()]
+        lines += [f"  state of {name}: {size_text(size)}" for name, size in need.state.items()]
     runs, steps = study.planned({}), study.planned_steps()
     grids = [len(c.lr) for c in recipe.optimizers.values()]
     lines.append(
@@ -164,11 +140,3 @@ def check(study: Study, data_dir: Any = None) -> str:
 
 
 _FOR = {"train": "train on", "validation": "choose lr", "test": "test"}
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
-
-
-def _billions(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"

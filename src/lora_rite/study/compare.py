@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
-from ..finetune.checks import check_processes
+from ..finetune.checks import check_processes, weights_of
 from ..finetune.data import Sample
 from ..finetune.load import load_model
 from ..finetune.optimizers import check_optimizer
@@ -149,10 +149,10 @@ def _check_models(study: Study, found: dict[str, dict[str, Sequence[Sample]]]) -
         return
     defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
     options = {name: {**defaults, **study.train_options(name)} for name in found}
-    choices = lambda name: tuple(options[name][key] for key in ("model", "bf16", "trust_remote_code"))
-    for (model, bf16, code), names in itertools.groupby(sorted(found, key=choices), choices):
+    choices = lambda name: (options[name]["model"], weights_of(options[name]), options[name]["trust_remote_code"])
+    for (model, (dtype, bits), code), names in itertools.groupby(sorted(found, key=lambda n: str(choices(n))), choices):
         try:
-            network, tokenizer = load_model(model, bf16=bf16, trust_remote_code=code)
+            network, tokenizer = load_model(model, dtype=dtype, bits=bits, trust_remote_code=code)
             own = getattr(tokenizer, "chat_template", None)
             for name in names:
                 tokenizer.chat_template = own

@@ -112,6 +112,7 @@ def demo(out: Path, *, seeds: int = 2, progress: bool = True, settings: dict[str
                 lr=entry.lr,
                 seed=seed,
                 eval_every=EVAL_EVERY,
+                eval_limit=0,
                 progress=progress,
                 **{**SETTINGS, **(settings or {})},
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from ..finetune.checks import DEFAULT_STEPS
 from ..finetune.optimizers import find_optimizer
 from ..finetune.records import read_text
 from ..finetune.schedules import check_schedule
@@ -25,7 +26,10 @@ HEADERS = "torch-headers"
 SPLITS = ("train", "validation", "test")
 #: Options of a run that the study gives, and those that it decides: a task is among the data that it gives.
 GIVEN = {"data", "validation", "optimizer", "optimizer_args", "lr", "rank", "seed", "out"}
-DECIDED = GIVEN | {"task", "data_dir", "preview", "push_to_hub"}
+#: And what would make its runs different ones: a choice by the split that judges them, other data, other steps.
+DECIDED = GIVEN | {
+    "task", "data_dir", "adapter", "epochs", "limit", "early_stopping", "keep_best", "preview", "push_to_hub",
+}  # fmt: skip
 _WORD = re.compile(r"[\w.+][\w.+ -]*")
 
 
@@ -208,7 +212,7 @@ def _check_schedules(path: Path, recipe: Recipe, parser: Any) -> None:
         rates = {lr for contender in recipe.optimizers.values() for lr in contender.lr}
         for lr, steps in itertools.product(rates, (given["steps"], *recipe.budgets)):
             try:
-                check_schedule(given["scheduler"], given["scheduler_args"], lr, steps, given["warmup"])
+                check_schedule(given["scheduler"], given["scheduler_args"], lr, steps or DEFAULT_STEPS, given["warmup"])
             except LoRARiteValueError as error:
                 words = in_words_of_a_study(str(error))
                 raise LoRARiteValueError(f"{path}: {key}.scheduler {given['scheduler']}: {words}") from error

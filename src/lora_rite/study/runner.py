@@ -58,7 +58,8 @@ def _train(options: dict[str, Any], evaluation: dict[str, Any]) -> float:
             resume = _can_resume(out)
             if out.is_dir() and not resume:
                 shutil.rmtree(out)
-            loss = train(**options, resume=resume, progress=False)["held_out"]["after"]
+            whole = {"eval_limit": 0, **options}  # a study's figures are those of all held-out rows
+            loss = train(**whole, resume=resume, progress=False)["held_out"]["after"]
         if evaluation["tasks"]:
             from ..finetune.evaluate import evaluate
 

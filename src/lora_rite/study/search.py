@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..finetune.checks import DEFAULT_STEPS
 from ..run.console import number
 from .recipe import Recipe
 
@@ -148,7 +149,7 @@ class Study:
 
     def steps(self) -> dict[str, int]:
         """The steps of a run, by task."""
-        return {task: self.train_options(task).get("steps", 200) for task in self.recipe.tasks}
+        return {task: self.train_options(task).get("steps") or DEFAULT_STEPS for task in self.recipe.tasks}
 
     def steps_text(self) -> str:
         """The steps of a run, as in "200 steps" or "210 to 2500 steps"."""

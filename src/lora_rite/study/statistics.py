@@ -75,7 +75,7 @@ def curve(result: dict[str, Any]) -> list[tuple[int, float]]:
     """(step, held-out loss) of a run, from before training to after it."""
     points = [(0, result["held_out"]["before"])]
     points += [(entry["step"], entry["held_out_loss"]) for entry in result["held_out_losses"]]
-    end = result["settings"]["steps"]
+    end = result.get("run", {}).get("steps_done", result["settings"]["steps"])
     return points if points[-1][0] == end else [*points, (end, result["held_out"]["after"])]
 
 

@@ -64,7 +64,8 @@ def _exponent(rows: list[dict[str, Any]]) -> float:
 
     if len(rows) < 2:
         return math.nan
-    return float(np.polyfit(*([math.log(row[key]) for row in rows] for key in ("rank", "best_lr")), 1)[0])
+    ranks, rates = ([math.log(row[key]) for row in rows] for key in ("rank", "best_lr"))
+    return float(np.polyfit(ranks, rates, 1)[0])
 
 
 def found(result: dict[str, Any]) -> str:
