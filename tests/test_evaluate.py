@@ -507,7 +507,7 @@ def test_an_unknown_task_is_named(monkeypatch):
     """Of the tasks of lm_eval none are indexed here, which takes ten seconds."""
     manager, root = judges.lm_eval_tasks()
     monkeypatch.setattr(
-        module, "_lm_eval_tasks", lambda: (lambda include_defaults: manager(include_defaults=False), root)
+        judges, "lm_eval_tasks", lambda: (lambda include_defaults: manager(include_defaults=False), root)
     )
     with pytest.raises(ValueError, match="--tasks no_such_task: no such task or file; give hellaswag, arc_challenge"):
         evaluate("no_such_task", **QUICK)

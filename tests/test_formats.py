@@ -241,13 +241,18 @@ words = st.text(st.characters(exclude_categories=["C"], exclude_characters="<>|"
 @given(st.lists(words, min_size=2, max_size=8), st.sampled_from([TEMPLATE, MARKED]))
 def test_the_turns_of_the_assistant_carry_loss_and_nothing_else(texts, template):
     """Whatever is said, with marks in the template or without: what is learnt is what the assistant says, to the end of
-    its turn, and the tokens are those of the whole conversation. (A token that spans two turns belongs to both.)"""
+    its turn, and the tokens are those of the whole conversation. (A token that spans two turns carries loss.)"""
     tok = tokenizer(template)
     (row,) = windows([chat(turns(*texts))], tok, 4096).rows
-    whole = tok.apply_chat_template(turns(*texts), tokenize=True, return_dict=True)["input_ids"]
-    assert row["input_ids"] == whole
+    pieces = [(tok.bos_token, False)]
+    for message in turns(*texts):
+        is_answer = message["role"] == "assistant"
+        pieces += [(f"<{message['role']}>", False), (f"{message['content']}<end>\n", is_answer)]
+    answers = [is_answer for text, is_answer in pieces for _ in text]
+    whole = tok("".join(text for text, _ in pieces), add_special_tokens=False, return_offsets_mapping=True)
+    assert row["input_ids"] == whole["input_ids"]
     assert row["input_ids"].count(tok.bos_token_id) == 1
-    assert [text.rstrip("\n") for text in learnt(row, tok)] == [f"{text}<end>".rstrip("\n") for text in texts[1::2]]
+    assert [label != IGNORED for label in row["labels"]] == [any(answers[a:b]) for a, b in whole["offset_mapping"]]
 
 
 def test_of_a_prompt_no_turn_carries_loss():
@@ -256,6 +261,15 @@ def test_of_a_prompt_no_turn_carries_loss():
         tok = tokenizer(template)
         (row,) = windows([chat(messages, start=3)], tok, 512).rows
         assert learnt(row, tok) == ["after<end>\n"]
+
+
+def test_packed_chats_learn_what_single_ones_do():
+    tok = tokenizer(TEMPLATE)
+    chats = [chat(turns("a" * n, "b" * n, "c", "d" * n)) for n in range(1, 6)]
+    single = [text for row in windows(chats, tok, 256).rows for text in learnt(row, tok)]
+    packed = windows(chats, tok, 256, packing=True).rows
+    assert len(packed) < len(chats)
+    assert [text for row in packed for text in learnt(row, tok)] == single
 
 
 def test_a_known_template_is_trained_as_trl_does():
@@ -370,3 +384,61 @@ def test_a_template_without_conversations_is_refused(files, capsys):
     (files / "chats.jsonl").write_text('{"text": "a"}\n{"text": "b"}')
     assert run(files) == 2
     assert "--chat_template: no example is a conversation" in capsys.readouterr().err
+
+
+def test_eval_measures_the_loss_on_chats_that_train_did(files, capsys):
+    """As the held-out loss of a run; a changed template is refused in the results' folder."""
+    validation = files / "held-out.jsonl"
+    validation.write_text(json.dumps({"messages": turns("who?", "you", "and?", "me")}))
+    assert run(files, "--validation", str(validation)) == 0
+    held_out = json.loads((files / "run" / "result.json").read_text())["held_out"]
+    words = ["eval", "--tasks", validation, "--chat_template", files / "template.jinja", "--out", files / "eval"]
+    assert main(list(map(str, words))) == 0
+    loss = json.loads((files / "eval" / "held-out.json").read_text())["results"]["loss"]
+    assert loss["tokens"] == held_out["tokens"]
+    assert loss["nat_per_token"] == pytest.approx(held_out["before"], rel=1e-5)
+    assert main(list(map(str, words))) == 0
+    (files / "template.jinja").write_text(TEMPLATE + " ")
+    assert main(list(map(str, words))) == 2
+    assert "chat_template_sha256: " in capsys.readouterr().err
+
+
+def test_a_study_takes_chats_and_data_sets(files, monkeypatch):
+    """What it keeps of a task is read as the same examples; a data set is not a file that is missing."""
+    from types import SimpleNamespace
+
+    from lora_rite.study.data import missing_files, read_data, write_data
+
+    path = lambda name: type(files)(name)
+    task = SimpleNamespace(task=None, data=files / "chats.jsonl", validation=None, test=None, limit={})
+    recipe = SimpleNamespace(tasks={"Chats": task})
+    found = {"Chats": read_data(task, None)}
+    write_data(recipe, files / "data", found)
+    for part, examples in found["Chats"].items():
+        assert read_examples(files / "data" / "Chats" / f"{part}.jsonl") == examples
+    task.data, task.validation = path("own/set:train"), path("lost.jsonl")
+    assert missing_files(recipe, files / "other") == [("tasks.Chats.validation", path("lost.jsonl"))]
+
+
+def test_a_study_of_chats_is_checked_with_its_template(files, monkeypatch):
+    """Before its first run; each task with its own."""
+    from lora_rite.study import compare as module
+
+    template = files / "template.jinja"
+    recipe = files / "recipe.yaml"
+    recipe.write_text(
+        "title: Chats\ntrain: {steps: 1, batch_size: 2, target_modules: [q_proj]}\nranks: [1]\nseeds: [0]\n"
+        f"tasks: {{Chats: {{data: {files / 'chats.jsonl'}, train: {{chat_template: {template}}}}}}}\n"
+        "optimizers: {LoRA-RITE: {optimizer: lora-rite, lr: [0.01]}}\n"
+    )
+    reached = []
+    monkeypatch.setattr(module, "_run_all", lambda *args: reached.append(1))
+    monkeypatch.setattr(module, "report", lambda out: out)
+    module.compare(recipe, out=files / "study", progress=False)
+    assert reached
+    recipe.write_text(recipe.read_text().replace(f", train: {{chat_template: {template}}}", ""))
+    with pytest.raises(LoRARiteValueError, match="no chat template for conversations"):
+        module.compare(recipe, out=files / "other", progress=False)
+    recipe.write_text(recipe.read_text().replace("steps: 1", "preview: 1"))
+    with pytest.raises(LoRARiteValueError, match=r"train.preview: the study decides it"):
+        module.compare(recipe, out=files / "other", progress=False)

@@ -108,5 +108,5 @@ def _training_template(tokenizer: Any) -> str | None:
 
     try:
         return get_training_chat_template(tokenizer)
-    except (ValueError, TypeError, TemplateError):  # it knows no such template, whose turns are found without marks
-        return None
+    except (ValueError, TypeError, LookupError, AttributeError, TemplateError):
+        return None  # it knows no such template, or cannot try this one: the turns are found without marks

@@ -8,7 +8,16 @@ from ..errors import LoRARiteValueError
 from ..run import console
 from ..run.files import check_folder, prepare_folder, write_json
 from .evaluator import Evaluator
-from .plans import adapter_digest, file_name, finished_record, model_digest, print_plans, read_plan, with_judge
+from .plans import (
+    adapter_digest,
+    file_name,
+    finished_record,
+    model_digest,
+    print_plans,
+    read_plan,
+    template_digest,
+    with_judge,
+)
 
 
 def evaluate(
@@ -25,6 +34,7 @@ def evaluate(
     loss_only: bool = False,
     device: str | None = None,
     bf16: bool = False,
+    chat_template: Path | None = None,
     trust_remote_code: bool = False,
     dry_run: bool = False,
     progress: bool = True,
@@ -55,6 +65,7 @@ def evaluate(
         loss_only: measure the losses alone, with no choices and no generated answers.
         device: where to run; by default the accelerator if there is one, else cpu.
         bf16: load and run the model in bfloat16.
+        chat_template: file with the chat template (Jinja) for conversations in a file; by default the model's own.
         trust_remote_code: allow the model's own code to run.
         dry_run: print what would be evaluated, and stop.
         progress: show progress bars.
@@ -71,11 +82,13 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "loss_only": loss_only,
         "bf16": bf16,
+        "chat_template": None if chat_template is None else str(chat_template),
     }
     _check(names, settings)
     if out is not None and not dry_run:
         check_folder("--out", out)
     settings["adapter_sha256"] = None if adapter is None else adapter_digest(adapter)
+    settings["chat_template_sha256"] = None if chat_template is None else template_digest(chat_template)
     settings["model_digest"] = model_digest(model)
     plans = [read_plan(name, data_dir, settings, progress) for name in names]
     records = {plan.name: record for plan in plans if (record := finished_record(out, plan, settings)) is not None}

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import LoRARiteValueError
 from ..inputs import blame
 from ..run.versions import versions
+from .chats import set_chat_template
 from .data import Sample
 from .judges import FEWSHOT_SEED, lm_eval_tasks
 from .labelled import predict_labelled
@@ -53,6 +54,8 @@ class Evaluator:
             progress=progress,
         )
         self.settings = {**settings, "model_digest": settings["model_digest"] or model_digest(settings["model"])}
+        if settings["chat_template"] is not None:
+            set_chat_template(self.tokenizer, Path(settings["chat_template"]))
         self.limits = find_limits(network, self.tokenizer, settings["model"])
         if (size := self.tokenizer.vocab_size) > self.limits.tokens and any(plan.kind != "text" for plan in plans):
             raise LoRARiteValueError(

@@ -15,7 +15,7 @@ from ..run.settings import changes, list_changes
 from .data import Sample, read_examples
 from .judges import lm_eval_tasks, other_judge, task_judge
 from .models import locate
-from .records import RECORDS
+from .records import RECORDS, read_text
 from .tasks import TASKS, Row, examples, find_task, require_rows
 from .untrusted import find_adapter
 
@@ -82,6 +82,11 @@ def adapter_digest(adapter: Path) -> str:
         return digest_file(find_adapter(adapter)[1])
 
 
+def template_digest(chat_template: Path) -> str:
+    with blame(f"--chat_template {chat_template}"):
+        return hashlib.sha256(read_text(chat_template).encode()).hexdigest()
+
+
 def model_digest(model: str) -> str | None:
     """sha256 of a local model's files, the tokenizer's among them, or of its GGUF file; of one from the hub the commit
     that is in its cache, None where there is none yet."""
@@ -113,8 +118,8 @@ def finished_record(out: Path | None, plan: Plan, settings: dict[str, Any]) -> d
     """The record of that task in OUT, if there is one.
 
     Raises:
-        LoRARiteValueError: it is of other settings, another model or adapter, or other data. (Where an adapter and data
-            are does not matter: they are known by their sha256.)
+        LoRARiteValueError: it is of other settings, another model or adapter, or other data. (Where an adapter, a
+            chat template and data are does not matter: they are known by their sha256.)
     """
     if out is None or not (file := out / file_name(plan.name)).exists():
         return None
@@ -127,7 +132,7 @@ def finished_record(out: Path | None, plan: Plan, settings: dict[str, Any]) -> d
         raise LoRARiteValueError(f"{file} does not say which data it is of (an older version's); choose another --out")
     now = {"task": plan.name, **settings, "data_sha256": plan.sha256}
     changed = changes({k: before.get(k) for k in now}, now)
-    for key in ("adapter", "data_dir"):
+    for key in ("adapter", "data_dir", "chat_template"):
         changed.pop(key, None)
     if None in changed.get("model_digest", ()):  # not known of a model on the hub that is not in the cache
         del changed["model_digest"]

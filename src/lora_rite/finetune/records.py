@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -138,7 +139,7 @@ def _read(path: Path, limit: int | None = None) -> bytes:
         with path.open("rb") as file:
             data = file.read(-1 if limit is None else limit + 1)
     except OSError as error:
-        hub = " (a data set: NAME:SPLIT, the id on the hub or a folder)" if path.is_dir() else ""
+        hub = " (a data set: NAME:SPLIT, the id on the hub or a folder)" if os.path.isdir(path) else ""
         raise LoRARiteValueError(f"cannot read {path}: {error.strerror}{hub}") from None
     except ValueError as error:  # a null byte in the name
         raise LoRARiteValueError(f"cannot read {str(path)!r}: {error}") from None

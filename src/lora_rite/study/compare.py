@@ -142,6 +142,7 @@ def _check_folder(out: Path, recipe: Recipe) -> None:
 def _check_models(study: Study, found: dict[str, dict[str, Sequence[Sample]]]) -> None:
     """Loads the models of new tasks, and checks them and the tasks' texts as ``lora-rite train`` does, one model at a
     time. Where a recipe's function trains, it is the one that knows what it takes."""
+    from ..finetune.chats import set_chat_template
     from ..finetune.limits import prepare_windows
 
     if study.recipe.function is not None:
@@ -152,7 +153,11 @@ def _check_models(study: Study, found: dict[str, dict[str, Sequence[Sample]]]) -
     for (model, (dtype, bits), code), names in itertools.groupby(sorted(found, key=lambda n: str(choices(n))), choices):
         try:
             network, tokenizer = load_model(model, dtype=dtype, bits=bits, trust_remote_code=code)
+            own = getattr(tokenizer, "chat_template", None)
             for name in names:
+                tokenizer.chat_template = own
+                if options[name]["chat_template"] is not None:
+                    set_chat_template(tokenizer, options[name]["chat_template"])
                 length, packing = options[name]["max_length"], options[name]["packing"]
                 parts = [found[name][part] for part in SPLITS]
                 prepare_windows(parts, network, tokenizer, model, length, packing=packing)

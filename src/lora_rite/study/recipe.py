@@ -28,7 +28,7 @@ SPLITS = ("train", "validation", "test")
 GIVEN = {"data", "validation", "optimizer", "optimizer_args", "lr", "rank", "seed", "out"}
 #: And what would make its runs different ones: a choice by the split that judges them, other data, other steps.
 DECIDED = GIVEN | {
-    "task", "data_dir", "adapter", "epochs", "limit", "early_stopping", "keep_best",
+    "task", "data_dir", "adapter", "epochs", "limit", "early_stopping", "keep_best", "preview", "push_to_hub",
 }  # fmt: skip
 _WORD = re.compile(r"[\w.+][\w.+ -]*")
 
