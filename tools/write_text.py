@@ -2,10 +2,10 @@
 
     python tools/write_text.py sympy-tests data/sympy-tests
 
-Into the folder go train.jsonl, validation.jsonl and test.jsonl, a source file a line. Split by file: by the sha256 of its
-path 1 in 10 goes to validation and 1 in 10 to test; in that order, as many as CHARACTERS allows. Files of the same text
-count once. The same version of the text gives the same files everywhere. (The C++ headers of torch need no script: a
-recipe has them as `task: torch-headers`.)
+Into the folder go train.jsonl, validation.jsonl and test.jsonl, a source file a line. Split by file: by the sha256 of
+its path 1 in 10 goes to validation and 1 in 10 to test; in that order, as many as CHARACTERS allows. Files of the same
+text count once. The same version of the text gives the same files everywhere. (The C++ headers of torch need no script:
+a recipe has them as `task: torch-headers`.)
 """
 
 import argparse
