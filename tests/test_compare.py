@@ -128,6 +128,22 @@ def test_each_optimizer_gets_a_learning_rate_inside_its_grid(recipe, optimum):
     assert study.planned(losses) == len(losses)
 
 
+def test_a_study_that_is_stopped_has_as_many_seeds_of_each_optimizer(recipe):
+    """Case by case: no final run before all learning rates of its case are chosen, then each seed of all optimizers
+    before the next seed, in the recipe's order."""
+    study = Study(load_recipe(recipe(**{"seeds: [0, 1]": "seeds: [5, 0, 3]", "ranks: [2]": "ranks: [4, 2]"})))
+    losses = {}
+    while due := study.due(losses):
+        losses[due[0]] = (math.log(due[0].lr) - math.log(0.04)) ** 2
+    assert [r.rank for r in losses] == [4] * 10 + [2] * 10  # 0.04 is on the edge of a grid of three
+    for rank in (4, 2):
+        runs = [r for r in losses if r.rank == rank]
+        assert [(r.split, r.seed) for r in runs[:5]] == [("validation", 100)] * 4 + [("test", 5)]
+        assert [(r.seed, r.optimizer) for r in runs[4:]] == [
+            (seed, name) for seed in (5, 0, 3) for name in ("AdamW", "LoRA-RITE")
+        ]
+
+
 def test_the_grid_grows_no_further_than_told_and_one_rate_needs_no_sweep(recipe):
     study = Study(load_recipe(recipe()))
     losses = play(study, lambda r: r.lr)
@@ -170,7 +186,12 @@ def test_a_stopped_study_goes_on_and_no_run_is_run_twice(recipe, tmp_path, fake_
     assert (out / "report.html").is_file()
     assert run("compare", path, "--out", out, "--no-progress") == 0
     assert len(fake_train.calls) == 8
-    assert "left)" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    begun = [n for n, line in enumerate(lines) if line.endswith(": begins")]
+    assert len(begun) == len(fake_train.calls)  # what a run of hours is at work on is told before it ends
+    assert "AdamW, lr 0.01, seed 100: begins" in lines[begun[0]]
+    assert "AdamW, lr 0.01, seed 100: validation loss" in lines[begun[0] + 1]
+    assert lines[begun[0] + 1].endswith("left)")
 
 
 def test_a_study_can_grow_but_not_change(recipe, tmp_path, fake_train, capsys):

@@ -148,6 +148,9 @@ class Run(NamedTuple):
     def folder(self) -> str:
         return f"runs/{self.task}/r{self.rank}/{self.optimizer}/lr{self.lr:g}-seed{self.seed}-{self.split}"
 
+    def __str__(self) -> str:
+        return f"{self.task}, rank {self.rank}, {self.optimizer}, lr {self.lr:g}, seed {self.seed}"
+
 
 class Line(NamedTuple):
     """One optimizer in one case."""
@@ -318,7 +321,11 @@ class Study:
         return [run for run in done if run in losses] + search.due + finals
 
     def due(self, losses: Losses) -> list[Run]:
-        return [run for line in self.lines for run in self.runs(line, losses) if run not in losses]
+        """The runs to do, in this order: in each case first those that choose the learning rates, then the final ones
+        seed by seed, so that a study that is stopped has as many seeds of each optimizer."""
+        cases, seeds = [line[:2] for line in self.lines], self.recipe.seeds
+        runs = [run for line in self.lines for run in self.runs(line, losses) if run not in losses]
+        return sorted(runs, key=lambda r: (cases.index(r[:2]), r.split == "test" and 1 + seeds.index(r.seed)))
 
     def planned(self, losses: Losses, task: str | None = None) -> int:
         """Number of runs in all, or of a task, as far as they are known: the final ones count before their lr is
@@ -588,6 +595,7 @@ def _run_all(
         shown = bar.add_task("", total=study.planned(losses), completed=len(losses))
         while due := study.due(losses):
             for run in [run for run in due if run not in working.values()][: jobs - len(working)]:
+                print(f"[{len(losses) + len(working) + 1}] {run}: begins", flush=True)
                 work = study.options(run, out), study.evaluation(run, out, data_dir)
                 working[executor.submit(_run, study.recipe.function, *work)] = run
             done, _ = wait(working, return_when=FIRST_COMPLETED)
@@ -599,8 +607,8 @@ def _run_all(
                 left = statistics.fmean(seconds) * (planned - len(losses)) / jobs
                 bar.update(shown, total=planned, completed=len(losses), description=f"about {_duration(left)} left")
                 print(
-                    f"[{len(losses)}/{planned}] {run.task}, rank {run.rank}, {run.optimizer}, lr {run.lr:g}, seed "
-                    f"{run.seed}: {run.split} loss {losses[run]:.4f} ({took:.0f} s; about {_duration(left)} left)",
+                    f"[{len(losses)}/{planned}] {run}: {run.split} loss {losses[run]:.4f} "
+                    f"({took:.0f} s; about {_duration(left)} left)",
                     flush=True,
                 )
                 _write_study(study, out, data, losses)
