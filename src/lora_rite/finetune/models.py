@@ -20,6 +20,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8,
          "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000},
     ),
+    "google/gemma-2-2b": (
+        "gemma2",
+        {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+         "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000},
+    ),
     "google/gemma-7b": (
         "gemma",
         {"hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16,
