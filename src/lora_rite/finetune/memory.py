@@ -32,12 +32,13 @@ def optimizer_state(shapes: Mapping[Shape, int], name: str, lr: float, options: 
         return state_bytes(optimizer)
 
     total = 0
-    for shape, count in shapes.items():
-        try:
-            each = measure("meta", shape)
-        except Exception:  # whatever an optimizer that reads values makes of a tensor without any
-            each = measure("cpu", shape)
-        total += count * each
+    with torch.random.fork_rng():  # what is drawn here would change a run's dropout and the order of its batches
+        for shape, count in shapes.items():
+            try:
+                each = measure("meta", shape)
+            except Exception:  # whatever an optimizer that reads values makes of a tensor without any
+                each = measure("cpu", shape)
+            total += count * each
     return total
 
 
