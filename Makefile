@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread a process: reproducible, and two processes share two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all test-gpu lint format docs build clean
+.PHONY: demo test test-all test-gpu bench-gpu lint format docs build clean
 
 demo: $(VENV)/.installed ## fine-tune the embedded model with AdamW and with LoRA-RITE, and compare
 	$(BIN)/lora-rite demo
@@ -16,8 +16,13 @@ test: $(VENV)/.installed ## the fast tests
 test-all: $(VENV)/.installed ## all tests, the slow ones too
 	$(PYTEST) -m "slow or not slow"
 
+ON_GPU := CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} PYTHONPATH=src python
 test-gpu: ## what wants a GPU, on a machine that has one, in whatever environment `python` is
-	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} PYTHONPATH=src python -m pytest -rs tests/test_cuda.py tests/test_bench.py
+	$(ON_GPU) -m pytest -rs -m "slow or not slow" --deselect tests/test_kernels.py::test_kernels_compile_for_gpus_that_are_not_there \
+	  tests/test_cuda.py tests/test_kernels.py tests/test_bench.py
+
+bench-gpu: ## those, and the figures of docs/benchmarks.md, under the name of the card; under 8 minutes
+	bash benchmarks/bench_gpu.sh
 
 lint: $(VENV)/.installed ## what pre-commit and CI check
 	$(BIN)/ruff check .
@@ -34,13 +39,14 @@ docs: $(VENV)/.installed ## the documentation site, in site/
 build: $(VENV)/.installed ## wheel and source distribution in dist/
 	$(BIN)/python -m build --installer pip
 
-# The environment: pinned by constraints.txt, except for a torch that is there already (in the environment, or in the
-# Python that makes it): that one is kept.
+# The environment: pinned by constraints.txt, except for a torch and a triton that are there already (in the environment,
+# or in the Python that makes it): these are kept, as they belong together.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 	  $$($(PYTHON) -c 'import importlib.util as u; print("--system-site-packages" * bool(u.find_spec("torch")))')
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q torch -c constraints.txt
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -c 'import triton' 2>/dev/null && there='torch\|triton' || there=torch; \
+	  grep -v "^\($$there\)==" constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -q -e '.[dev]' -c $(VENV)/constraints.txt
 	touch $@
 

@@ -106,7 +106,7 @@ def halves_of(optimizer):
     for bucket, workspace in zip(plan.buckets, plan.workspaces(), strict=True):
         start = eager.begin(bucket, workspace)
         measured = eager.measure(bucket, start)
-        preconditioned = eager.precondition(bucket, start, measured, eager.norm_square(measured).sqrt())
+        preconditioned = eager.precondition(bucket, start, measured, eager.norm_square(bucket, measured).sqrt())
         halves.append(partial(eager.move, bucket, start, measured, preconditioned))
     return halves
 

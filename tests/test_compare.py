@@ -29,9 +29,9 @@ from lora_rite.run.files import write_json
 from lora_rite.run.run import Run
 from lora_rite.study import compare as compare_module
 from lora_rite.study import data as data_module
-from lora_rite.study import results, runner, search, workers
+from lora_rite.study import results, runner, workers
 from lora_rite.study.recipe import SPLITS, in_words_of_a_study, load_recipe
-from lora_rite.study.search import FINALISTS, MAX_EXTENSIONS, Line, Study
+from lora_rite.study.search import FINALISTS, MAX_EXTENSIONS, Line, Study, Trial
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE = """
@@ -339,11 +339,11 @@ def test_budgets_are_runs_of_their_own_at_the_chosen_rate(recipe, tmp_path, fake
     for r in runs:
         settings = json.loads((out / r["path"]).read_text())["settings"]
         assert settings["steps"] == (r["steps"] or 2)
-        evaluation = study.evaluation(search.Run(*(r[key] for key in search.Run._fields)), out, None)
+        evaluation = study.evaluation(Trial(*(r[key] for key in Trial._fields)), out, None)
         assert evaluation["adapter"].parent == (out / r["path"]).parent
     study.recipe.tasks["sums"].evaluate = ["gsm8k"]
-    assert study.evaluation(search.Run("sums", 2, "AdamW", 0.02, 0, "test"), out, None)["tasks"] == ["gsm8k"]
-    assert study.evaluation(search.Run("sums", 2, "AdamW", 0.02, 0, "test", 1), out, None)["tasks"] == []
+    assert study.evaluation(Trial("sums", 2, "AdamW", 0.02, 0, "test"), out, None)["tasks"] == ["gsm8k"]
+    assert study.evaluation(Trial("sums", 2, "AdamW", 0.02, 0, "test", 1), out, None)["tasks"] == []
 
 
 def test_budgets_need_a_function_that_takes_steps(recipe, tmp_path, monkeypatch, capsys):

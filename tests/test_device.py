@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_rite import LoRARite, NonFiniteError, layer_report
 from lora_rite.algebra.basis import orthonormalise
-from lora_rite.algebra.linalg import inverse_of, trace
+from lora_rite.algebra.linalg import inverse_of, split_gram, trace
 from lora_rite.algebra.step import damped_inverse, preconditioner
 from lora_rite.bench.watch import Watch
 from lora_rite.optim.precision import full_precision
@@ -271,6 +271,16 @@ def test_inverse_without_lu(r, condition):
     k = torch.stack([random_matrix(r, condition, seed=i) for i in range(3)]) * torch.logspace(0, 7, r).double()
     eye = torch.eye(r, dtype=torch.float64)
     assert (k @ inverse_of(k) - eye).norm() < 1e-15 * r * condition
+
+
+@pytest.mark.parametrize("rank_first", [True, False])
+@pytest.mark.parametrize("rows", [5, 16, 17, 50])
+def test_gram_matrices_from_parts(rows, rank_first):
+    """Of eight rows each, also where some are left over, or there are fewer; as A and as B lie."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(3, *((4, rows) if rank_first else (rows, 4)), generator=g).double() for _ in range(2))
+    x, y = (x.mT, y.mT) if rank_first else (x, y)
+    assert torch.allclose(split_gram(x, y, 8), x.mT @ y, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("rank", [0, 3, 8])

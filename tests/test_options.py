@@ -17,6 +17,7 @@ OF_TORCH = {
     "params": "a transformation of optax gets the parameters in init and update",
     "lr": "called learning_rate in JAX, where it has no default, as nowhere in optax",
     "capturable": "a step of JAX never waits for the device",
+    "engine": "XLA compiles the step of JAX",
     "adamw_lr": "optax.partition gives other parameters to optax.adamw",
     "adamw_betas": "likewise",
     "adamw_eps": "likewise",

@@ -240,6 +240,24 @@ def test_the_budget_is_the_shortest_run_that_reaches_it(study, ends, budget):
     assert ours[heading.index("budget")] == "not reached"
 
 
+def test_nothing_is_measured_by_an_adamw_that_diverged(study):
+    """An infinite loss is reached by everybody."""
+
+    def change(content):
+        add_budgets(content, {10: 0.0})
+        for run in content["runs"]:
+            if run["optimizer"] == "AdamW" and run["split"] == "test":
+                run["loss"] = math.inf
+
+    rewrite(study, change)
+    text, _ = render(study)
+    ours = next(line.split(" | ") for line in text.splitlines() if line.startswith("| LoRA-RITE |"))
+    heading = columns(text).split(" | ")
+    found = dict(zip(heading, ours, strict=True))
+    assert found["budget"] == "not reached"
+    assert found["steps to AdamW's loss"] == found["time to it"] == "–"
+
+
 def test_ranks_share_a_table_and_a_picture_of_learning_rates(study):
     def change(content):
         content["recipe"]["ranks"] = [4, 16]

@@ -11,6 +11,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("jsonargparse")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers.models.gemma.modeling_gemma import GemmaMLP  # noqa: E402
 
 from lora_rite.cli import main  # noqa: E402
 from lora_rite.finetune import load as load_module  # noqa: E402
@@ -18,7 +19,7 @@ from lora_rite.finetune import train as train_module  # noqa: E402
 from lora_rite.finetune.callbacks import Clock, HeldOut  # noqa: E402
 from lora_rite.finetune.load import attach_adapter, load_model, module_names  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "default::UserWarning")
 SMALL = {"batch_size": 2, "max_length": 16, "rank": 2, "lr": 0.01, "target_modules": "q_proj,v_proj"}
 WORDS = [str(word) for key, value in SMALL.items() for word in (f"--{key}", value)] + ["--no_progress"]
 
@@ -79,15 +80,17 @@ def test_options_that_contradict_each_other(refused, tmp_path):
         (("--packing", "--attn_implementation", "flash_attention_2"), "--packing keeps examples apart by a mask"),
         (("--adapter", tmp_path / "none"), "there is no such folder"),
         (("--epochs", 0), "--epochs must be a finite number > 0, got 0.0"),
-        (("--epochs", "nan"), "--epochs must be a finite number > 0, got nan"),
         (("--limit", 0), "--limit must be at least 1, got 0"),
         (("--eval_limit", -1), "--eval_limit must be at least 0, got -1"),
         (("--max_grad_norm", -1), "--max_grad_norm must be at least 0, got -1"),
         (("--early_stopping", -1), "--early_stopping must be at least 0, got -1"),
         (("--dtype", "int8"), "dtype"),
         (("--attn_implementation", "somebody/kernel"), "attn_implementation"),
-        (("--target_modules", "q_proj,v_porj"), "--target_modules: no module of the model is named v_porj; there are"),
-        (("--modules_to_save", "head"), "--modules_to_save: no module of the model is named head; there are"),
+        (
+            ("--target_modules", "q_proj,v_porj"),
+            "--target_modules v_porj: no module of the model is named so; there are",
+        ),
+        (("--modules_to_save", "head"), "--modules_to_save head: no module of the model is named so; there are"),
         (("--modules_to_save", ".*head"), "give names of modules"),
     ]:
         assert says in refused(*words)
@@ -125,6 +128,7 @@ def test_quantised_models_train(bits, train, tmp_path):
     assert result["held_out"]["before"] != plain["held_out"]["before"]
     assert result["held_out"]["before"] == pytest.approx(plain["held_out"]["before"], rel=0.1)
     assert result["held_out"]["after"] < result["held_out"]["before"]
+    assert all(p.any() for name, p in adapter(tmp_path).items() if "lora_B" in name)  # of all layers
     assert {p.dtype for p in adapter(tmp_path).values()} == {torch.float32}
 
 
@@ -140,13 +144,16 @@ def test_bitsandbytes_that_is_missing_is_said(train, tmp_path, monkeypatch, caps
 
 def test_gradient_checkpointing_changes_nothing_but_what_is_kept(train, monkeypatch):
     """Losses are bitwise the same, with dropout too; and the layers are computed again in the backward pass."""
-    plain = train("--steps", 2, "--dropout", 0.1, name="plain")
-    calls, original = [], torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: (calls.append(k), original(*a, **k))[1])
-    result = train("--steps", 2, "--dropout", 0.1, "--gradient_checkpointing")
+    plain = train("--steps", 2, "--dropout", 0.1, name="first")
+    calls, forward = [], GemmaMLP.forward
+    monkeypatch.setattr(GemmaMLP, "forward", lambda s, x: (calls.append(torch.is_grad_enabled()), forward(s, x))[1])
+    counts = {}
+    for name, words in {"plain": (), "checkpointed": ("--gradient_checkpointing",)}.items():
+        calls.clear()
+        result = train("--steps", 2, "--dropout", 0.1, *words, name=name)
+        counts[name] = sum(calls)
     assert result["losses"] == plain["losses"]
-    assert calls
-    assert {call["use_reentrant"] for call in calls} == {False}
+    assert counts["checkpointed"] == 2 * counts["plain"] > 0
     assert result["run"]["memory"]["activations"] < plain["run"]["memory"]["activations"]
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 #: Of the trace of V, what is added to its diagonal: the least of these that makes it numerically definite.
 JITTER = (1e-18, 1e-14, 1e-8, 1e-7, 1e-5, 1e-2)
+#: On a GPU, Gram matrices of four times as many rows are made of parts of so many.
+SPLIT_ROWS = 1024
 
 
 def times(x: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
@@ -30,7 +32,19 @@ def add_times_(x: Tensor, y: Tensor, k: Tensor, alpha: float = 1) -> Tensor:
 
 def gram(x: Tensor, y: Tensor) -> Tensor:
     """xᵀ·y, (p, r, r), of tall x and y."""
+    if x.is_cuda and x.shape[1] >= 4 * SPLIT_ROWS:
+        return split_gram(x, y, SPLIT_ROWS)
     return torch.bmm(x.mT, y)
+
+
+def split_gram(x: Tensor, y: Tensor, rows: int) -> Tensor:
+    """The same, as the sum of products over so many rows each, that are one batch: for results that are small and rows
+    that are many, a GPU's library takes few of its processors."""
+    count = x.shape[1] // rows
+    cut = [t[:, : count * rows].unflatten(1, (count, rows)).flatten(0, 1) for t in (x, y)]
+    total = torch.bmm(cut[0].mT, cut[1]).unflatten(0, (len(x), count)).sum(1)
+    rest = [t[:, count * rows :] for t in (x, y)]
+    return total.baddbmm_(rest[0].mT, rest[1]) if rest[0].shape[1] else total
 
 
 def row_sums(x: Tensor) -> Tensor:

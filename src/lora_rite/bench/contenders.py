@@ -38,6 +38,10 @@ def optimizers(adapter: nn.Module, device: str) -> dict[str, Callable[[], torch.
         )
     }
     if cuda:
+        graphs |= {
+            "LoRARite (triton)": lambda: create_lora_rite(adapter, 1e-4, engine="triton"),
+            "LoRARite (triton, CUDA graph)": lambda: create_lora_rite(adapter, 1e-4, engine="triton", capturable=True),
+        }
         graphs["AdamW (fused, CUDA graph)"] = lambda: torch.optim.AdamW(params, 1e-4, fused=True, capturable=True)
     return {
         "LoRARite": lambda: create_lora_rite(adapter, lr=1e-4),

@@ -1,9 +1,9 @@
 """Tables and pictures of ``lora-rite bench``."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..run import console
 from .contenders import BASELINE
 
 
@@ -17,7 +17,9 @@ def table(result: dict[str, Any]) -> str:
             for optimizer, exponent in values["exponents"].items()
         ]
         headings = ("x", "optimizer", "e", "e, upper ⅔", "at")
-        return _text(f"seconds of a step ~ xᵉ, {result['dtype']}, {device}", headings, rows)
+        return console.as_text(
+            console.table(f"seconds of a step ~ xᵉ, {result['dtype']}, {device}", headings, rows), width=140
+        )
     if result["benchmark"] == "host":
         return "".join(map(_host, result["cases"]))
     texts = []
@@ -31,7 +33,7 @@ def table(result: dict[str, Any]) -> str:
                  f"{1e3 * row['seconds']:.2f}", f"{1e3 * row['model_seconds']:.1f}")
                 for row in case["rows"]
             ]  # fmt: skip
-            texts.append(_text(title, headings, rows))
+            texts.append(console.as_text(console.table(title, headings, rows), width=140))
             continue
         headings = (
             "optimizer",
@@ -50,7 +52,7 @@ def table(result: dict[str, Any]) -> str:
              f"{row['extra_bytes'] / case['parameter_bytes']:.2f}", str(row["synchronisations"]))
             for row in case["rows"]
         ]  # fmt: skip
-        texts.append(_text(f"{title}, {case['pairs']} pairs", headings, rows))
+        texts.append(console.as_text(console.table(f"{title}, {case['pairs']} pairs", headings, rows), width=140))
         megabytes = case["formula_bytes"] / 1e6
         texts.append(f"LoRARite's state by Σ 4(m+n)(r+1) + 40r² + 8r + 26 bytes a pair: {megabytes:.2f} MB\n")
         texts += [f"Left out: {name}, {reason}\n" for name, reason in case["left_out"].items()]
@@ -66,23 +68,7 @@ def _host(case: dict[str, Any]) -> str:
          "{:.2f} – {:.2f}".format(*row["ratio_quartiles"]) if "ratio" in row else "")
         for row in case["rows"]
     ]  # fmt: skip
-    return _text(title, headings, rows)
-
-
-def _text(title: str, headings: Sequence[str], rows: list[tuple[str, ...]]) -> str:
-    from io import StringIO
-
-    from rich.console import Console
-    from rich.table import Table
-
-    out = Table(title=title, title_justify="left")
-    for i, heading in enumerate(headings):
-        out.add_column(heading, justify="right" if i else "left")
-    for row in rows:
-        out.add_row(*row)
-    text = StringIO()
-    Console(file=text, width=140).print(out)
-    return text.getvalue()
+    return console.as_text(console.table(title, headings, rows), width=140)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -19,8 +19,6 @@ from .untrusted import find_adapter
 
 #: Learning rates to start from where none is given, at the widths of real models (see the README).
 DEFAULT_LR = {"lora-rite": 5e-4, "adamw": 2e-4}
-#: Options of a run on which its outcome does not depend.
-NO_SETTINGS = ("resume", "progress", "allow_changed", "preview", "push_to_hub")
 #: Steps where neither --steps nor --epochs is given.
 DEFAULT_STEPS = 200
 #: Optimizers that are LoRARite by their name.
@@ -31,6 +29,8 @@ NEW_ADAPTER = {
     "dropout": (0.0, "lora_dropout"), "dora": (False, "use_dora"), "rslora": (False, "use_rslora"),
     "modules_to_save": (None, "modules_to_save"),
 }  # fmt: skip
+#: Options of a run on which its outcome does not depend.
+NO_SETTINGS = ("resume", "progress", "allow_changed", "preview", "push_to_hub")
 
 
 def check_options(options: SimpleNamespace) -> dict[str, Any]:
@@ -166,11 +166,11 @@ def _check_ranges(settings: dict[str, Any]) -> None:
         "eval_every": 0,
         "save_every": 0,
         "layers_every": 0,
-        "preview": 0,
         "limit": 1,
         "eval_limit": 0,
         "early_stopping": 0,
         "max_grad_norm": 0,
+        "preview": 0,
     }
     for key, value in least.items():
         if settings[key] is not None and not value <= settings[key] < math.inf:

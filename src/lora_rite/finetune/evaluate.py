@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from ..run import console
 from ..run.files import check_folder, prepare_folder, write_json
 from .evaluator import Evaluator
 from .plans import (
@@ -122,33 +123,19 @@ def _check(names: list[str], settings: dict[str, Any]) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The figures of :func:`evaluate` as text: accuracies in percent, losses in nat a token."""
-    from io import StringIO
-
-    from rich.console import Console
-    from rich.table import Table
-
-    out = Table()
-    for i, heading in enumerate(("task", "metric", "value", "n", "unparsed", "cut")):
-        out.add_column(heading, justify="right" if i > 1 else "left")
+    rows: list[tuple[Any, ...]] = []
     for name, record in result["results"].items():
         figures = record["results"]
         for metric, value in figures.get("metrics", {}).items():
             error = figures["stderr"].get(metric)
-            out.add_row(
-                name,
-                metric,
-                f"{100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}"),
-                str(figures["n"]),
-                str(figures["unparsed"].get(metric, "–")),
-                str(figures["cut"]),
-            )
+            shown = f"{100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
+            rows.append((name, metric, shown, figures["n"], figures["unparsed"].get(metric, "–"), figures["cut"]))
             name = ""
         for category, part in figures.get("categories", {}).items():
             value = f"{100 * part['score']:.2f}"
-            out.add_row("", f"{part['metric']}, {category}", value, str(part["n"]), str(part["unparsed"]), "–")
+            rows.append(("", f"{part['metric']}, {category}", value, part["n"], part["unparsed"], "–"))
         if "loss" in figures:
             loss = figures["loss"]
-            out.add_row(name, "loss", f"{loss['nat_per_token']:.4f}", str(loss["examples"]), "–", str(loss["cut"]))
-    text = StringIO()
-    Console(file=text, width=120).print(out)
-    return text.getvalue()
+            rows.append((name, "loss", f"{loss['nat_per_token']:.4f}", loss["examples"], "–", loss["cut"]))
+    headings = ("task", "metric", "value", "n", "unparsed", "cut")
+    return console.as_text(console.table(None, headings, rows, left=("metric",)), width=120)

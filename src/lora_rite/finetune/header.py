@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..run.console import number
 from ..run.versions import chip
 from .memory import count_text, estimate, size_text
 from .publish import next_commands
@@ -90,13 +91,12 @@ def _tokens(rows: list[Row]) -> int:
     return sum(len(row["input_ids"]) for row in rows)
 
 
-def show(run: dict[str, Any], options: Any, cut: int, held_out: int) -> None:
+def show(run: dict[str, Any], options: Any, held_out: int) -> None:
     """Prints what :func:`describe` has found.
 
     Args:
         run: from there.
         options: those of ``lora-rite train``.
-        cut: examples that are longer than a window.
         held_out: windows that there are to measure the held-out loss on, before ``eval_limit``.
     """
     from rich.table import Table
@@ -112,15 +112,13 @@ def show(run: dict[str, Any], options: Any, cut: int, held_out: int) -> None:
     some = f" of {held_out} (--eval_limit)" if windows["held_out"] < held_out else ""
     grid.add_row(
         "data",
-        f"{_number(run['examples']['train'], 'example')}, {tokens['train']:,} tokens, {loss['train']:,} with loss; "
-        f"held out: {_number(windows['held_out'], 'window')}{some}, {loss['held_out']:,} tokens with loss",
+        f"{number(run['examples']['train'], 'example')}, {tokens['train']:,} tokens, {loss['train']:,} with loss; "
+        f"held out: {number(windows['held_out'], 'window')}{some}, {loss['held_out']:,} tokens with loss",
     )
-    if cut:
-        grid.add_row("", f"{_number(cut, 'example')} longer than --max_length {options.max_length}, cut")
     clip = "" if run["max_grad_norm"] == 0 else f", gradients clipped to norm {run['max_grad_norm']:g}"
     grid.add_row(
         "training",
-        f"{_number(options.steps, 'step')} of {_number(options.batch_size * options.accumulation, 'window')} "
+        f"{number(options.steps, 'step')} of {number(options.batch_size * options.accumulation, 'window')} "
         f"({run['epochs']:.2f} epochs) by {options.optimizer}, lr {options.lr:g}{clip}",
     )
     outside = run["trained_outside_pairs"]
@@ -128,14 +126,10 @@ def show(run: dict[str, Any], options: Any, cut: int, held_out: int) -> None:
     by = f" by AdamW, lr {rate:g}" if rate is not None else ""
     others = f", {outside:,} of them in no pair{by}" if outside else ""
     trained = f"{run['trained']:,} trained parameters ({run['trained_share']:.2%})"
-    grid.add_row("adapter", f"{trained} in {_number(run['pairs'], 'pair')}{others}")
+    grid.add_row("adapter", f"{trained} in {number(run['pairs'], 'pair')}{others}")
     known = (f"{key} {size_text(size)}" for key, size in memory.items() if key != "estimated" and size is not None)
     grid.add_row("memory", f"about {size_text(memory['estimated'])}: {', '.join(known)}")
     _console().print(grid)
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -144,7 +138,7 @@ def summary(result: dict[str, Any]) -> str:
     cut = sum(result["examples"]["cut"].values())
     lines = [
         f"held-out loss {loss['before']:.4f} → {loss['after']:.4f} nat a token, "
-        f"perplexity {perplexity['before']:.2f} → {perplexity['after']:.2f} ({_number(loss['tokens'], 'token')})"
+        f"perplexity {perplexity['before']:.2f} → {perplexity['after']:.2f} ({number(loss['tokens'], 'token')})"
     ]
     lines += advice(result)
     if took["step"]:

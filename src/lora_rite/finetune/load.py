@@ -67,6 +67,12 @@ def load_model(
             network = kind.from_pretrained(
                 place, dtype=given, trust_remote_code=trust_remote_code, use_safetensors=True, **more
             )
+    module: Any
+    for module in network.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # After a pass without gradients, bitsandbytes would keep 4-bit weights in a layout whose products have no
+            # gradient, and nothing below the last layer would be trained.
+            module.support_avx512bf16_for_cpu = False
     if tokenizer.pad_token is None:  # what it is does not matter: it is neither attended to nor learnt
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"  # on the left (Gemma), padding would be what predicts a window's first token
@@ -176,6 +182,6 @@ def _check_names(network: Any, names: list[str], option: str) -> None:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in there):
             last = sorted({name.rpartition(".")[2] for name, m in network.named_modules() if not list(m.children())})
             known = ", ".join(name for name in last if not name.isdigit())
-            raise LoRARiteValueError(f"{option}: no module of the model is named {wanted}; there are {known}")
+            raise LoRARiteValueError(f"{option} {wanted}: no module of the model is named so; there are {known}")
     if not names:
         raise LoRARiteValueError(f"{option}: no names")

@@ -3,13 +3,15 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..plan.pairs import Shape
 from .optimizers import create_optimizer
 
+if TYPE_CHECKING:
+    from ..plan.pairs import Shape
 
-def optimizer_state(shapes: Mapping[Shape, int], name: str, lr: float, options: dict[str, Any] | None = None) -> int:
+
+def optimizer_state(shapes: "Mapping[Shape, int]", name: str, lr: float, options: dict[str, Any] | None = None) -> int:
     """Bytes of an optimizer's state after a step on pairs of these shapes (each so many times) in float32.
 
     It is measured on torch's meta device, or where the optimizer needs values (LoRARite), on the CPU with one pair of
@@ -23,7 +25,7 @@ def optimizer_state(shapes: Mapping[Shape, int], name: str, lr: float, options: 
     from ..invariance.problems import Adapter
     from ..optim.optimizer import state_bytes
 
-    def measure(device: str, shape: Shape) -> int:
+    def measure(device: str, shape: "Shape") -> int:
         adapter = Adapter([shape], torch.float32, device)
         optimizer = create_optimizer(adapter, name, lr, options=options)
         for p in adapter.parameters():
@@ -32,7 +34,7 @@ def optimizer_state(shapes: Mapping[Shape, int], name: str, lr: float, options: 
         return state_bytes(optimizer)
 
     total = 0
-    with torch.random.fork_rng():  # what is drawn here would change a run's dropout and the order of its batches
+    with torch.random.fork_rng(devices=[]):  # a run draws its batches and dropout from what a seed has set before
         for shape, count in shapes.items():
             try:
                 each = measure("meta", shape)
@@ -43,7 +45,7 @@ def optimizer_state(shapes: Mapping[Shape, int], name: str, lr: float, options: 
 
 
 def activations(
-    config: Any, shapes: Mapping[Shape, int], tokens: int, bytes_each: int, checkpointing: bool = False
+    config: Any, shapes: "Mapping[Shape, int]", tokens: int, bytes_each: int, checkpointing: bool = False
 ) -> int:
     """Roughly the bytes of what a model keeps for the backward pass of a batch.
 

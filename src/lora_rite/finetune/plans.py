@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame, parse_json, suffix
+from ..run.console import table
 from ..run.digest import digest_file
 from ..run.settings import changes, list_changes
 from .data import Sample, read_examples
@@ -144,18 +145,17 @@ def finished_record(out: Path | None, plan: Plan, settings: dict[str, Any]) -> d
 
 def print_plans(plans: list[Plan], finished: list[str], settings: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    out = Table("task", "by", "examples", "few-shot", "from")
+    headings = ("task", "by", "examples", "few-shot", "from")
+    rows: list[tuple[str, ...]] = []
     for plan in plans:
         by = [] if plan.kind == "text" or settings["loss_only"] else [plan.kind]
         by += ["loss"] if plan.texts else []
         shots = "–" if plan.judge is None else str(plan.judge.get_config("num_fewshot"))
         size = len(plan.texts) if plan.judge is None else len(plan.judge.eval_docs)
-        out.add_row(plan.name, ", ".join(by), str(size), shots, plan.source)
-    for name in finished:
-        out.add_row(name, "finished already", "–", "–", "–")
+        rows.append((plan.name, ", ".join(by), str(size), shots, plan.source))
+    rows += [(name, "finished already", "–", "–", "–") for name in finished]
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(out)
+    console.print(table(None, headings, rows, left=headings))
     adapter = "" if settings["adapter"] is None else f" with {settings['adapter']}"
     console.print(f"{settings['model']}{adapter}, {settings['batch_size']} sequences in a batch", highlight=False)

@@ -26,7 +26,6 @@ from .checks import (
     raised_steps,
     weights_of,
 )  # fmt: skip
-from .examples import Examples, read, say
 from .header import announce, busy, describe, show
 from .labelled import predict_labelled
 from .load import attach_adapter, load_model, place_quantised, set_attention
@@ -35,6 +34,7 @@ from .optimizers import check_optimizer
 from .plans import adapter_digest
 from .preview import describe_windows, show_examples
 from .publish import check_push, export, push
+from .reading import Examples, read, say
 from .trainer import add_callbacks, describe_optimizer, held_out_loss, log_entries, make_trainer, seconds
 from .windows import IGNORED, Windows, label_count
 
@@ -43,7 +43,6 @@ def train(
     out: Path,
     data: Path | None = None, task: str | None = None, data_dir: Path | None = None, validation: Path | None = None,
     holdout: float = 0.1, limit: int | None = None, eval_limit: int = 256, skip_bad_lines: bool = False,
-    preview: int = 0,
     model: str = "tiny", trust_remote_code: bool = False,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None, bf16: bool = False,
     load_in_4bit: bool = False, load_in_8bit: bool = False,
@@ -55,7 +54,7 @@ def train(
     optimizer: str = "lora-rite", lr: float | None = None, optimizer_args: dict[str, Any] | None = None,
     weight_decay: float = 0.0, max_grad_norm: float | None = None,
     steps: int | None = None, epochs: float | None = None, batch_size: int = 8, accumulation: int = 1,
-    max_length: int = 256, packing: bool = False, chat_template: Path | None = None,
+    max_length: int = 256, packing: bool = False, chat_template: Path | None = None, preview: int = 0,
     group_by_length: bool = False,
     warmup: float = 0.1, scheduler: str = "cosine", scheduler_args: dict[str, Any] | None = None, seed: int = 0,
     log_every: int = 1, eval_every: int = 0, early_stopping: int = 0, keep_best: bool = False,
@@ -121,6 +120,8 @@ def train(
         packing: put several prompts with their completions into a window, each seeing itself alone: saves the padding
             where they are much shorter than max_length; a batch then has more of them.
         chat_template: file with the chat template (Jinja) for conversations; by default the model's own.
+        preview: print so many windows of the training text as the model sees them, with « » around what carries loss,
+            and stop.
         group_by_length: make batches of windows of about the same length, in training and where the held-out loss is
             measured: saves padding (each batch is padded to its longest window), and changes which come together.
         warmup: share of the steps in which lr rises linearly.
@@ -145,16 +146,16 @@ def train(
     options = SimpleNamespace(**locals())
     if push_to_hub is not None:
         check_push("--push_to_hub", push_to_hub)
-    result = _whole(options)
+    result = _train(options)
     if push_to_hub is not None and not preview:
         print(push(out, push_to_hub))
     return result
 
 
-def _whole(options: SimpleNamespace) -> dict[str, Any]:
+def _train(options: SimpleNamespace) -> dict[str, Any]:
     """:func:`train` with its options in one place."""
     settings = check_options(options)
-    if options.progress:
+    if options.progress and not options.preview:
         announce(options)
     examples = read(options)
     if options.preview:
@@ -295,11 +296,13 @@ def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
     run = describe(options, network, dtype, train, held_out, examples)
     run["max_grad_norm"] = trainer.args.max_grad_norm
     if options.progress:
-        show(run, options, train.cut + held_out.cut, there)
+        show(run, options, there)
     return _Prepared(trainer, tokenizer, train, held_out, inputs, measure, run)
 
 
-def _train(options: SimpleNamespace, settings: dict[str, Any], prepared: _Prepared) -> tuple[Run, float, float]:
+def _begin_and_train(
+    options: SimpleNamespace, settings: dict[str, Any], prepared: _Prepared
+) -> tuple[Run, float, float]:
     """Begins or resumes the run and trains. Returns it with the held-out losses before and after."""
     from .callbacks import has_stopped
 
@@ -321,7 +324,7 @@ def _run(options: SimpleNamespace, settings: dict[str, Any], examples: Examples,
     """Trains, and writes adapter and result, which it returns."""
     from .callbacks import LOWEST
 
-    run, before, last = _train(options, settings, prepared)
+    run, before, last = _begin_and_train(options, settings, prepared)
     trainer, train, held_out = prepared.trainer, prepared.train, prepared.held_out
     network, state = trainer.model, trainer.state
     best = None
@@ -331,6 +334,8 @@ def _run(options: SimpleNamespace, settings: dict[str, Any], examples: Examples,
             run.best, lowest = None, {"loss": last, "step": state.global_step}
         best = {"step": lowest["step"], "held_out_loss": lowest["loss"], "last": last, "last_step": state.global_step}
     after = last if best is None else best["held_out_loss"]
+    cut = {"train": train.cut, "held_out": held_out.cut}
+    dropped = {"train": train.dropped, "held_out": held_out.dropped}
     result = {
         "settings": {**settings, "steps": options.steps},
         "run": {**prepared.run, "memory": {**prepared.run["memory"], "peak": peak()}, "steps_done": state.global_step},
@@ -351,11 +356,7 @@ def _run(options: SimpleNamespace, settings: dict[str, Any], examples: Examples,
         "seconds": seconds(state),
         "optimizer": describe_optimizer(trainer.optimizer),
         "windows": prepared.run["windows"],
-        "examples": {
-            **prepared.run["examples"],
-            "cut": {"train": train.cut, "held_out": held_out.cut},
-            "dropped": {"train": train.dropped, "held_out": held_out.dropped},
-        },
+        "examples": {**prepared.run["examples"], "cut": cut, "dropped": dropped},
         "versions": versions(),
     }
     with evaluating(trainer.optimizer):

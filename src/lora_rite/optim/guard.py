@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, warn
@@ -30,6 +29,13 @@ class Guard:
     idle_in_a_row: int = 0
     said_idle: bool = False
     said_one_sided: bool = False
+    said_eager: bool = False
+
+    def say_why_eager(self, reason: str) -> None:
+        """Warns, once, that the engine that was asked for does not make the step."""
+        if not self.said_eager:
+            self.said_eager = True
+            warn(f'engine="triton" does not step {reason}: the eager engine does. This is said once')
 
     def look_for_idleness(self, groups: list[Group]) -> None:
         """Warns, once, of parameters that nothing computes gradients for any more."""
@@ -53,11 +59,6 @@ class Guard:
                 f"{names_by_position(groups)[found[0]]} and its partner: one has a gradient and the other none, so "
                 f"neither is moved ({len(found)} such pairs; this is said once)"
             )
-
-
-def joined_flags(flags: list[Tensor]) -> Tensor:
-    """Flags of several devices in one tensor, on that of the first."""
-    return torch.cat([flag.to(flags[0].device) for flag in flags] or [torch.ones(0, dtype=torch.bool)])
 
 
 def read_flags(pairs: list[FactorPair], flags: Tensor) -> tuple[list[bool], list[FactorPair]]:

@@ -1,20 +1,19 @@
 """``LoRARite``: its groups, and the order in which a step is checked, planned, measured, decided and made."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import LoRARiteTypeError, LoRARiteValueError, warn
-from ..execute import eager
-from ..execute.phases import Measured, Preconditioned, Start
 from ..options import OPTIONS
-from ..plan.plan import Bucket, Limits, Plan, make_plan
+from ..plan.plan import Limits, Plan, make_plan
 from ..plan.state import new_state
-from .adamw import adamw_step, check_gradients, finite_gradients
+from .adamw import adamw_step, check_gradients
+from .engines import check_engine, measure_by
 from .groups import at_lrs, check_hyperparameters, check_settings, group_at, new_groups
-from .guard import Guard, complain, count_skipped, joined_flags, read_flags, warn_of_change
+from .guard import Guard, complain, count_skipped, read_flags, warn_of_change
 from .load import match_state, put_states
 from .precision import full_precision
 from .selection import alike, have_gradients, with_state
@@ -82,6 +81,11 @@ class LoRARite(torch.optim.Optimizer):
         scaling: what the model multiplies B·A by (alpha/r; rsLoRA: alpha/√r). lr, clipping and eps are then those of W,
             lr at rank 16: one value suits every alpha and, nearly, every rank. None: they are those of B·A as it is.
             :func:`lora_rite.create_lora_rite` and :func:`lora_rite.param_groups` read it off the model's layers.
+        engine: what makes the step: "eager", PyTorch's operations, or "triton", ten kernels for all factors together
+            (the extra ``kernels``; for NVIDIA's GPUs, and on a CPU with TRITON_INTERPRET=1, to try it out). What the
+            latter does not do the former does, with a warning, and ``report()["engine"]`` says which one stepped:
+            ``apply_escape``, ``update_capping``, ``balance_param``, DTensors, float64, ranks above 64. None chooses.
+            Both keep the same state.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: for the trainable parameters that are not factors (they
             become ``lr``, ``betas``, … of a group of kind "adamw", so that schedulers act on it too). Without
             ``adamw_lr`` such parameters are an error: LoRA-RITE's learning rate does not suit them.
@@ -136,6 +140,7 @@ class LoRARite(torch.optim.Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         scaling: float | None = None,
+        engine: str | None = None,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
@@ -144,6 +149,8 @@ class LoRARite(torch.optim.Optimizer):
         arguments = locals()
         defaults = {**{name: arguments[name] for name in OPTIONS}, "skipped": 0}
         check_hyperparameters(defaults)
+        check_engine(engine)
+        self._engine = engine
         self._adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
         if isinstance(params, torch.nn.Module):
             raise LoRARiteTypeError("params is a model; pass model.named_parameters(), which names the factors")
@@ -159,6 +166,7 @@ class LoRARite(torch.optim.Optimizer):
         last_lr = state.get("_last_lr", [])  # of a copy; load_state_dict gives none
         super().__setstate__(state)
         self.__dict__.setdefault("_adamw", {"lr": None})
+        self.__dict__.setdefault("_engine", None)
         self._begin()
         self._last_lr = last_lr
 
@@ -171,7 +179,8 @@ class LoRARite(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._count_skipped_on_device()
-        return {**super().__getstate__(), "_adamw": self._adamw, "_last_lr": self._last_lr}
+        own = {"_adamw": self._adamw, "_engine": self._engine, "_last_lr": self._last_lr}
+        return {**super().__getstate__(), **own}
 
     # ------------------------------------------------------------------------------------------------- construction
 
@@ -203,11 +212,11 @@ class LoRARite(torch.optim.Optimizer):
             decided = self._measure(self._current_plan())
             if decided is None:
                 return loss
-            plan, work, ok = decided
+            plan, moves, ok = decided
             if not plan.installed and plan.adopts(self.state):
                 plan.install(self.state)
-            for bucket, start, measured, preconditioned in work:
-                eager.move(bucket, start, measured, preconditioned, ok)
+            for move in moves:
+                move(ok)
             offset = 0
             for group in self.param_groups:
                 if group["kind"] == "adamw":
@@ -257,28 +266,15 @@ class LoRARite(torch.optim.Optimizer):
             for k in range(0, len(pairs), PAIRS_AT_ONCE):
                 yield make_plan([(group, pairs[k : k + PAIRS_AT_ONCE])], self.state, self._limits)
 
-    def _measure(
-        self, plan: Plan
-    ) -> tuple[Plan, list[tuple[Bucket, Start, Measured, Preconditioned]], Tensor | None] | None:
-        """All buckets, measured, and, where the device is to decide, whether the step is taken; None where it is to be
-        skipped. Reads parameters, gradients and state only."""
-        buckets = plan.buckets
-        starts = [eager.begin(bucket, memory) for bucket, memory in zip(buckets, plan.workspaces(), strict=True)]
-        measured = [eager.measure(bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
-        squares = [eager.norm_square(*of_bucket) for of_bucket in zip(buckets, measured, strict=True)]
-        norm = sum((s.to(squares[0].device) for s in squares[1:]), squares[0]).sqrt() if buckets else torch.zeros(())
-        so_far = list(zip(buckets, starts, measured, strict=True))
-        preconditioned = [eager.precondition(*phases, norm) for phases in so_far]
-        work = [(*phases, p) for phases, p in zip(so_far, preconditioned, strict=True)]
-        verdicts = [eager.decide(*phases) for phases in work]
-        others = [finite_gradients(group) for group in self.param_groups if group["kind"] == "adamw"]
-        finite = [v.finite for v in verdicts] + others
-        flags = joined_flags(finite + [v.unchanged for v in verdicts])
-        ok = flags.all()
+    def _measure(self, plan: Plan) -> tuple[Plan, Sequence[Callable[[Tensor | None], None]], Tensor | None] | None:
+        """All buckets, measured: what makes the step, and, where the device is to decide, whether it is taken; None
+        where it is to be skipped. Reads parameters, gradients and state only."""
+        decided = measure_by(self._engine, plan, self.param_groups, self._statistics, self._guard)
+        flags, ok = decided.flags, decided.ok
         if self.param_groups[0]["capturable"]:
-            self._statistics.add(buckets, measured, norm, ok)
-            self._statistics.skip(plan.pairs, flags, ok)
-            return plan, work, ok
+            self._statistics.add(plan.buckets, decided)
+            self._statistics.skip(plan.pairs, decided)
+            return plan, decided.moves, ok
         if not ok:  # the one host synchronisation of a step
             good, changed = read_flags(plan.pairs, flags)
             if changed:
@@ -290,13 +286,13 @@ class LoRARite(torch.optim.Optimizer):
             complain(self.param_groups, plan.pairs, good, self._guard.skipped_in_a_row)
             return None
         self._guard.skipped_in_a_row = 0
-        self._statistics.add(buckets, measured, norm, ok)
-        if self._statistics.dropped_in_a_row(buckets, measured) >= MAX_DROPPED_IN_A_ROW:
+        self._statistics.add(plan.buckets, decided)
+        if self._statistics.dropped_in_a_row(plan.buckets, decided.kept) >= MAX_DROPPED_IN_A_ROW:
             warn(
                 f"update_skipping has dropped gradients in {MAX_DROPPED_IN_A_ROW} steps in a row: their unmagnified "
                 "root mean square is above it; raise it, or set it to 0"
             )
-        return plan, work, None
+        return plan, decided.moves, None
 
     # ------------------------------------------------------------------------------------------------------ reporting
 
@@ -315,6 +311,7 @@ class LoRARite(torch.optim.Optimizer):
         ``clip_rate``               share of steps that were clipped, since this optimizer was made or loaded
         ``damped_share``            share of singular directions of B·A with σ < δ in the last step
         ``sigma_over_delta``        median of σ/δ over pairs and directions in the last step (None without damping)
+        ``engine``                  what made the last step, "eager" or "triton"; None before the first
         ``update_norm``             Frobenius norm, to first order, of the change of W = B·A that the present first
                                     moments make in one step at the lr of the last one; after ``load_state_dict``,
                                     at the present lr until a step is made

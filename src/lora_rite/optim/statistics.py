@@ -1,7 +1,7 @@
 """What the optimizer reports."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..execute import eager
-from ..execute.phases import Measured
+from ..execute.engine import Decided
 from ..plan.layout import rank_of
 from ..plan.plan import Bucket, Plan
 from ..plan.sharding import local
@@ -29,36 +29,41 @@ class Statistics:
         self.products: list[tuple[Tensor, Tensor]] = []
         self.dropped, self.asked = zero.clone(), 0
         self.flags: tuple[list[FactorPair], Tensor] | None = None
+        self.engine: str | None = None
 
-    def add(self, buckets: list[Bucket], measured: list[Measured], norm: Tensor, ok: Tensor) -> None:
+    def counts_on(self, device: torch.device) -> Tensor:
+        self.counts = self.counts.to(device)
+        return self.counts
+
+    def add(self, buckets: list[Bucket], decided: Decided) -> None:
         self.pairs = sum(bucket.count for bucket in buckets)
         if not buckets:
             return
-        clips = [bucket.group["clip_unmagnified_grad"] for bucket in buckets]
-        smallest = min((clip for clip in clips if clip), default=math.inf)
-        self.counts = self.counts.to(norm.device)
-        self.counts[:2] += torch.stack([ok, ok & (norm > smallest)])
-        self.norm = norm
-        self.products = [m.product for m in measured if m.product is not None]
+        if not decided.counted:
+            clips = [bucket.group["clip_unmagnified_grad"] for bucket in buckets]
+            smallest = min((clip for clip in clips if clip), default=math.inf)
+            counts = self.counts_on(decided.norm.device)
+            counts[:2] += torch.stack([decided.ok, decided.ok & (decided.norm > smallest)])
+        self.norm, self.products, self.engine = decided.norm, list(decided.products), decided.engine
 
-    def dropped_in_a_row(self, buckets: list[Bucket], measured: list[Measured]) -> int:
+    def dropped_in_a_row(self, buckets: list[Bucket], kept: Sequence[Tensor]) -> int:
         """Steps in a row in which ``update_skipping`` dropped gradients; asked of the device at each tenth step alone,
         and 0 between them."""
-        both = zip(buckets, measured, strict=True)
-        kept = [m.kept.all() for bucket, m in both if bucket.group["update_skipping"]]
-        if not kept:
+        flags = [k.all() for bucket, k in zip(buckets, kept, strict=True) if bucket.group["update_skipping"]]
+        if not flags:
             return 0
-        device = kept[0].device
-        all_kept = torch.stack([flag.to(device) for flag in kept]).all()
+        device = flags[0].device
+        all_kept = torch.stack([flag.to(device) for flag in flags]).all()
         self.dropped = (self.dropped.to(device) + 1) * ~all_kept
         self.asked = (self.asked + 1) % MAX_DROPPED_IN_A_ROW
         return 0 if self.asked else int(self.dropped)
 
-    def skip(self, pairs: list[FactorPair], flags: Tensor, ok: Tensor) -> None:
+    def skip(self, pairs: list[FactorPair], decided: Decided) -> None:
         """Counts a step that the device did not take."""
-        self.flags = pairs, flags
-        self.counts[2] = (self.counts[2] + 1) * ~ok
-        self.counts[3] += ~ok
+        self.flags = pairs, decided.flags
+        if not decided.counted:
+            self.counts[2] = (self.counts[2] + 1) * ~decided.ok
+            self.counts[3] += ~decided.ok
 
     def summary(self) -> dict[str, Any]:
         singular = [torch.linalg.svdvals(s.cpu()) / delta[..., 0].cpu() for s, delta in self.products]
@@ -67,6 +72,7 @@ class Statistics:
             ratios = ratios.nan_to_num(0.0, posinf=torch.inf)  # 0/0: a zero factor at lr 0
         return {
             "pairs_preconditioned": self.pairs,
+            "engine": self.engine,
             "gradient_norm": float(self.norm),
             "clip_rate": float(self.counts[1] / self.counts[0].clamp_min(1)),
             "damped_share": float((ratios < 1).double().mean()) if ratios is not None else 0.0,

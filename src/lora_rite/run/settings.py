@@ -12,7 +12,7 @@ from .files import LOCK
 SETTINGS, RESULT, FAILED = "settings.json", "result.json", "failed.json"
 
 #: Settings that say where something is; what is there is compared by its content (``inputs``).
-PLACES = ("out", "data", "validation", "data_dir", "chat_template", "adapter")
+PLACES = ("out", "data", "validation", "data_dir", "adapter", "chat_template")
 #: What a message advises, for ``lora-rite train``; ``compare`` has words of its own.
 RESUME = "go on with --resume"
 ALLOW_CHANGED = "--allow_changed with these names goes on all the same, and no longer bitwise"

@@ -27,23 +27,22 @@ def versions(*more: str) -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    """The name of the CPU, as Linux knows it; elsewhere what Python says."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def chip() -> str:
     """The name of the accelerator, or of the CPU where there is none."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        return accelerator.type
-    return processor() or "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return processor() if accelerator is None else accelerator.type
+
+
+def processor() -> str:
+    """The name of the CPU, as Linux knows it; elsewhere what Python says."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def environment(versions: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def all_cases(study: dict[str, Any], folder: Path) -> list["Case"]:
     return [Case(task, rank, study, folder) for task in recipe["tasks"] for rank in recipe["ranks"]]
 
 
-class Row:
+class Outcome:
     """One optimizer in one case: its runs on the test split by seed, and its sweep."""
 
     def __init__(
@@ -97,7 +97,7 @@ class Case:
                 if run.get("steps"):
                     budgets.setdefault(run["steps"], {})[run["seed"]] = run["loss"]
             own = [run for run in own if not run.get("steps")]
-            self.in_order.append(Row(name, sweep, own, budgets, tried, folder))
+            self.in_order.append(Outcome(name, sweep, own, budgets, tried, folder))
         self.rows = sorted((row for row in self.in_order if row.losses), key=lambda row: row.mean)
         self.baseline = self.in_order[0]
         adamw = tuned_adamw({name: c["optimizer"] for name, c in study["recipe"]["optimizers"].items()})
@@ -114,7 +114,7 @@ class Case:
     def title(self) -> str:
         return f"{self.task}, rank {self.rank}"
 
-    def is_best(self, row: Row) -> bool:
+    def is_best(self, row: Outcome) -> bool:
         """Whether the row leads by a difference that is significant."""
         return self.lead is not None and row is self.rows[0] and self.lead.verdict == "better"
 
@@ -123,7 +123,7 @@ class Case:
         """The names of the evaluations."""
         return sorted({name for row in self.rows for name in row.accuracies})
 
-    def accuracy(self, row: Row, metric: str) -> str:
+    def accuracy(self, row: Outcome, metric: str) -> str:
         """Mean ± interval in percent of the row, in bold where it leads by a difference that is significant."""
         values = row.accuracies.get(metric, {})
         if not values:
@@ -136,15 +136,15 @@ class Case:
         text = plus_minus(mean, half_width, digits=2)
         return f"**{text}**" if others and difference(values, others[0]).verdict == "worse" else text
 
-    def accuracy_against_baseline(self, row: Row, metric: str) -> str:
+    def accuracy_against_baseline(self, row: Outcome, metric: str) -> str:
         """Mean ± interval of the difference to the baseline over paired seeds: what is smaller cannot be detected."""
         pair = [r.accuracies.get(metric, {}) for r in (row, self.baseline)]
         return "–" if row is self.baseline or not all(pair) else plus_minus(*difference(*pair)[:2], digits=2)
 
-    def against_baseline(self, row: Row) -> Difference:
+    def against_baseline(self, row: Outcome) -> Difference:
         return difference(row.losses, self.baseline.losses)
 
-    def steps_to_adamw(self, row: Row) -> Reached | None:
+    def steps_to_adamw(self, row: Outcome) -> Reached | None:
         """The steps after which the smoothed held-out curve of each seed is at AdamW's final loss of that seed; None
         where there is no AdamW, or the loss was measured at the ends alone."""
         if self.adamw is None or not self.curves:
@@ -156,7 +156,7 @@ class Case:
         when = {s: step_at(points[s], limit) if s in points else None for s, limit in limits.items()}
         return Reached(when) if when else None
 
-    def seconds_to_adamw(self, row: Row) -> Reached | None:
+    def seconds_to_adamw(self, row: Outcome) -> Reached | None:
         """Those steps times the row's median step time; None where that is not known."""
         steps, time = self.steps_to_adamw(row), row.median("seconds", "step")
         return None if steps is None or not time > 0 else steps.times(time)
@@ -166,22 +166,22 @@ class Case:
         """All numbers of steps that runs of the case have."""
         return sorted({steps for row in self.rows for steps in self.by_budget(row)})
 
-    def by_budget(self, row: Row) -> dict[int, dict[int, float]]:
+    def by_budget(self, row: Outcome) -> dict[int, dict[int, float]]:
         """The row's losses by seed after each number of steps that it was run with, the full one among them, in
         order."""
         full = {} if self.steps is None else {self.steps: row.losses}
         return dict(sorted({**row.budgets, **full}.items()))
 
-    def budget_to_adamw(self, row: Row) -> int | None:
+    def budget_to_adamw(self, row: Outcome) -> int | None:
         """Steps of the shortest run whose mean loss over seeds is no higher than AdamW's full run's; None where
         none is."""
-        if self.adamw is None:
+        if self.adamw is None or not math.isfinite(self.adamw.mean):
             return None
         mean = lambda losses: statistics.fmean(losses.values()) if losses else math.inf
         reached = (steps for steps, losses in self.by_budget(row).items() if mean(losses) <= self.adamw.mean)
         return next(reached, None)
 
-    def measures(self, row: Row) -> dict[str, Any]:
+    def measures(self, row: Outcome) -> dict[str, Any]:
         """The row's figures for study.json."""
         steps, seconds, rates = self.steps_to_adamw(row), self.seconds_to_adamw(row), row.rates
         budgets = {
@@ -199,12 +199,12 @@ class Case:
             **(budgets if row.budgets else {}),
         }
 
-    def time_ratio(self, row: Row) -> float:
+    def time_ratio(self, row: Outcome) -> float:
         """The row's time of a step over the baseline's."""
         own, baseline = (r.median("seconds", "step") for r in (row, self.baseline))
         return own / baseline if baseline else math.nan
 
-    def score(self, row: Row) -> dict[str, int]:
+    def score(self, row: Outcome) -> dict[str, int]:
         """Against how many of the others the row is better, worse, or neither significantly."""
         verdicts = [difference(row.losses, other.losses).verdict for other in self.rows if other is not row]
         return {verdict: verdicts.count(verdict) for verdict in ("better", "worse", "not significant")}

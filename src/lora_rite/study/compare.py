@@ -29,7 +29,7 @@ from .recipe import SPLITS, Recipe, in_words_of_a_study, load_recipe
 from .report import report, require_packages
 from .results import finished, plain, warn_of_other_versions, write_study
 from .runner import run_one
-from .search import Run, Study
+from .search import Study, Trial
 from .workers import check_devices, executor
 
 RECIPE = "recipe.json"
@@ -179,7 +179,7 @@ def _run_all(
     losses = finished(study, out, {})
     warn_of_other_versions(study, out, losses)
     seconds: list[float] = []
-    working: dict[Future, Run] = {}
+    working: dict[Future, Trial] = {}
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with executor(jobs, devices) as pool, Progress(*columns, disable=not progress) as bar:
         shown = bar.add_task("", total=study.planned(losses), completed=len(losses))

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .cases import Case, Row
+from .cases import Case, Outcome
 from .statistics import curve
 
 #: The share of a run over which its training loss is averaged, for the eye.
@@ -133,7 +133,7 @@ def _color(number: int) -> Any:
     return colormaps["tab10"](number % 10)
 
 
-def _draw_curves(by_step: Any, by_time: Any, row: Row, color: Any, training: bool) -> None:
+def _draw_curves(by_step: Any, by_time: Any, row: Outcome, color: Any, training: bool) -> None:
     curves = [_training_curve(result) if training else curve(result) for result in row.finished]
     for axis, scale in ((by_step, 1.0), (by_time, row.median("seconds", "step"))):
         for points in curves:
@@ -152,7 +152,7 @@ def _training_curve(result: dict[str, Any]) -> list[tuple[int, float]]:
     return [(entry["step"], mean) for entry, mean in zip(result["losses"], means, strict=True)]
 
 
-def _draw_rates(axis: Any, lines: Sequence[tuple[str, Row, Any]]) -> None:
+def _draw_rates(axis: Any, lines: Sequence[tuple[str, Outcome, Any]]) -> None:
     """Validation loss over the learning rates tried, the chosen one marked, for (label, row, colour)."""
     for label, row, color in lines:
         tried = {lr: loss for lr, loss in sorted(row.validation.items()) if math.isfinite(loss)}
@@ -166,7 +166,7 @@ def _draw_rates(axis: Any, lines: Sequence[tuple[str, Row, Any]]) -> None:
     axis.minorticks_off()
 
 
-def _limit(axis: Any, rows: Sequence[Row]) -> None:
+def _limit(axis: Any, rows: Sequence[Outcome]) -> None:
     """Leaves out of a panel of learning rates what is worse than the loss before training."""
     losses = [loss for row in rows for loss in row.validation.values() if math.isfinite(loss)]
     before = max((curve(result)[0][1] for row in rows for result in row.finished), default=math.nan)

@@ -15,9 +15,9 @@ MAX_EXTENSIONS = 4
 FINALISTS = 2
 
 
-class Run(NamedTuple):
-    """One run: trained on the task's training split, judged on ``split``; with so many ``steps`` where these are one of
-    the recipe's budgets, else with the task's."""
+class Trial(NamedTuple):
+    """One run of a study: trained on the task's training split, judged on ``split``; with so many ``steps`` where these
+    are one of the recipe's budgets, else with the task's."""
 
     task: str
     rank: int
@@ -45,7 +45,7 @@ class Line(NamedTuple):
     optimizer: str
 
 
-Losses = dict[Run, float]
+Losses = dict[Trial, float]
 
 
 class Search(NamedTuple):
@@ -54,7 +54,7 @@ class Search(NamedTuple):
 
     grid: list[float]
     scores: dict[float, float]
-    due: list[Run]
+    due: list[Trial]
     best: float | None
 
 
@@ -81,7 +81,7 @@ class Study:
             return Search(grid, {}, [], grid[0])
         most = len(grid) + MAX_EXTENSIONS
         while True:
-            sweep = {lr: [Run(*line, lr, seed, "validation") for seed in seeds] for lr in grid}
+            sweep = {lr: [Trial(*line, lr, seed, "validation") for seed in seeds] for lr in grid}
             found = {lr: [losses[run] for run in runs if run in losses] for lr, runs in sweep.items()}
             scores = {lr: statistics.fmean(values) for lr, values in found.items() if values}
             finalists = sorted(grid, key=lambda lr: scores.get(lr, math.inf))[:FINALISTS]
@@ -97,23 +97,23 @@ class Study:
             else:
                 grid = [*grid, _round(best * best / grid[-2])]
 
-    def runs(self, line: Line, losses: Losses) -> list[Run]:
+    def runs(self, line: Line, losses: Losses) -> list[Trial]:
         """All runs of a line that are known by now, those that are done first."""
         search, seeds = self.search(line, losses), self.recipe.sweep_seeds
-        done = [Run(*line, lr, seed, "validation") for seed in seeds for lr in search.scores]
+        done = [Trial(*line, lr, seed, "validation") for seed in seeds for lr in search.scores]
         finals = []
         if search.best is not None:
             lengths = (None, *self.budgets(line.task))
-            finals = [Run(*line, search.best, seed, "test", steps) for steps in lengths for seed in self.recipe.seeds]
+            finals = [Trial(*line, search.best, seed, "test", steps) for steps in lengths for seed in self.recipe.seeds]
         return [run for run in done if run in losses] + search.due + finals
 
-    def due(self, losses: Losses) -> list[Run]:
+    def due(self, losses: Losses) -> list[Trial]:
         """The runs to do, in this order: in each case first those that choose the learning rates, then the final ones
         seed by seed, then those of the budgets, so that a study that is stopped has as many seeds of each optimizer."""
         cases, seeds, budgets = [line[:2] for line in self.lines], self.recipe.seeds, [None, *self.recipe.budgets]
         runs = [run for line in self.lines for run in self.runs(line, losses) if run not in losses]
 
-        def order(run: Run) -> tuple[int, ...]:
+        def order(run: Trial) -> tuple[int, ...]:
             final = run.split == "test"
             return cases.index(run[:2]), final, budgets.index(run.steps), final and seeds.index(run.seed)
 
@@ -156,7 +156,7 @@ class Study:
         steps = {*self.steps().values(), *self.recipe.budgets}
         return number(min(steps), "step") if len(steps) == 1 else f"{min(steps)} to {max(steps)} steps"
 
-    def options(self, run: Run, out: Path) -> dict[str, Any]:
+    def options(self, run: Trial, out: Path) -> dict[str, Any]:
         """The options of ``lora-rite train`` for a run."""
         contender, data = self.recipe.optimizers[run.optimizer], out / "data" / run.task
         return {
@@ -172,7 +172,7 @@ class Study:
             **({"steps": run.steps} if run.steps else {}),
         }
 
-    def evaluation(self, run: Run, out: Path, data_dir: Path | None) -> dict[str, Any]:
+    def evaluation(self, run: Trial, out: Path, data_dir: Path | None) -> dict[str, Any]:
         """The options of ``lora-rite eval`` for a final run."""
         options = self.options(run, out)
         shared = ("model", "batch_size", "max_length", "bf16", "trust_remote_code")

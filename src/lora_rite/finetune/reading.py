@@ -1,4 +1,4 @@
-"""The examples of a run: those to train on and those held out."""
+"""The examples of a run of ``lora-rite train``, by its options."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +21,9 @@ class Examples(NamedTuple):
 def read(options: SimpleNamespace) -> Examples:
     """Reads the examples, and warns of held-out ones that are in the training data too."""
     parts, sources = _parts(options)
+    parts = parts._replace(train=parts.train[: options.limit])
     if options.chat_template is not None and not any(isinstance(e, Chat) for part in parts for e in part):
         raise LoRARiteValueError("--chat_template: no example is a conversation that it could be for")
-    parts = parts._replace(train=parts.train[: options.limit])
     contaminated = len(set(parts.train) & set(parts.held_out))
     if contaminated:
         warn(f"{contaminated} held-out examples are in the training data too: the held-out loss is too good")
@@ -31,7 +31,7 @@ def read(options: SimpleNamespace) -> Examples:
 
 
 def say(options: SimpleNamespace, line: str) -> None:
-    """Prints a line, unless the run is to be silent."""
+    """Prints a line, where progress is to be seen."""
     if options.progress:
         print(line)
 
@@ -39,19 +39,19 @@ def say(options: SimpleNamespace, line: str) -> None:
 def _parts(options: SimpleNamespace) -> tuple[Split, dict[str, str]]:
     data, task, data_dir, validation = options.data, options.task, options.data_dir, options.validation
 
-    def of(path: Path) -> list[Sample]:
+    def read_file(path: Path) -> list[Sample]:
         found = read_data(path, options.skip_bad_lines)
         say(options, found.summary(str(path)))
         return found.examples
 
     if data is not None and task is None:
-        found, source = of(data), str(data)
+        found, source = read_file(data), str(data)
     elif task is not None and data is None:
         found, source = read_task(task, "train", data_dir, progress=options.progress)
     else:
         raise LoRARiteValueError("give either --data or --task")
     if validation is not None:
-        return Split(found, of(validation)), {"train": source, "held_out": str(validation)}
+        return Split(found, read_file(validation)), {"train": source, "held_out": str(validation)}
     if task is not None and (rows := read_rows(task, "validation", data_dir)) is not None:
         return Split(found, examples(task, rows)), {"train": source, "held_out": rows.source}
     sources = {"train": source, "held_out": f"{options.holdout:g} of {source}"}
