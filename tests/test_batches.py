@@ -66,9 +66,11 @@ def test_tokens_and_order_of_the_tasks(task, optimizer, batches, folder, tmp_pat
     assert digests(batches, tmp_path / "run", folder, task=task, optimizer=optimizer) == PINNED[task]
 
 
+@pytest.mark.parametrize("optimizer", ["lora-rite", "adamw"])
 @pytest.mark.parametrize("option", ["packing", "group_by_length"])
-def test_tokens_and_order_of_packed_and_grouped_windows(option, batches, folder, tmp_path):
-    assert digests(batches, tmp_path / "run", folder, task=INSTRUCTIONS, **{option: True}) == PINNED[option]
+def test_tokens_and_order_of_packed_and_grouped_windows(option, optimizer, batches, folder, tmp_path):
+    options = {"task": INSTRUCTIONS, "optimizer": optimizer, option: True}
+    assert digests(batches, tmp_path / "run", folder, **options) == PINNED[option]
 
 
 def test_tokens_and_order_of_an_encoder_decoder(batches, folder, tmp_path):

@@ -375,8 +375,7 @@ def test_templates_that_cannot_be_used(content, files, capsys):
         (files / "template.jinja").write_text(content)
     assert run(files) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"lora-rite train: error: --chat_template {files / 'template.jinja'}: ")
-    assert len(error.splitlines()) == 1
+    assert f"\nlora-rite train: error: --chat_template {files / 'template.jinja'}: " in f"\n{error}"
     assert not (files / "run").exists()
 
 
