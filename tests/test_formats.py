@@ -122,7 +122,11 @@ def test_bad_tables(text, message, tmp_path):
             assert read_examples(tmp_path / "data.csv", skip_bad_lines=True) == [Example("a", "b")]
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b'{"text": "a"}\n' * 99)[:-20], b"\x1f\x8b\x00", b"plain"])
+@pytest.mark.parametrize(
+    "content",
+    [gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-20], b"\x1f\x8b\x00", b"plain"],
+    ids=["cut", "header", "plain"],
+)
 def test_a_damaged_gzip_file(content, tmp_path):
     (tmp_path / "data.jsonl.gz").write_bytes(content)
     with pytest.raises(LoRARiteValueError, match=r"cannot read .*data.jsonl.gz: not a whole gzip file"):
