@@ -307,14 +307,15 @@ class LoRARite(torch.optim.Optimizer):
         ``steps``, ``skipped``      steps applied to the oldest pair; steps skipped for a non-finite gradient
         ``pairs_preconditioned``    pairs that the last step moved: those that had gradients
         ``dead_pairs``              pairs with both factors zero, which cannot learn
-        ``gradient_norm``           norm of all unmagnified gradients in the last step, before clipping
+        ``gradient_norm``           norm of all unmagnified gradients in the last step, before clipping: with
+                                    ``scaling``, that of W's
         ``clip_rate``               share of steps that were clipped, since this optimizer was made or loaded
         ``damped_share``            share of singular directions of B·A with σ < δ in the last step
         ``sigma_over_delta``        median of σ/δ over pairs and directions in the last step (None without damping)
         ``engine``                  what made the last step, "eager" or "triton"; None before the first
-        ``update_norm``             Frobenius norm, to first order, of the change of W = B·A that the present first
-                                    moments make in one step at the lr of the last one; after ``load_state_dict``,
-                                    at the present lr until a step is made
+        ``update_norm``             Frobenius norm, to first order, of the change of W (of B·A, where ``scaling`` is
+                                    None) that the present first moments make in one step at the lr of the last
+                                    one; after ``load_state_dict``, at the present lr until a step is made
         ==========================  ==========================================================================
         """
         self._settle()
