@@ -252,7 +252,6 @@ def test_the_adapter_has_the_names_of_peft():
         (["step", "--out", f"{__file__}/a.json"], "test_bench.py is not a folder"),
         (["step", "--plot", "p.foo"], "--plot: p.foo must end in .png or .svg or .pdf"),
         (["train"], "--device cuda: torch sees no CUDA device"),
-        ([], "bench"),
     ],
 )
 def test_bad_arguments(words, message, capsys, monkeypatch):

@@ -92,7 +92,8 @@ def test_other_verbs_end_as_they_do_elsewhere(verb, encoding, data, tmp_path, ru
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_odd_names_are_spelled_out_in_errors(encoding, tmp_path, run):
     """Letters that no small encoding has, and a byte that is no UTF-8, which Python has as a lone surrogate."""
-    code, _, errors = run(encoding, "train", "--data", tmp_path / "\u03a9\u6f22.jsonl", "--out", tmp_path / "run")
+    words = ["train", "--data", tmp_path / "\u03a9\u6f22.jsonl", "--out", tmp_path / "run", "--no_progress"]
+    code, _, errors = run(encoding, *words)
     assert code == 2
     assert errors.count("\n") == 1
     assert ("\u03a9\u6f22" if encoding == "utf-8" else "\\u6f22") in errors

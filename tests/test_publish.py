@@ -189,13 +189,13 @@ def test_the_end_of_a_run_prints_the_commands_that_come_next(trained, tmp_path, 
 
 def test_train_pushes_after_success(trained, tmp_path, hub, capsys, monkeypatch):
     """It asks before training whether it may, and uploads after it; a new repository is private."""
-    train = train_module.training_arguments
+    train = train_module._arguments
 
     def begun(*arguments, **more):
         assert hub.calls == ["whoami"]
         return train(*arguments, **more)
 
-    monkeypatch.setattr(train_module, "training_arguments", begun)
+    monkeypatch.setattr(train_module, "_arguments", begun)
     out, data = tmp_path / "run", trained.parent / "my data.jsonl"
     assert run("train", "--data", data, "--out", out, *SMALL, "--push_to_hub", "adapter") == 0
     assert "https://hub/me/adapter" in capsys.readouterr().out
@@ -205,7 +205,7 @@ def test_train_pushes_after_success(trained, tmp_path, hub, capsys, monkeypatch)
         assert content == (out / "adapter" / name).read_bytes() or name == "adapter_config.json"
     assert "push_to_hub" not in json.loads((out / "result.json").read_text())["settings"]
     hub.files["me/adapter"].clear()
-    monkeypatch.setattr(train_module, "training_arguments", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(train_module, "_arguments", lambda *_, **__: pytest.fail("trained again"))
     assert run("train", "--data", data, "--out", out, *SMALL, "--push_to_hub", "adapter", "--resume") == 0
     assert hub.files["me/adapter"].keys() == FILES
 

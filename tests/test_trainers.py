@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 from test_hf import network, rows, trainer  # noqa: E402
 
 from lora_rite import LoRARite, LoRARiteCallback, LoRARiteFactory, create_lora_rite, layer_report  # noqa: E402
+from lora_rite.options import lr_scale  # noqa: E402
 from lora_rite.plan.names import plain_names  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -203,7 +204,7 @@ def test_layer_report_adds_up_to_the_report():
         sigma = torch.linalg.svdvals(b.detach().double() @ a.detach().double())[:4]
         assert row["product_norm"] == pytest.approx(float(sigma.square().sum().sqrt()), rel=1e-4)
         # B starts at zero, so A follows the directions that are large enough, and δ has the rows of B
-        delta = 5.0 * 1e-2 * b.shape[0] ** 0.5
+        delta = 5.0 * 1e-2 * lr_scale(optimizer.param_groups[0]["scaling"], 4) * b.shape[0] ** 0.5
         assert row["sigma_over_delta"] == pytest.approx(float(sigma.median()) / delta, rel=1e-3, abs=1e-6)
         assert row["damped_share"] == float((sigma < delta).double().mean())
 

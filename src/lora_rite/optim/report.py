@@ -25,13 +25,13 @@ def layer_report(optimizer: LoRARite) -> list[dict[str, Any]]:
     ``rank``              r
     ``damped_share``      share of the singular directions of B·A with σ < δ (0 without damping)
     ``sigma_over_delta``  median of σ/δ (None without damping, or at lr 0)
-    ``update_norm``       Frobenius norm of the change of B·A in one step, as in ``LoRARite.report()``
+    ``update_norm``       Frobenius norm of the change of W in one step, as in ``LoRARite.report()``
     ``product_norm``      Frobenius norm of B·A (which PEFT multiplies by alpha/r)
     ====================  ==================================================================================
 
-    δ = damping·lr·√rows, with the rows of the damped side, is what a direction must have to be followed; see
-    ``docs/tuning.md``. Takes a few r×r decompositions a pair and synchronises with the device: for logging, not for
-    every step.
+    δ = damping·lr·√rows, with the rows of the damped side (and the lr of B·A, where ``scaling`` is given), is what a
+    direction must have to be followed; see ``docs/tuning.md``. Takes a few r×r decompositions a pair and synchronises
+    with the device: for logging, not for every step.
     """
     names = plain_names(names_by_position(optimizer.param_groups))
     rows: dict[int, dict[str, Any]] = {}
