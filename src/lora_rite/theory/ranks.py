@@ -81,11 +81,14 @@ def plot(result: dict[str, Any], figure: Any) -> None:
     top = max(row["best_loss"] for row in result["rows"])
     low = min(row["best_loss"] for row in result["rows"])
     for axis, name in zip(figure.subplots(1, 2, sharey=True), NAMES, strict=True):
-        for i, row in enumerate(r for r in result["rows"] if r["optimizer"] == name):
+        own = [row for row in result["rows"] if row["optimizer"] == name]
+        for i, row in enumerate(own):
             axis.semilogx(row["lrs"], row["losses"], "o-", ms=4, color=f"C{i}", label=f"rank {row['rank']}")
             axis.axvline(row["best_lr"], color=f"C{i}", lw=0.8, ls=":")
         axis.set(title=f"{name}: best lr ∝ r^{result['exponents'][name]:.2f}", xlabel="lr")
         axis.set_ylim(low - 0.1 * (top - low) - 0.01, top + 1.5 * (top - low) + 0.05)
         axis.grid(alpha=0.3)
+        axis.set_xticks(own[0]["lrs"], [f"{lr:g}" for lr in own[0]["lrs"]])
+        axis.minorticks_off()
     figure.axes[0].set_ylabel("validation loss")
     figure.axes[0].legend(fontsize="small")
