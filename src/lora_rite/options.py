@@ -98,6 +98,11 @@ PUBLISHED = {"scaling": None, "damping": 0.0, "row_equilibration": False, "updat
 RANK, EXPONENT = 16, 0.5
 
 
+def product_scale(scaling: Any) -> Any:
+    """What the model multiplies B·A by: ``scaling``, or 1 where it is None."""
+    return 1.0 if scaling is None else scaling
+
+
 def lr_scale(scaling: float | None, rank: int) -> float:
     """What lr is multiplied by to give that of B·A: (16/r)^½/scaling, or 1 where ``scaling`` is None."""
     return 1.0 if scaling is None else (RANK / rank) ** EXPONENT / scaling

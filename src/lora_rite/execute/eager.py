@@ -15,7 +15,7 @@ from ..algebra import step as equations
 from ..algebra.basis import NOISE, Basis, orthonormalise, warm_basis
 from ..algebra.linalg import eye_like, finite, gram, row_sums, trace
 from ..algebra.rounding import checksum
-from ..options import lr_scale
+from ..options import lr_scale, product_scale
 from ..plan.plan import Bucket, constant
 from ..plan.state import ALGEBRA, Numbers
 from .phases import Measured, Moved, Moves, Preconditioned, Start, Verdict
@@ -84,7 +84,7 @@ def measure(bucket: Bucket, start: Start) -> Measured:
 
 def scaling(bucket: Bucket) -> float:
     """What the model multiplies B·A by, where the group says so; else 1."""
-    return bucket.group.get("scaling") or 1.0
+    return product_scale(bucket.group.get("scaling"))
 
 
 def norm_square(bucket: Bucket, measured: Measured) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..algebra.basis import NOISE
 from ..algebra.rounding import CHECKED_ROWS
-from ..options import lr_scale
+from ..options import lr_scale, product_scale
 from ..plan.plan import Bucket, Plan, Segment
 
 #: Rows of a factor that one program works on: the checked ones are all in the first tile.
@@ -53,7 +53,7 @@ def options_of(group: dict[str, Any], rank: int) -> list[float]:
         -1.0 if group["maximize"] else 1.0,
         float(group["row_equilibration"]),
         lr_scale(group.get("scaling"), rank),
-        float(group.get("scaling") or 1.0),
+        float(product_scale(group.get("scaling"))),
     ]
 
 

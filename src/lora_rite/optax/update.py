@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..options import lr_scale
+from ..options import lr_scale, product_scale
 from .algebra import (
     bias_corrected_decay,
     damped_inverse,
@@ -36,7 +36,7 @@ from .phases import Batch, Conditioned, FactorState, Rebased, Unmagnified, Updat
 
 def scaling(batch: Batch) -> Any:
     """What the model multiplies B·A by, where that is given; else 1."""
-    return 1.0 if batch.options["scaling"] is None else batch.options["scaling"]
+    return product_scale(batch.options["scaling"])
 
 
 def _lr_of_product(batch: Batch, lr: Any) -> Any:

@@ -5,7 +5,7 @@ import statistics
 from typing import Any
 
 from .embedded import pair_parameters, train_embedded
-from .problems import adamw
+from .problems import adamw, slope
 from .transfer import minimum
 
 EXPECTED = """A step of lr writes lr·√(rows·r) into B·A in Frobenius norm. With ``scaling`` it writes lr·√(rows·16) into
@@ -60,12 +60,7 @@ def run(
 
 def _exponent(rows: list[dict[str, Any]]) -> float:
     """e of lr* ≈ c·rᵉ."""
-    import numpy as np
-
-    if len(rows) < 2:
-        return math.nan
-    ranks, rates = ([math.log(row[key]) for row in rows] for key in ("rank", "best_lr"))
-    return float(np.polyfit(ranks, rates, 1)[0])
+    return slope(*([row[key] for row in rows] for key in ("rank", "best_lr"))) if len(rows) > 1 else math.nan
 
 
 def found(result: dict[str, Any]) -> str:
