@@ -73,7 +73,9 @@ def test_held_out_losses_come_as_they_are_measured(data, tmp_path, capsys):
     error = capsys.readouterr().err
     for entry in result["held_out_losses"]:
         assert f"step {entry['step']}: held-out loss {entry['held_out_loss']:.4f} (the lowest so far)" in error
-    assert "measuring the held-out loss" in error
+    # Before, and after each of the two steps: the last is not measured again at the end.
+    assert error.count("measuring the held-out loss:   0%") == 3
+    assert result["held_out"]["after"] == result["held_out_losses"][-1]["held_out_loss"]
     assert "checking the weights" in error
     assert "Loading weights" in error
 

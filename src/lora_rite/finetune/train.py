@@ -314,7 +314,9 @@ def _begin_and_train(
     run.begin(options.resume)
     before = measure()
     run.train(trainer, options.steps, lambda state: has_stopped(state, options.early_stopping))
-    after = measure()
+    measured = log_entries(trainer.state.log_history, "held_out_loss")[-1:]
+    there = measured and measured[0]["step"] == trainer.state.global_step
+    after = measured[0]["held_out_loss"] if there else measure()
     if not math.isfinite(after):
         run.fail(f"the held-out loss is {after} after training: lower --lr", trainer.state.global_step)
     return run, before, after

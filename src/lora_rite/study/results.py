@@ -28,7 +28,8 @@ def finished(study: Study, out: Path, losses: Losses) -> Losses:
         for run, path in found.items():
             result = read_json(path)
             expected = plain(study.options(run, out))
-            for key in set(expected) - {"out", "data", "validation"}:
+            free = {"out", "data", "validation"} | ({"eval_every"} if run.split == "validation" else set())
+            for key in set(expected) - free:
                 if result["settings"].get(key) != expected[key]:
                     raise LoRARiteValueError(
                         f"{path} is of a run with {key} {result['settings'].get(key)!r}, the recipe says "

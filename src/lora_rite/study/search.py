@@ -159,8 +159,11 @@ class Study:
     def options(self, run: Trial, out: Path) -> dict[str, Any]:
         """The options of ``lora-rite train`` for a run."""
         contender, data = self.recipe.optimizers[run.optimizer], out / "data" / run.task
+        shared = self.train_options(run.task)
+        if run.split == "validation" and "eval_every" in shared:
+            shared["eval_every"] = 0  # a rate is chosen by its final loss: a curve would cost a third of a small run
         return {
-            **self.train_options(run.task),
+            **shared,
             "data": data / "train.jsonl",
             "validation": data / f"{run.split}.jsonl",
             "optimizer": contender.optimizer,
