@@ -150,7 +150,9 @@ def test_runs_of_a_sweep_measure_no_curve(recipe, tmp_path, fake_train):
     """A rate is chosen by its final loss; a sweep that has curves all the same, from before, is taken as it is."""
     path, out = recipe(), tmp_path / "study"
     assert run("compare", path, "--out", out, "--no_progress") == 0
-    every = {p.parent.name: json.loads(p.read_text())["settings"]["eval_every"] for p in out.glob("runs/**/result.json")}
+    every = {
+        p.parent.name: json.loads(p.read_text())["settings"]["eval_every"] for p in out.glob("runs/**/result.json")
+    }
     assert {name.rpartition("-")[2]: e for name, e in every.items()} == {"validation": 0, "test": 1}
     for result in out.glob("runs/**/*-validation/result.json"):
         content = json.loads(result.read_text())

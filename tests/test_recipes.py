@@ -24,14 +24,15 @@ from lora_rite.study.results import plain
 from lora_rite.study.search import Study
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-#: What tools/fetch_model.py writes: transformers' model type and settings, and the number of pairs.
+GEMMA = {
+    "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "head_dim": 256,
+}  # fmt: skip
+#: What tools/fetch_model.py and prune_vocabulary.py write: transformers' model type and settings, and the number of
+#: pairs.
 FETCHED = {
-    "models/gemma3-270m": (
-        "gemma3_text",
-        {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
-         "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144},
-        18 * 7,
-    ),
+    "models/gemma3-270m": ("gemma3_text", {**GEMMA, "vocab_size": 262144}, 18 * 7),
+    "models/gemma3-270m-cpp": ("gemma3_text", {**GEMMA, "vocab_size": 16227}, 18 * 7),
     "models/smollm2-135m": (
         "llama",
         {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,

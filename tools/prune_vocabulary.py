@@ -2,9 +2,9 @@
 
     python tools/prune_vocabulary.py models/gemma3-270m models/gemma3-270m-cpp recipes/real/gemma3-270m-first.yaml
 
-In a small model most parameters and half of the work are the table of words: 168 of Gemma 3 270M's 268 million. Kept are
-the tokens of the recipe's texts, those that are put together on the way to them, single bytes and special tokens. The
-texts are tokenised as before (which is checked), embeddings and logits of the kept tokens are the same numbers. The
+In a small model most parameters and half of the work are the table of words: 168 of Gemma 3 270M's 268 million. Kept
+are the tokens of the recipe's texts, those that are put together on the way to them, single bytes and special tokens.
+The texts are tokenised as before (which is checked), embeddings and logits of the kept tokens are the same numbers. The
 loss is lower than the whole model's, since nothing is lost on tokens that never come: compare it within a study alone,
 and do not take the model for anything else. OUT gets weights, tokenizer and the licence files of the model's folder.
 """
@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def _texts(sample: Sample, recipe: Path) -> Iterator[str]:
 
 
 def _prune_tokenizer(definition: dict[str, Any], used: set[int], special: set[str]) -> list[int]:
-    """Changes the definition of a tokenizer (tokenizer.json) so that it has the used and the special tokens, and returns
-    the ids before of those that it has now, in order."""
+    """Changes the definition of a tokenizer (tokenizer.json) so that it has the used and the special tokens alone.
+    Returns the ids before of those that it has now, in order."""
     model, after = definition["model"], definition["post_processor"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise LoRARiteValueError("the model's tokenizer is no byte pair encoding without prefixes and suffixes")
@@ -107,7 +108,9 @@ def _prune_tokenizer(definition: dict[str, Any], used: set[int], special: set[st
     new = {names[i]: place for place, i in enumerate(kept)}
     model["vocab"] = {name: new[name] for name in vocabulary if name in new}
     model["merges"] = [pair for pair in model["merges"] if tuple(pair) in merges]
-    definition["added_tokens"] = [{**t, "id": new[t["content"]]} for t in definition["added_tokens"] if t["content"] in new]
+    definition["added_tokens"] = [
+        {**t, "id": new[t["content"]]} for t in definition["added_tokens"] if t["content"] in new
+    ]
     if after is not None and after["type"] == "TemplateProcessing":
         for token in after["special_tokens"].values():
             token["ids"] = [new[name] for name in token["tokens"]]
@@ -118,7 +121,7 @@ def _merges(token: str, ranks: dict[tuple[str, ...], int]) -> Iterator[tuple[str
     """The merges by which a token is put together from its characters: of all pairs, that of the lowest rank first."""
     parts = list(token)
     while len(parts) > 1:
-        rank, place = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(zip(parts, parts[1:], strict=False)))
+        rank, place = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(parts)))
         if rank == len(ranks):
             return  # not a token that merges lead to, such as <s>
         yield parts[place], parts[place + 1]
