@@ -28,9 +28,10 @@ def windows(
 
     Texts are put one after the other, between the tokenizer's begin and end tokens (unless they have them already), and
     cut into windows. Where the tokenizer begins texts by itself, a window that begins amid a text has the begin token
-    too, and the token after it carries no loss: without it Gemma 3 270M loses 4.6 nat a token instead of 2.5. A prompt and its completion are a window of their own, cut at the end; the prompt's labels are
-    ignored. They are tokenised together, and a token that spans both counts as the completion's. A conversation is a
-    window too, as the chat template writes it, and has labels where the assistant speaks.
+    too, and the token after it carries no loss: without it Gemma 3 270M loses 4.6 nat a token instead of 2.5. A prompt
+    and its completion are a window of their own, cut at the end; the prompt's labels are ignored. They are tokenised
+    together, and a token that spans both counts as the completion's. A conversation is a window too, as the chat
+    template writes it, and has labels where the assistant speaks.
 
     Args:
         examples: texts, prompts with completions, or conversations.
