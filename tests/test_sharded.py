@@ -223,6 +223,45 @@ def check_bfloat16_rounds_alike(size, folder):
         assert (full(p) == q).double().mean() > 0.9
 
 
+def check_first_moments_in_bfloat16(size, folder):
+    """Equal to one process but for the noise, whose draw depends on the first basis, that sums in another order turn.
+    From a checkpoint on, the basis is the same, and then the noise is so too, on each element, whatever process holds
+    it (in float64: other noise would change W by 1e-4 in two steps): bitwise in the same world. And converted where the
+    other run keeps float64."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    option = {"first_moment_dtype": "bfloat16"}
+    single, sharded = (start(torch.float64, s, zero_b=False, **option) for s in (None, size))
+    for expected, got in zip(advance(*single, 10), advance(*sharded, 10), strict=True):
+        assert relative(got, expected) < 8e-3
+    assert {state["first_moment"].to_local().dtype for state in sharded[1].state.values()} == {torch.bfloat16}
+    weights, state = get_state_dict(*sharded)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=os.path.join(folder, f"bfloat16_{size}"))
+    results = advance(*sharded, 5, first=10)
+    if dist.get_rank() == 0:
+        torch.save(results, os.path.join(folder, f"bfloat16_results_{size}.pt"))
+    dist.barrier()
+    for saved_by, options in product((1, 2, 4), (option, {})):
+        path = os.path.join(folder, f"bfloat16_{saved_by}")
+        if not os.path.exists(path):
+            continue
+        other = start(torch.float64, size, **options)
+        weights, state = get_state_dict(*other)
+        loaded = {"model": weights, "optimizer": state}
+        dcp.load(loaded, checkpoint_id=path)
+        set_state_dict(*other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        expected = torch.load(os.path.join(folder, f"bfloat16_results_{saved_by}.pt"), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got = advance(*other, 5, first=10)
+        for one, two in zip(got, expected, strict=True):
+            bitwise = options and saved_by == size
+            assert torch.equal(one, two) if bitwise else relative(one, two) < (1e-9 if options else 8e-3)
+        kept = {state["first_moment"].dtype for state in other[1].state.values()}
+        assert kept == {torch.bfloat16 if options else torch.float64}
+
+
 def check_bfloat16_parameters_of_adamw(size, folder):
     """Bitwise equal to one process: matrices, of which each process has rows or nothing, and vectors."""
     from torch.distributed.fsdp import fully_shard

@@ -21,6 +21,7 @@ from .state import (
     FactorPair,
     State,
     frozen_state,
+    moment_dtype,
     moments,
     new_state,
     of_its_own,
@@ -57,8 +58,9 @@ class Segment:
     moves         False: the factors are frozen
     num_rows      of a factor; this process has ``local_rows`` from ``start`` on
     direct        whether the factors are multiplied one by one as they lie
-    first_moment  (k, …), the states' first moments one above the other; None where nothing moves
-    row_moment    (k, …), likewise
+    first_moment  (k, …), the states' first moments one above the other, of ``dtype`` or of less precision; None where
+                  nothing moves
+    row_moment    (k, …), likewise, of ``dtype``
     steps         (k, blocks), the states' step counts
     """
 
@@ -155,9 +157,12 @@ class Plan:
         return [pair for bucket in self.buckets for pair in bucket.pairs]
 
     def adopts(self, states: dict[Tensor, State]) -> bool:
-        """Whether the views are to take the place of the states: where all states are among them, or some are new. A
-        step of some pairs alone writes its results back instead, as tensors that are half used would pile up."""
-        return bool(self.fresh) or all(p in self.views for p, state in states.items() if "matrices" in state)
+        """Whether the views are to take the place of the states: where all states are among them, or some are new, or
+        of another dtype. A step of some pairs alone writes its results back instead, as tensors that are half used
+        would pile up."""
+        if self.fresh or all(p in self.views for p, state in states.items() if "matrices" in state):
+            return True
+        return any(states[p]["first_moment"].dtype != view["first_moment"].dtype for p, view in self.views.items())
 
     def install(self, states: dict[Tensor, State]) -> None:
         """Puts the views in the place of the states; of other pairs, the states no longer share memory with these."""
@@ -298,6 +303,7 @@ def _segment(
     arena: Arena,
 ) -> Segment:
     params = ([pair.a for pair in pairs] + [pair.b for pair in pairs])[run]
+    of_moments = moment_dtype(group, *pairs[0][:2])
     positions = ([pair.position for pair in pairs] + [pair.position + 1 for pair in pairs])[run]
     first, layout, shards = params[0], layouts(group)[run.start >= len(pairs)], Shards(params[0])
     moves, num_rows = "first_moment" in states[run][0], layout.num_rows(params[0])
@@ -323,8 +329,8 @@ def _segment(
         and (shards.mesh is not None or all(p.is_contiguous() for p in params))
         and all(p.dtype == dtype and (p.grad is None or p.grad.dtype == dtype) for p in params),
         steps=arena.steps.view(-1, layout.blocks)[run],
-        first_moment=moments(states[run], "first_moment") if moves else None,
-        row_moment=moments(states[run], "row_moment") if moves else None,
+        first_moment=moments(states[run], "first_moment", of_moments) if moves else None,
+        row_moment=moments(states[run], "row_moment", dtype) if moves else None,
     )
 
 

@@ -38,6 +38,12 @@ def work_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def moment_dtype(group: dict[str, Any], *factors: Tensor) -> torch.dtype:
+    """The dtype in which the state keeps the first moments of factors of a group."""
+    name = group.get("first_moment_dtype")
+    return getattr(torch, name) if name else work_dtype(*factors)
+
+
 class Numbers(NamedTuple):
     """Views of ``numbers`` (…, r + 2)."""
 
@@ -51,8 +57,8 @@ class Numbers(NamedTuple):
 
 
 def new_state(group: dict[str, Any], pair: FactorPair) -> dict[Tensor, State]:
-    """The states of A and of B before their first step. Memory: 4(m+n)(r+1) + 40r² + 8r + 26 bytes a pair in float32;
-    about twice that in float64.
+    """The states of A and of B before their first step. Memory: 4(m+n)(r+1) + 40r² + 8r + 26 bytes a pair in float32,
+    2(m+n)r less with a first moment in bfloat16; about twice that in float64.
 
     Under each factor: ``step`` of the pair; ``first_moment`` (the factor's shape); ``row_moment`` (rows,);
     ``matrices`` (5, r, r): second moment and transport, in the basis of the other factor, then basis, coordinates and
@@ -84,7 +90,8 @@ def new_state(group: dict[str, Any], pair: FactorPair) -> dict[Tensor, State]:
             "damped": damped,
         }
         state = {key: value[0] for key, value in state.items()} if blocks == 1 else state
-        state["first_moment"] = shards.wrapped(torch.zeros(share.shape, **like), p.shape, layout.long_dim)
+        zeros = torch.zeros(share.shape, dtype=moment_dtype(group, pair.a, pair.b), device=p.device)
+        state["first_moment"] = shards.wrapped(zeros, p.shape, layout.long_dim)
         row_shape = (blocks, num_rows) if blocks > 1 else (num_rows,)
         state["row_moment"] = shards.wrapped(state["row_moment"], row_shape, len(row_shape) - 1)
         states.append(state)
@@ -142,6 +149,7 @@ def of_its_own(t: Tensor) -> Tensor:
     )
 
 
-def moments(states: Sequence[State], key: str) -> Tensor:
-    """First or row moments of factors of one shape, one above the other, in one tensor (k, …): this process's rows."""
-    return torch.stack([local(state[key]) for state in states])
+def moments(states: Sequence[State], key: str, dtype: torch.dtype) -> Tensor:
+    """First or row moments of factors of one shape, one above the other, in one tensor (k, …) of ``dtype``: this
+    process's rows."""
+    return torch.stack([local(state[key]).to(dtype) for state in states])
