@@ -73,18 +73,19 @@ def test_rounding_is_to_a_neighbour_without_bias_and_by_other_noise_than_the_fac
     # Rounded up with the probability p of what is above the lower neighbour, the error has variance p(1 − p), 1/6 in
     # the mean: √(n/6) of the sum is one standard deviation.
     assert abs(error.sum()) < 4 * (len(error) / 6) ** 0.5
-    # Where the factor was rounded up, M is as often rounded up as elsewhere.
+    # Where the factor was rounded away from zero, M is so as often as elsewhere.
     single, _ = train([tuple(x.float() for x in pairs[0])], gradients, lr=1e-2)
-    of_factor = torch.cat([(p.double() - x.double()).sign().flatten() for p, x in zip(pair, single[0], strict=True)])
-    both = torch.stack([error.sign(), of_factor])
+    x = torch.cat([p.detach().flatten().double() for p in single[0]])
+    of_factor = (torch.cat([p.detach().flatten().double() for p in pair]) - x).sign() * x.sign()
+    both = torch.stack([error.sign() * exact.sign(), of_factor])
     assert abs(torch.corrcoef(both)[0, 1]) < 4 / len(error) ** 0.5
 
 
-def test_moments_follow_small_gradients(engine):
+def test_moments_follow_small_gradients():
     """β₁ near 1 changes M by less than half of the distance to its neighbour: rounded to nearest it would stay."""
     pair, betas = factors(4, 60, 50), (0.999, 0.999)
-    gradients = gradients_of_w(1, 50, 60).expand(300, -1, -1)
-    gradients = torch.cat([gradients, 0 * gradients, 0 * gradients])  # then M falls to 0.999⁶⁰⁰ of what it was
+    gradients = gradients_of_w(1, 50, 60).expand(50, -1, -1)
+    gradients = torch.cat([gradients] + [0 * gradients] * 5)  # then M falls to a sixth
     norms = []
     for options in ({}, BF16):
         _, optimizer = train([pair], [gradients], lr=0.0, betas=betas, **options)
@@ -144,7 +145,7 @@ def test_several_pairs_in_a_parameter(columns, engine):
     a, b = (torch.nn.Parameter(x) for x in join(pairs))
     group = {"params": [a, b], "kind": "lora", "blocks": 3, "columns": columns}
     optimizer = LoRARite([group], lr=1e-2, clip_unmagnified_grad=0.0, **BF16)
-    expected, single = train(pairs, gradients, lr=1e-2, clip_unmagnified_grad=0.0)
+    expected, _ = train(pairs, gradients, lr=1e-2, clip_unmagnified_grad=0.0)
     leaves = [[torch.nn.Parameter(x.clone()) for x in pair] for pair in pairs]
 
     def step(t, some):
@@ -180,6 +181,12 @@ def test_one_frozen_factor(engine):
     assert 0 < relative(*runs) < 8e-3
 
 
+def skip(optimizer):
+    """A step that is not made; with ``capturable``, the report says so."""
+    optimizer.step()
+    optimizer.report()
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_skipped_step_leaves_moments_as_they_are(capturable):
     """Where the device decides, values are rounded again, and stay: bfloat16 has them."""
@@ -188,8 +195,8 @@ def test_a_skipped_step_leaves_moments_as_they_are(capturable):
     before = copied(params, optimizer)
     params["l1.lora_B.weight"].grad = torch.full_like(params["l1.lora_B.weight"], torch.nan)
     with pytest.warns(UserWarning, match=r"non-finite gradient of l1\.lora_B\.weight"):
-        optimizer.step()
-        assert optimizer.report()["skipped"] == 1
+        skip(optimizer)
+    assert optimizer.report()["skipped"] == 1
     assert equal(copied(params, optimizer), before)
 
 

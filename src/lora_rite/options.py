@@ -88,8 +88,8 @@ OPTIONS = {
     "first_moment_dtype": Option(
         None,
         _DTYPE,
-        'the dtype of M in the state: "bfloat16" halves its memory, rounded stochastically after each step; None is that '
-        "of the arithmetic.",
+        'the dtype of M in the state: "bfloat16" halves its memory, rounded stochastically after each step; None is '
+        "that of the arithmetic.",
     ),
 }
 
