@@ -44,8 +44,9 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, key: Tensor, first: int = 0,
     noise = noise.bitwise_and_(dropped - 1)
     if dtype == torch.bfloat16:  # the upper half of a float32
         return noise.add_(x.float().view(torch.int32)).bitwise_and_(-dropped).view(torch.float32).to(dtype)
-    exponent = torch.frexp(x.abs().clamp_min(tiny)).exponent - 1
-    quantum = torch.ldexp(torch.full_like(x, eps), exponent)
+    x = x.float()
+    exponents = x.abs().clamp_min(tiny).view(torch.int32).bitwise_and_(-(2**23))  # of the powers of 2 below x
+    quantum = exponents.view(torch.float32) * eps
     return ((x / quantum + noise.to(x.dtype) / dropped).floor() * quantum).to(dtype)
 
 

@@ -14,10 +14,13 @@ from ..plan.state import FROZEN_KEYS, MATRICES, STATE_KEYS, State, moment_dtype,
 from .adamw import ADAMW_STATE_KEYS
 from .checks import names_of
 
+#: Options that are about the memory and the device of this run: a loaded state does not change them.
+OF_THIS_RUN = ("algebra_dtype", "first_moment_dtype")
+
 
 def match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """``state_dict`` in the order of ``groups``, with their ``first_moment_dtype``, which is a matter of this run's
-    memory; LoRARiteValueError where it does not belong to their parameters."""
+    """``state_dict`` in the order of ``groups``, with their :data:`OF_THIS_RUN`; LoRARiteValueError where it does not
+    belong to their parameters."""
     saved = state_dict["param_groups"]
     if any("kind" not in group for group in saved):
         raise LoRARiteValueError(
@@ -56,9 +59,9 @@ def match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dic
                         f"{name} or its partner is frozen in the model and not in the state, or the reverse: freeze "
                         "the same factors. Nothing was loaded"
                     )
-    key, more = "first_moment_dtype", saved[len(groups) :]
-    saved = [{**group, key: own.get(key)} for group, own in zip(saved, groups, strict=False)]
-    return {**state_dict, "param_groups": [*saved, *more]}
+    both = zip(saved, groups, strict=False)
+    kept = [{**group, **{key: own.get(key) for key in OF_THIS_RUN}} for group, own in both]
+    return {**state_dict, "param_groups": [*kept, *saved[len(groups) :]]}
 
 
 def put_states(states: dict[Tensor, State], groups: list[dict[str, Any]], matched: dict[str, Any]) -> None:

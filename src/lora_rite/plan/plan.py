@@ -15,11 +15,11 @@ from .layout import Layout, layouts, rank_of
 from .marks import Marks
 from .sharding import Shards, local
 from .state import (
-    ALGEBRA,
     FROZEN_KEYS,
     Arena,
     FactorPair,
     State,
+    algebra_dtype,
     frozen_state,
     moment_dtype,
     moments,
@@ -103,6 +103,7 @@ class Bucket:
     does not move.
 
     num_rows, moves   (2p, 1, 1), of each factor
+    dtype, algebra    of the arithmetic with tall factors, and of that with r×r matrices
     iterate           r×r matrices are not decomposed by LAPACK, nor by its slow, waiting likes on other devices
     arena             the states of the factors together
     """
@@ -113,6 +114,7 @@ class Bucket:
     shards: Shards
     device: torch.device
     dtype: torch.dtype
+    algebra: torch.dtype
     rank: int
     one_sided: bool
     iterate: bool
@@ -247,6 +249,7 @@ def _bucket(
     partners = own[len(pairs) :] + own[: len(pairs)]
     full: list[State] = [state or frozen_state(other) for state, other in zip(own, partners, strict=True)]  # type: ignore[arg-type]
     device, dtype, blocks = pairs[0].a.device, work_dtype(*pairs[0][:2]), group.get("blocks", 1)
+    algebra = algebra_dtype(group, *pairs[0][:2])
     iterate = group["capturable"] or device.type != "cpu" if limits.iterate is None else limits.iterate
     smallest = limits.direct_elements if not iterate and blocks == 1 else None
     arena = Arena(full, blocks)
@@ -259,10 +262,11 @@ def _bucket(
         shards=Shards(pairs[0].a),
         device=device,
         dtype=dtype,
+        algebra=algebra,
         rank=rank_of(group, pairs[0].a),
         one_sided=not all(own),
         iterate=iterate,
-        num_rows=constant(tuple(s.num_rows for s in segments for _ in range(s.count)), ALGEBRA, device)[:, None, None],
+        num_rows=constant(tuple(s.num_rows for s in segments for _ in range(s.count)), algebra, device)[:, None, None],
         moves=constant(tuple(s.moves for s in segments for _ in range(s.count)), torch.bool, device)[:, None, None],
         arena=arena,
     )

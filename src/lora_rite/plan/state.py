@@ -21,8 +21,10 @@ MATRICES = ("second_moment", "transport", "basis", "coordinates", "warm_basis")
 STATE_KEYS = ("step", "first_moment", "row_moment", "matrices", "numbers", "damped")
 #: The further ones where the other factor is frozen: what of a state that one needs.
 FROZEN_KEYS = ("frozen_matrices", "frozen_numbers")
-#: The dtype of r×r matrices while they are computed with.
+#: The dtype of r×r matrices while they are computed with, but where :func:`algebra_dtype` says otherwise.
 ALGEBRA = torch.float64
+#: Types of device without float64, and without eigenvalues, as Apple's MPS is.
+SINGLE = ("mps",)
 
 
 class FactorPair(NamedTuple):
@@ -42,6 +44,17 @@ def moment_dtype(group: dict[str, Any], *factors: Tensor) -> torch.dtype:
     """The dtype in which the state keeps the first moments of factors of a group."""
     name = group.get("first_moment_dtype")
     return getattr(torch, name) if name else work_dtype(*factors)
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device has float64, and eigenvalues."""
+    return device.type not in SINGLE
+
+
+def algebra_dtype(group: dict[str, Any], *factors: Tensor) -> torch.dtype:
+    """The dtype of r×r matrices while a step computes with them."""
+    single = group.get("algebra_dtype") == "float32" or not has_float64(factors[0].device)
+    return torch.float32 if single and work_dtype(*factors) == torch.float32 else ALGEBRA
 
 
 class Numbers(NamedTuple):
@@ -79,7 +92,9 @@ def new_state(group: dict[str, Any], pair: FactorPair) -> dict[Tensor, State]:
     for p, share, layout, x, damped in zip(pair[:2], shares, sides, tall, (a_damped, ~a_damped), strict=True):
         (blocks, local_rows, r), num_rows = x.shape, layout.num_rows(p)
         like = {"dtype": dtype, "device": p.device}
-        basis = initial_basis(x, ALGEBRA, lambda part: shards.total(part)[0], shards.largest)
+        place = p.device if has_float64(p.device) else torch.device("cpu")
+        basis = initial_basis(x, ALGEBRA, lambda part: shards.total(part)[0], shards.largest, place)
+        basis = [k.to(dtype).to(p.device) for k in basis]
         zeros = torch.zeros(blocks, r, r, **like)
         sums = shards.total(checksum(x, shards.start(num_rows)))[0]
         state = {
