@@ -172,7 +172,8 @@ MADE_OF_OTHERS = {
 }  # fmt: skip
 #: Operators that are another one with arguments in another form.
 CALLS = {
-    "bitwise_and_.Scalar": "bitwise_and.Tensor_out", "bitwise_right_shift.Tensor_Scalar_out": "__rshift__.Scalar",
+    "bitwise_and.Scalar": "bitwise_and.Tensor_out", "bitwise_and_.Scalar": "bitwise_and.Tensor_out",
+    "bitwise_right_shift.Tensor_Scalar_out": "__rshift__.Scalar",
     "mv": "addmv.out", "rsub.Scalar": "sub.out", "sum": "sum.IntList_out", "abs": "abs.out",
     "nan_to_num": "nan_to_num.out",
 }  # fmt: skip

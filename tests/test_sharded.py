@@ -373,6 +373,49 @@ def check_checkpoints_of_other_worlds_go_on(size, folder):
             assert torch.equal(one, other) if saved_by == size else relative(one, other) < 1e-10
 
 
+def check_offload_to_the_cpu(size, folder):
+    """FSDP2's CPUOffloadPolicy, through forward and backward passes: bitwise the run without it. On a mesh of GPUs the
+    factors that are offloaded go through a real all-to-all (on one of CPUs torch makes it of an all-gather), which
+    gloo has too; without gloo, an error that says how to have it."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = Pair(*factors(4, 18, 13, zero_b=True, dtype=torch.float32))
+
+        def forward(self, x):
+            return x @ self.pair.lora_A.mT @ self.pair.lora_B.mT - x[:, :13]
+
+    def run(**options):
+        model, generator = Model(), torch.Generator().manual_seed(1)
+        fully_shard(model, mesh=mesh_of(size), **options)
+        optimizer = LoRARite(model.named_parameters(), lr=0.01, first_moment_dtype="bfloat16")
+        for x in torch.randn(6, 8, 18, generator=generator):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        assert optimizer.report()["pairs_preconditioned"] == 1
+        assert {t.device.type for state in optimizer.state.values() for t in state.values()} == {"cpu"}
+        return full(model.pair.lora_A).detach(), full(model.pair.lora_B).detach()
+
+    def all_to_all(shard, gather_dim, shard_dim, mesh, mesh_dim):
+        group = mesh.get_group(mesh_dim).group_name
+        exchanged.append(group)
+        return torch.ops._dtensor.shard_dim_alltoall(shard, gather_dim, shard_dim, group)
+
+    exchanged, policy = [], CPUOffloadPolicy(pin_memory=False)
+    expected = run()
+    assert equal(run(offload_policy=policy), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.tensor.placement_types.shard_dim_alltoall", all_to_all)
+        assert equal(run(offload_policy=policy), expected)
+        assert exchanged or size == 1
+        patch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+        with pytest.raises(ValueError, match=r'group \(cuda:nccl\) has no backend: call .*"cpu:gloo,cuda:nccl"'):
+            run(offload_policy=policy)
+
+
 def check_other_placements_are_refused_by_name(size, folder):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
