@@ -19,7 +19,7 @@ OF_TORCH = {
     "capturable": "a step of JAX never waits for the device",
     "engine": "XLA compiles the step of JAX",
     "algebra_dtype": "jax_enable_x64 decides in JAX",
-    "first_moment_dtype": "the state of JAX keeps the factors of the last update too: M is a third of it",
+    "first_moment_dtype": "the state of JAX keeps the factors of the last update too, so that it is not small",
     "adamw_lr": "optax.partition gives other parameters to optax.adamw",
     "adamw_betas": "likewise",
     "adamw_eps": "likewise",

@@ -290,7 +290,7 @@ def test_an_option_that_changes_between_steps_converts_what_is_stepped(first, th
     params, optimizer = start(first_moment_dtype=first)
     advance(params, optimizer, 3, seed=1)
     optimizer.param_groups[0]["first_moment_dtype"] = then
-    _, target = getattr(torch, first or "float32"), getattr(torch, then or "float32")
+    target = getattr(torch, then or "float32")
     for i in set(range(3)) - set(some):
         params[f"l{i}.lora_A.weight"].grad = params[f"l{i}.lora_B.weight"].grad = None
     optimizer.step()
@@ -305,6 +305,16 @@ def test_an_option_that_changes_between_steps_converts_what_is_stepped(first, th
     before = _addresses(optimizer)
     advance(params, optimizer, 2, seed=3)
     assert _addresses(optimizer) == before
+
+
+def test_an_option_that_changes_to_what_there_is_not_is_an_error():
+    params, optimizer = start()
+    advance(params, optimizer, 1, seed=1)
+    before = copied(params, optimizer)
+    optimizer.param_groups[0]["first_moment_dtype"] = "float16"
+    with pytest.raises(ValueError, match="first_moment_dtype must be None or \"bfloat16\", got 'float16'"):
+        optimizer.step()
+    assert equal(copied(params, optimizer), before)
 
 
 def test_groups_have_each_their_own(engine):

@@ -18,6 +18,9 @@ from .checks import check_tensors, meant_option, names_by_position
 
 Group = dict[str, Any]
 
+#: Options that are about the memory and the device of a run: a loaded state does not change them.
+OF_THIS_RUN = ("algebra_dtype", "first_moment_dtype")
+
 
 def new_groups(given: Group, present: list[Group], defaults: Group, adamw: Group) -> list[Group]:
     """The groups that ``given`` stands for, each of kind "lora" or "adamw", beside those that are ``present``.
@@ -147,6 +150,7 @@ def check_settings(groups: list[Group]) -> None:
     for group in groups:
         lr, decay = group["lr"], group["weight_decay"]
         _check_escape(group, group["params"])
+        check_options({key: group[key] for key in OF_THIS_RUN if group.get(key) is not None})
         if group["capturable"] != groups[0]["capturable"]:
             raise LoRARiteValueError("capturable is not the same in all parameter groups: set one value")
         if isinstance(lr, Tensor):

@@ -13,9 +13,7 @@ from ..plan.sharding import local
 from ..plan.state import FROZEN_KEYS, MATRICES, STATE_KEYS, State, moment_dtype, work_dtype
 from .adamw import ADAMW_STATE_KEYS
 from .checks import names_of
-
-#: Options that are about the memory and the device of this run: a loaded state does not change them.
-OF_THIS_RUN = ("algebra_dtype", "first_moment_dtype")
+from .groups import OF_THIS_RUN
 
 
 def match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
