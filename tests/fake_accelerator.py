@@ -2,11 +2,14 @@
 
 Operations on it are checked as on a GPU: one that mixes devices fails, and so does one that reads a value. Prints a
 line of JSON for each case: the function of LoRARite that was first to read a value, or null, in a whole step and in its
-second half, and the number of copies from the host.
+second half, and the number of copies from the host. With the argument "single": the device has no float64, and what is
+printed are the operators that run on it, in first steps and others, each with the dtypes of its tensors.
 """
 
 import json
+import sys
 import traceback
+from collections import defaultdict
 from functools import partial
 from itertools import product
 
@@ -18,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_rite import LoRARite
+from lora_rite.algebra import basis
 from lora_rite.execute import eager
 from lora_rite.optim.selection import alike
+from lora_rite.plan import state
 from lora_rite.plan.plan import make_plan
 
 DEVICE = "fake"
@@ -30,6 +35,7 @@ OPTIONS = {
     "capturable": {"capturable": True},
     "capturable_all": {"capturable": True, **SETTINGS},
 }
+MOMENTS = {"first_moment_dtype": "bfloat16"}
 
 
 def pairs(dtype):
@@ -68,6 +74,21 @@ class Copies(TorchDispatchMode):
             {t.device.type for t in tree_leaves(x) if isinstance(t, torch.Tensor)} for x in ([args, kwargs or {}], out)
         ]
         self.count += "cpu" in places[0] and DEVICE in places[1]
+        return out
+
+
+class Operators(TorchDispatchMode):
+    """By operator that has a tensor of the device among its arguments or results, the dtypes of those."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = defaultdict(set)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves([args, kwargs or {}, out]) if isinstance(t, torch.Tensor)]
+        for t in (t for t in tensors if t.device.type == DEVICE):
+            self.dtypes[str(func)].add(str(t.dtype))
         return out
 
 
@@ -111,9 +132,38 @@ def halves_of(optimizer):
     return halves
 
 
+def single():
+    """Prints what a device without float64 must have. (Where the host asks on the CPU, in the first step, it is told by
+    iterations, which ask nothing: nothing has a value here.)"""
+    state.SINGLE = (DEVICE,)
+    basis.orthonormalise = partial(basis.orthonormalise, iterate=True)
+    mode, operators = fake_tensor.FakeTensorMode(), Operators()
+    for problem, dtype, name, more in (
+        (pairs, torch.float32, "eager_all", {}), (pairs, torch.bfloat16, "capturable", MOMENTS),
+        (pairs, torch.float16, "eager", MOMENTS), (experts, torch.bfloat16, "capturable_all", {}),
+        (experts, torch.float32, "eager", MOMENTS),
+    ):  # fmt: skip
+        params, options = problem(dtype), {**OPTIONS[name], **more}
+        optimizer, capturable = optimizer_of(params, options), options.get("capturable")
+        optimizer.step()
+        with mode:
+            copies = {name: torch.nn.Parameter(on_device(p), p.requires_grad) for name, p in params.items()}
+            fresh = optimizer_of(copies, options)
+            with operators:
+                reader = first_reader(fresh.step)
+                for half in [] if capturable else halves_of(moved(params, optimizer.state, options)):
+                    assert first_reader(torch.no_grad()(half)) is None
+                assert not capturable or first_reader(fresh.step) is None
+            assert reader == (None if capturable else "_measure"), reader
+    print(json.dumps({name: sorted(dtypes) for name, dtypes in operators.dtypes.items()}))
+
+
 def main():
     backend_registration._setup_privateuseone_for_python_backend(DEVICE)
     fake_tensor.CONSTANT_NUMEL_LIMIT = 0  # (constants of one element would be computed with, on the device)
+    if sys.argv[1:] == ["single"]:
+        single()
+        return
     mode = fake_tensor.FakeTensorMode()
     for problem, dtype, (name, options) in product((pairs, experts), (torch.float32, torch.bfloat16), OPTIONS.items()):
         params = problem(dtype)

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from lora_rite import LoRARite, LoRARiteError, find_pairs, param_groups
-from lora_rite.plan import checks
 
 
 def parameter(*shape, **kwargs):
@@ -459,11 +458,3 @@ def test_nameless_groups_of_a_trainer():
     assert len(optimizer.param_groups) == 1
     assert optimizer.report()["ranks"] == {2: 1, 3: 1}
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
-
-
-def test_a_device_that_cannot_do_the_algebra_is_refused_by_name(monkeypatch):
-    """There is no MPS device here, so the CPU takes its place."""
-    assert "float64" in checks.REFUSED_DEVICES["mps"]
-    monkeypatch.setitem(checks.REFUSED_DEVICES, "cpu", checks.REFUSED_DEVICES["mps"])
-    with pytest.raises(ValueError, match=r"q\.lora_A\.weight is on cpu: .*no float64.*train on the CPU"):
-        LoRARite([("q.lora_A.weight", parameter(2, 4)), ("q.lora_B.weight", parameter(4, 2))])

@@ -499,6 +499,8 @@ def plan_of(pair, **options):
         ({"apply_escape": True}, lambda x: x, "apply_escape"),
         ({"update_capping": 1.0}, lambda x: x, "update_capping"),
         ({"balance_param": True}, lambda x: x, "balance_param"),
+        ({"algebra_dtype": "float32"}, lambda x: x, "algebra_dtype"),
+        ({"first_moment_dtype": "bfloat16"}, lambda x: x, "first_moment_dtype"),
         ({}, lambda x: x.double(), "factors of torch.float64"),
         ({}, lambda x: x.t().contiguous().t(), "factors that are not contiguous"),
         ({}, lambda x: x.to(torch.bfloat16 if len(x) == 3 else torch.float32), "factors of several dtypes in a group"),

@@ -18,6 +18,8 @@ OF_TORCH = {
     "lr": "called learning_rate in JAX, where it has no default, as nowhere in optax",
     "capturable": "a step of JAX never waits for the device",
     "engine": "XLA compiles the step of JAX",
+    "algebra_dtype": "jax_enable_x64 decides in JAX",
+    "first_moment_dtype": "the state of JAX keeps the factors of the last update too, so that it is not small",
     "adamw_lr": "optax.partition gives other parameters to optax.adamw",
     "adamw_betas": "likewise",
     "adamw_eps": "likewise",
@@ -38,6 +40,8 @@ OUT_OF_RANGE = {
     ),
     "True or False": (1, 0, None, "true"),
     "None or a finite number > 0": (0, -1.0, float("nan"), float("inf"), "1", True),
+    'None or "float32"': ("float64", "bfloat16", torch.float32, True, ["float32"]),
+    'None or "bfloat16"': ("float16", "bf16", torch.bfloat16, True, 16, ["bfloat16"]),
 }  # fmt: skip
 
 
@@ -69,7 +73,7 @@ def test_both_docstrings_say_the_same():
     plain = lambda function: " ".join(function.__doc__.split())
     for name, option in OPTIONS.items():
         assert f" {name}: {option.text}" in plain(LoRARite)
-        if name != "capturable":
+        if name == "lr" or name not in OF_TORCH:
             own = "learning_rate" if name == "lr" else name
             assert f" {own}: {option.text}" in plain(of_jax().lora_rite)
 

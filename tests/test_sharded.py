@@ -223,6 +223,45 @@ def check_bfloat16_rounds_alike(size, folder):
         assert (full(p) == q).double().mean() > 0.9
 
 
+def check_first_moments_in_bfloat16(size, folder):
+    """Equal to one process but for the noise, whose draw depends on the first basis, that sums in another order turn.
+    From a checkpoint on, the basis is the same, and then the noise is so too, on each element, whatever process holds
+    it (in float64: other noise would change W by 1e-4 in two steps): bitwise in the same world. And converted where the
+    other run keeps float64."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    option = {"first_moment_dtype": "bfloat16"}
+    single, sharded = (start(torch.float64, s, zero_b=False, **option) for s in (None, size))
+    for expected, got in zip(advance(*single, 10), advance(*sharded, 10), strict=True):
+        assert relative(got, expected) < 8e-3
+    assert {state["first_moment"].to_local().dtype for state in sharded[1].state.values()} == {torch.bfloat16}
+    weights, state = get_state_dict(*sharded)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=os.path.join(folder, f"bfloat16_{size}"))
+    results = advance(*sharded, 5, first=10)
+    if dist.get_rank() == 0:
+        torch.save(results, os.path.join(folder, f"bfloat16_results_{size}.pt"))
+    dist.barrier()
+    for saved_by, options in product((1, 2, 4), (option, {})):
+        path = os.path.join(folder, f"bfloat16_{saved_by}")
+        if not os.path.exists(path):
+            continue
+        other = start(torch.float64, size, **options)
+        weights, state = get_state_dict(*other)
+        loaded = {"model": weights, "optimizer": state}
+        dcp.load(loaded, checkpoint_id=path)
+        set_state_dict(*other, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        expected = torch.load(os.path.join(folder, f"bfloat16_results_{saved_by}.pt"), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got = advance(*other, 5, first=10)
+        for one, two in zip(got, expected, strict=True):
+            bitwise = options and saved_by == size
+            assert torch.equal(one, two) if bitwise else relative(one, two) < (1e-9 if options else 8e-3)
+        kept = {state["first_moment"].dtype for state in other[1].state.values()}
+        assert kept == {torch.bfloat16 if options else torch.float64}
+
+
 def check_bfloat16_parameters_of_adamw(size, folder):
     """Bitwise equal to one process: matrices, of which each process has rows or nothing, and vectors."""
     from torch.distributed.fsdp import fully_shard
@@ -332,6 +371,49 @@ def check_checkpoints_of_other_worlds_go_on(size, folder):
             got = advance(model, optimizer, 5, first=5)
         for one, other in zip(got, expected, strict=True):
             assert torch.equal(one, other) if saved_by == size else relative(one, other) < 1e-10
+
+
+def check_offload_to_the_cpu(size, folder):
+    """FSDP2's CPUOffloadPolicy, through forward and backward passes: bitwise the run without it. On a mesh of GPUs the
+    factors that are offloaded go through a real all-to-all (on one of CPUs torch makes it of an all-gather), which
+    gloo has too; without gloo, an error that says how to have it."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = Pair(*factors(4, 18, 13, zero_b=True, dtype=torch.float32))
+
+        def forward(self, x):
+            return x @ self.pair.lora_A.mT @ self.pair.lora_B.mT - x[:, :13]
+
+    def run(**options):
+        model, generator = Model(), torch.Generator().manual_seed(1)
+        fully_shard(model, mesh=mesh_of(size), **options)
+        optimizer = LoRARite(model.named_parameters(), lr=0.01, first_moment_dtype="bfloat16")
+        for x in torch.randn(6, 8, 18, generator=generator):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        assert optimizer.report()["pairs_preconditioned"] == 1
+        assert {t.device.type for state in optimizer.state.values() for t in state.values()} == {"cpu"}
+        return full(model.pair.lora_A).detach(), full(model.pair.lora_B).detach()
+
+    def all_to_all(shard, gather_dim, shard_dim, mesh, mesh_dim):
+        group = mesh.get_group(mesh_dim).group_name
+        exchanged.append(group)
+        return torch.ops._dtensor.shard_dim_alltoall(shard, gather_dim, shard_dim, group)
+
+    exchanged, policy = [], CPUOffloadPolicy(pin_memory=False)
+    expected = run()
+    assert equal(run(offload_policy=policy), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.tensor.placement_types.shard_dim_alltoall", all_to_all)
+        assert equal(run(offload_policy=policy), expected)
+        assert exchanged or size == 1
+        patch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+        with pytest.raises(ValueError, match=r'group \(cuda:nccl\) has no backend: call .*"cpu:gloo,cuda:nccl"'):
+            run(offload_policy=policy)
 
 
 def check_other_placements_are_refused_by_name(size, folder):

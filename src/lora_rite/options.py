@@ -29,7 +29,7 @@ def _are_betas(value: Any) -> bool:
 
 _NOT_NEGATIVE, _POSITIVE, _BELOW_ONE = "a finite number ≥ 0", "a finite number > 0", "a number in [0, 1)"
 _BETAS, _SWITCH = "a number in [0, 1) and one in [0, 1]", "True or False"
-_SCALING = "None or a finite number > 0"
+_SCALING, _DTYPE, _SINGLE = "None or a finite number > 0", 'None or "bfloat16"', 'None or "float32"'
 #: What an error says of a range → whether a value is in it.
 RANGES: dict[str, Callable[[Any], bool]] = {
     _NOT_NEGATIVE: lambda value: _is_number(value) and 0 <= value < math.inf,
@@ -38,6 +38,8 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     _BETAS: _are_betas,
     _SWITCH: lambda value: isinstance(value, bool),
     _SCALING: lambda value: value is None or (_is_number(value) and 0 < value < math.inf),
+    _DTYPE: lambda value: value is None or (isinstance(value, str) and value == "bfloat16"),
+    _SINGLE: lambda value: value is None or (isinstance(value, str) and value == "float32"),
 }
 #: Stands for a number that is not known before the step, as an array's under tracing: it is in all ranges of numbers.
 KNOWN_LATER = 0.5
@@ -84,10 +86,25 @@ OPTIONS = {
     "balance_param": Option(False, _SWITCH, "rescale both factors to equal Frobenius norms after each step."),
     "maximize": Option(False, _SWITCH, "ascend instead of descend."),
     "capturable": Option(False, _SWITCH, "never let the host wait for the device in a step"),
+    "algebra_dtype": Option(
+        None,
+        _SINGLE,
+        'the dtype of r×r matrices while a step computes with them: "float32" is for devices whose float64 is slow; '
+        "None is float64, where there is one.",
+    ),
+    "first_moment_dtype": Option(
+        None,
+        _DTYPE,
+        'the dtype of M in the state: "bfloat16" halves its memory, rounded stochastically after each step; None is '
+        "that of the arithmetic.",
+    ),
 }
 
 #: Other names of options → ours: too far from them to be seen as misspelt. JAX's own name of lr is the first.
-OTHER_NAMES = {"learning_rate": "lr", "epsilon": "eps", "wd": "weight_decay"}
+OTHER_NAMES = {
+    "learning_rate": "lr", "epsilon": "eps", "wd": "weight_decay", "mu_dtype": "first_moment_dtype",
+    "exp_avg_dtype": "first_moment_dtype",
+}  # fmt: skip
 
 #: Keyword arguments with the settings of the authors' PyTorch code: its step wherever the factors have full rank.
 #: Directions without rank, which that code inverts, are cut (for the deviations see :class:`lora_rite.LoRARite`).

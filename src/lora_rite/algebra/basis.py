@@ -17,6 +17,7 @@ from .linalg import (
     solve,
     symmetric,
     times,
+    tiny,
     trace,
 )
 
@@ -49,22 +50,24 @@ def initial_basis(
     dtype: torch.dtype,
     total: Callable[[Tensor], Tensor] = lambda part: part,
     largest: Callable[[Tensor], Tensor] = lambda part: part,
+    device: torch.device | None = None,
 ) -> Basis:
     """The basis of an arbitrary factor: scaled to 1, then made orthonormal three times, each of which makes the Gram
     matrix better conditioned (one pass is exact up to a condition number of about eps^-½).
 
     x (p, …, r) holds this process's share of the rows; ``total`` and ``largest`` add up, and compare, over processes.
-    The basis is of ``dtype``.
+    The basis is of ``dtype``, and on ``device``, where r×r matrices are computed; None is that of x.
     """
-    eye = torch.eye(x.shape[-1], dtype=dtype, device=x.device).expand(*x.shape[:-2], -1, -1)
+    device = device or x.device
+    eye = torch.eye(x.shape[-1], dtype=dtype, device=device).expand(*x.shape[:-2], -1, -1)
     own = torch.linalg.vector_norm(x, torch.inf, (-2, -1), keepdim=True) if x.numel() else x.new_zeros(len(x), 1, 1)
-    scale = largest(own).to(dtype)
+    scale = largest(own).to(device).to(dtype)
     warm = eye / torch.where(scale == 0, 1, scale)
     eps = torch.finfo(x.dtype).eps
 
     def measured(warm: Tensor) -> Tensor:
-        z = times(x, warm.to(x.dtype))
-        return total(gram(z, z)).to(dtype)
+        z = times(x, warm.to(x.dtype).to(x.device))
+        return total(gram(z, z)).to(device).to(dtype)
 
     squares = measured(warm)
     size = scale * trace(squares).sqrt()  # ‖X‖
@@ -137,7 +140,7 @@ def _projected(warm: Tensor, gram_z: Tensor, inverse: Tensor) -> tuple[Tensor, T
     eye, r = eye_like(warm), warm.shape[-1]
     # The projection on the eigenvectors with a share of λ_max above LIVE comes from the sign of G − LIVE·λ_max.
     largest = largest_eigenvalue(gram_z, (5, 5))
-    shifted = (gram_z - LIVE * largest * eye) / torch.linalg.matrix_norm(gram_z, keepdim=True).clamp_min(1e-300)
+    shifted = (gram_z - LIVE * largest * eye) / torch.linalg.matrix_norm(gram_z, keepdim=True).clamp_min(tiny(gram_z))
     live = torch.where(largest > 0, (eye + polar(symmetric(shifted), 1e-8)) / 2, 0)
     null = eye - live
     root = torch.linalg.cholesky_ex(live @ gram_z @ live + null)[0]

@@ -60,6 +60,11 @@ def trace(m: Tensor) -> Tensor:
     return m.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
 
+def tiny(m: Tensor) -> float:
+    """What stands for 0 in a division."""
+    return 1e-300 if m.dtype == torch.float64 else 1e-37
+
+
 def finite(m: Tensor) -> Tensor:
     """(p, 1, 1) whether all elements of (p, r, r) are finite.
 
@@ -87,8 +92,10 @@ def polar(x: Tensor, least: float) -> Tensor:
 
     Those below ``least`` may come out as less than 1 in U (no matter, where it is H that is wanted). Dynamically
     weighted Halley iterations (Nakatsukasa, Bai, Gygi 2010), with Cholesky decompositions: a few batched calls, however
-    large r is, and none for which the host waits.
+    large r is, and none for which the host waits. In float32, in which those would fail, by products alone.
     """
+    if x.dtype == torch.float32:
+        return _polar_by_products(x, max(least, torch.finfo(x.dtype).eps))
     eye = eye_like(x).expand_as(x)
     for a, b, c in _weights(least):
         # One pass loses the digits of singular values below c^-½, so that ill-conditioned x take two.
@@ -96,6 +103,18 @@ def polar(x: Tensor, least: float) -> Tensor:
         q = orthonormal_columns(torch.cat([math.sqrt(c) * x, eye], -2), passes)[0]
         top, bottom = q.chunk(2, -2)
         x = torch.baddbmm(x, top, bottom.mT, beta=b / c, alpha=(a - b / c) / math.sqrt(c))
+    return x
+
+
+def _polar_by_products(x: Tensor, least: float) -> Tensor:
+    """The same by scaled Newton-Schulz iterations (Chen and Chow 2014)."""
+    eye, x = eye_like(x), x / 1.01  # what rounding has made larger than 1 is not to change its sign
+    while 1 - least > 1e-7:
+        # The scale that is best for singular values from 1e-2 on loses nothing, and leaves that margin.
+        floor = max(least, 1e-2)
+        scale = math.sqrt(3 / (1 + floor + floor**2))
+        x = x @ (1.5 * scale * eye - 0.5 * scale**3 * (x.mT @ x))
+        least = min(0.5 * scale * least * (3 - (scale * least) ** 2), 1.0)
     return x
 
 
@@ -122,12 +141,13 @@ def largest_eigenvalue(m: Tensor, squarings: tuple[int, ...] = (6, 5, 5)) -> Ten
     """(p, 1, 1) the largest eigenvalue λ_max of positive semidefinite matrices: the average of all with the weights λᴺ,
     N = 2^Σ squarings. Too small by (r − 1)/(e·N) of it at most, and by rounding where no other one is that near.
     (So many squarings at a time do not underflow.)"""
-    power = m
+    power, every = m, 3 if m.dtype == torch.float32 else max(squarings)
     for count in squarings:
-        power = power / torch.linalg.matrix_norm(power, keepdim=True).clamp_min(1e-300)
-        for _ in range(count):
+        for i in range(count):
+            if i % every == 0:
+                power = power / torch.linalg.matrix_norm(power, keepdim=True).clamp_min(tiny(m))
             power = power @ power
-    return (power * m).sum((-2, -1), keepdim=True) / trace(power).clamp_min(1e-300)
+    return (power * m).sum((-2, -1), keepdim=True) / trace(power).clamp_min(tiny(m))
 
 
 def inverse_root(moment: Tensor, eps: float, relative_eps: float) -> Tensor:
@@ -139,7 +159,7 @@ def inverse_root(moment: Tensor, eps: float, relative_eps: float) -> Tensor:
     moment = symmetric(moment)
     good = finite(moment)
     moment = torch.where(good, moment, 0)
-    eye, size = eye_like(moment), trace(moment).clamp_min(1e-300)
+    eye, size = eye_like(moment), trace(moment).clamp_min(tiny(moment))
     scaled = moment / size
     root = torch.linalg.cholesky_ex(scaled.add(eye, alpha=JITTER[-1]))[0]
     for share in JITTER[-2::-1]:
@@ -169,6 +189,7 @@ def stacked_inverse(stacked: Tensor, passes: int) -> Tensor:
     """Sᵀ(SSᵀ + EEᵀ)⁻¹, of [S, E] (p, r, r + …), without the square, which would square the condition number: from
     Q·R = [Sᵀ; Eᵀ]."""
     r, eps = stacked.shape[-2], torch.finfo(stacked.dtype).eps
+    passes += 2 * (stacked.dtype == torch.float32)
     q, roots = orthonormal_columns(stacked.mT, passes, shift=16 * r * eps)
     inverse = q[..., :r, :]
     for root in reversed(roots):
@@ -183,7 +204,7 @@ def orthonormal_columns(q: Tensor, passes: int, shift: float = 0.0) -> tuple[Ten
     roots = []
     for i in range(passes):
         square = gram(q, q)
-        if shift and i == 0:
+        if shift and i < max(passes - 2, 1):
             square = square + shift * trace(square) * eye_like(square)
         roots.append(torch.linalg.cholesky_ex(square)[0])
         q = solve(roots[-1], q, transposed=True)

@@ -9,6 +9,8 @@ from torch import Tensor
 #: So many rows of a factor are compared with what the last step left. (A change of other rows alone passes: the next
 #: basis is measured from the factor as it is.)
 CHECKED_ROWS = 256
+#: Another key for the noise of a parameter's first moment than for that of the parameter in the same step.
+OF_MOMENT = 2**31
 
 
 def checksum(x: Tensor, start: int = 0) -> Tensor:
@@ -42,15 +44,16 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, key: Tensor, first: int = 0,
     noise = noise.bitwise_and_(dropped - 1)
     if dtype == torch.bfloat16:  # the upper half of a float32
         return noise.add_(x.float().view(torch.int32)).bitwise_and_(-dropped).view(torch.float32).to(dtype)
-    exponent = torch.frexp(x.abs().clamp_min(tiny)).exponent - 1
-    quantum = torch.ldexp(torch.full_like(x, eps), exponent)
+    x = x.float()
+    exponents = x.abs().clamp_min(tiny).view(torch.int32).bitwise_and_(-(2**23))  # of the powers of 2 below x
+    quantum = exponents.view(torch.float32) * eps
     return ((x / quantum + noise.to(x.dtype) / dropped).floor() * quantum).to(dtype)
 
 
-def rounding_key(steps: Tensor, positions: Tensor) -> Tensor:
+def rounding_key(steps: Tensor, positions: Tensor, stream: int = 0) -> Tensor:
     """The keys (p,) int64 of the rounding noise: by step (p,) and by the position (p,) of the parameter in the
-    optimizer."""
-    return steps.to(torch.int64) * 0x1000003 + positions
+    optimizer; of its first moment, another one (``stream`` is OF_MOMENT)."""
+    return steps.to(torch.int64) * 0x1000003 + positions + stream
 
 
 def _hash(h: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ one code path serves both sides. With X = Q·T, Q orthonormal (its *basis*), T (
     P   (r, r) = Q_newᵀ·Q_old of Y, carries V and M from the old basis of Y into the new one
     X ← X − lr·M·Dᵀ  (Eq. 11)
 
-Shapes: p factors, ``num_rows`` = n or m, r rank. r×r tensors are (p, r, r) in the *algebra* dtype, float64; numbers of
-a factor (p, 1, 1). Tall tensors are in :mod:`lora_rite.execute.tall`. Paper: Yen et al., "LoRA Done RITE", arXiv
-2410.20625.
+Shapes: p factors, ``num_rows`` = n or m, r rank. r×r tensors are (p, r, r) in the *algebra* dtype, float64 or float32;
+numbers of a factor (p, 1, 1). Tall tensors are in :mod:`lora_rite.execute.tall`. Paper: Yen et al., "LoRA Done RITE",
+arXiv 2410.20625.
 """
 
 import torch
@@ -41,7 +41,7 @@ def damped_inverse(s: Tensor, delta: Tensor) -> Tensor:
     """
     good = finite(s)
     s = torch.where(good, s, 0)
-    least = torch.finfo(s.dtype).eps ** 0.375 * torch.linalg.matrix_norm(s, keepdim=True)
+    least = torch.finfo(torch.float64).eps ** 0.375 * torch.linalg.matrix_norm(s, keepdim=True)
     delta = delta.maximum(least).clamp_min(1e-30)
     inverse = stacked_inverse(torch.cat([s, delta * eye_like(s)], -1), passes=2)
     return torch.where(good, inverse, torch.nan)

@@ -17,7 +17,7 @@ from ..algebra.linalg import eye_like, finite, gram, row_sums, trace
 from ..algebra.rounding import checksum
 from ..options import lr_scale, product_scale
 from ..plan.plan import Bucket, constant
-from ..plan.state import ALGEBRA, Numbers
+from ..plan.state import Numbers
 from .phases import Measured, Moved, Moves, Preconditioned, Start, Verdict
 from .tall import Tall
 
@@ -30,11 +30,13 @@ def begin(bucket: Bucket, workspace: list[Tensor], with_gradients: bool = True) 
     group, device, arena = bucket.group, bucket.device, bucket.arena
     # Segments that wait for each other, as those of sharded factors do, cannot share temporaries.
     own = lambda: workspace if bucket.shards.mesh is None else [torch.empty_like(x) for x in workspace]
-    betas = constant(tuple(float(b) for b in (*group["betas"], group["row_beta"])), ALGEBRA, device)
-    second_moment, transport, *basis = arena.matrices.to(ALGEBRA).unbind(1)
+    betas = constant(tuple(float(b) for b in (*group["betas"], group["row_beta"])), bucket.algebra, device)
+    second_moment, transport, *basis = arena.matrices.to(bucket.algebra).unbind(1)
     return Start(
-        lr=scalar(group["lr"], ALGEBRA, device) * lr_scale(group.get("scaling"), bucket.rank),
-        decays=equations.bias_corrected_decay(arena.steps.to(ALGEBRA)[:, None, None] + 1, betas[:, None, None, None]),
+        lr=scalar(group["lr"], bucket.algebra, device) * lr_scale(group.get("scaling"), bucket.rank),
+        decays=equations.bias_corrected_decay(
+            arena.steps.to(bucket.algebra)[:, None, None] + 1, betas[:, None, None, None]
+        ),
         second_moment=second_moment,
         transport=transport,
         basis=Basis(*basis),
@@ -101,7 +103,7 @@ def _gram_of_products(
     kᵀ(xᵀx)k takes no tall product, and loses digits as κ(k)² does: where these are too many, x·k is made. (In
     training κ is 2 to 5.)
     """
-    grams = grams.to(ALGEBRA)
+    grams = grams.to(bucket.algebra)
     if not any(tall.segment.direct for tall in start.tall):
         return grams
     turned, size = k.mT @ grams @ k, trace(grams)
@@ -118,7 +120,7 @@ def _gram_of_products(
                 own = cheap
             else:
                 y = product(tall, by.to(bucket.dtype))
-                own = bucket.shards.total(gram(y, y))[0].to(ALGEBRA)
+                own = bucket.shards.total(gram(y, y))[0].to(bucket.algebra)
         parts.append(own)
     return torch.cat(parts)
 
@@ -132,11 +134,11 @@ def precondition(bucket: Bucket, start: Start, measured: Measured, norm: Tensor)
         start.second_moment, squares / bucket.num_rows, start.decays[1], summed=group["betas"][1] == 1
     )
     numbers = Numbers.of(start.numbers)
-    escaped = start.decays[1] * numbers.escaped_mass.to(ALGEBRA)
+    escaped = start.decays[1] * numbers.escaped_mass.to(bucket.algebra)
     eps = group["eps"] * scaling(bucket)
     root = equations.preconditioner(moment, escaped, eps, group["relative_eps"], bucket.iterate)
     square = trace(root @ squares @ root)  # ‖S‖², which the equilibration of rows leaves as it is
-    last = numbers.moment_norm.to(ALGEBRA)
+    last = numbers.moment_norm.to(bucket.algebra)
     sign = -1.0 if group["maximize"] else 1.0
     return Preconditioned(
         second_moment=moment,
@@ -184,13 +186,13 @@ def move(bucket: Bucket, start: Start, measured: Measured, pre: Preconditioned, 
     results = _move_segments(bucket, start.tall, by_segment, ok)
     sums = zip(*((m.gram, m.shift, m.checksums, m.moment_square) for m in results), strict=True)
     gram_z, shift, checksums, moment_square = bucket.shards.total(*map(torch.cat, sums))
-    gram_z = _gram_of_products(bucket, start, gram_z, warm.to(ALGEBRA), Tall.param_times)
-    basis, c, inverse_warm = orthonormalise(warm.to(ALGEBRA), gram_z, bucket.iterate)
+    gram_z = _gram_of_products(bucket, start, gram_z, warm.to(bucket.algebra), Tall.param_times)
+    basis, c, inverse_warm = orthonormalise(warm.to(bucket.algebra), gram_z, bucket.iterate)
     # zᵀ·X_old, with z = X_new·K_w, follows from X_old = (X_new + what it moved by)/shrink.
-    cross = (gram_z @ inverse_warm + shift.to(ALGEBRA)) / shrink
+    cross = (gram_z @ inverse_warm + shift.to(bucket.algebra)) / shrink
     transport = bucket.partners(c.mT @ cross @ old.basis)
     if bucket.one_sided:
-        eye = torch.eye(bucket.rank, dtype=ALGEBRA, device=bucket.device)
+        eye = torch.eye(bucket.rank, dtype=bucket.algebra, device=bucket.device)
         transport = torch.where(bucket.partners(bucket.moves), transport, eye)
     moved, escaped = equations.transport(pre.second_moment, transport), pre.escaped_mass
     if bucket.group["apply_escape"]:
@@ -212,7 +214,7 @@ def _moves(
     zero, beta = start.lr.new_zeros(()), start.decays[0]
     eye = torch.eye(bucket.rank, out=torch.empty_like(zero))
     step = gated(start.lr * measured.unmagnifier.mT, zero)
-    decay = scalar(bucket.group["lr"], ALGEBRA, bucket.device) * bucket.group["weight_decay"]
+    decay = scalar(bucket.group["lr"], bucket.algebra, bucket.device) * bucket.group["weight_decay"]
     shrink = gated((1 - decay).expand(2 * bucket.count, 1, 1), zero + 1)
     row_decay = gated(start.decays[2], zero + 1)
     # NOISE's margin is for float32 and float64: eps of bfloat16 and float16 to that power would be a part of the factor
@@ -221,7 +223,10 @@ def _moves(
     noise = [max(least, torch.finfo(s.params[0].dtype).eps) for s in bucket.segments for _ in range(s.count)]
     # The state keeps K_w in its own dtype, so what is measured must be that.
     warm = warm_basis(
-        start.basis, step, gated(pre.moment_norm, zero), constant(tuple(noise), ALGEBRA, bucket.device)[:, None, None]
+        start.basis,
+        step,
+        gated(pre.moment_norm, zero),
+        constant(tuple(noise), bucket.algebra, bucket.device)[:, None, None],
     ).to(bucket.dtype)
     moves = (
         gated(pre.preconditioner, zero),

@@ -1,8 +1,9 @@
 """The values that a step hands from phase to phase, and nothing else: ``begin`` → :class:`Start` → ``measure`` →
 :class:`Measured` → ``precondition`` → :class:`Preconditioned` → ``decide`` → :class:`Verdict` → ``move``.
 
-All are frozen. r×r matrices are (2p, r, r) in the algebra's dtype (float64), the factors of A first and then those of
-B; numbers of a factor are (2p, 1, 1). All phases but the last only read, so that what fails there has changed nothing.
+All are frozen. r×r matrices are (2p, r, r) in the ``algebra`` dtype of the bucket, float64 or float32, the factors of A
+first and then those of B; numbers of a factor are (2p, 1, 1). All phases but the last only read, so that what fails
+there has changed nothing.
 """
 
 from dataclasses import dataclass

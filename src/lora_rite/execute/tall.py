@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..algebra.linalg import add_times_, gram, times
-from ..algebra.rounding import CHECKED_ROWS, checksum, rounding_key, stochastic_round
+from ..algebra.rounding import CHECKED_ROWS, OF_MOMENT, checksum, rounding_key, stochastic_round
 from ..plan.layout import flattened
 from ..plan.plan import Segment
 from ..plan.state import LOW_PRECISION
@@ -50,8 +51,12 @@ class Tall:
         return self.segment.layout.tall(tensors, self.segment.dtype, self.spare)
 
     def moment(self) -> Tensor:
-        """The first moments (count, rows, r), a view where a parameter holds one factor."""
-        return self.segment.layout.apart(self.segment.first_moment.flatten(2))  # type: ignore[union-attr]
+        """The first moments (count, rows, r) in the work dtype: a view where the state has them in it and a parameter
+        holds one factor, else in ``spare`` or in memory of their own."""
+        moments: Any = self.segment.first_moment
+        if moments.dtype != self.segment.dtype:
+            return self.stacked(moments.unbind())
+        return self.segment.layout.apart(moments.flatten(2))
 
     def gradient_times(self, k: Tensor, ok: Tensor | None = None) -> Tensor:
         """g·k, in ``first``; 0 without ``ok``, a scalar."""
@@ -94,20 +99,21 @@ class Tall:
 
     def advance_moment(self, s: Tensor, transport: Tensor) -> Tensor:
         """M ← M·transport + s, in the state and in s."""
+        first_moment: Any = self.segment.first_moment
+        rounds = first_moment.dtype != self.segment.dtype
         if self.segment.direct:
             old = self._matrices(self.moment())
             for m, before, by in zip(self._matrices(s), old, transport.unbind(), strict=True):
                 self._add_times_(m, before, by)
-                before.copy_(m)  # now, while it is in the cache
-            return s
-        old = self.moment()
-        m = add_times_(s, old, transport)
-        if self.segment.layout.blocks == 1:
-            old.copy_(m)
+                if not rounds:
+                    before.copy_(m)  # now, while it is in the cache
         else:
-            first_moment = self.segment.first_moment
-            first_moment.copy_(self.segment.layout.flat(m).reshape(first_moment.shape))  # type: ignore[union-attr]
-        return m
+            s = add_times_(s, self.moment(), transport)
+        if rounds:
+            first_moment.copy_(self._rounded(s, first_moment.dtype, OF_MOMENT).view_as(first_moment))
+        elif not self.segment.direct:
+            first_moment.copy_(self.segment.layout.flat(s).reshape(first_moment.shape))
+        return s
 
     def advance(self, m: Tensor, step: Tensor, shrink: Tensor | None, warm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """X ← X·shrink − M·step. Returns zᵀz (XᵀX of what is multiplied as it lies) and zᵀ·(X_old·shrink − X), with
@@ -171,12 +177,15 @@ class Tall:
 
     def rounded(self, x: Tensor) -> Tensor:
         """x (count, rows, r) in the dtype of the factors."""
-        dtype, segment = self.params[0].dtype, self.segment
-        if dtype not in LOW_PRECISION:
-            return x.to(dtype)
-        # Laid out as the parameters are, so that the noise belongs to elements whatever the batch.
+        dtype = self.params[0].dtype
+        return self.segment.layout.apart(self._rounded(x, dtype)) if dtype in LOW_PRECISION else x.to(dtype)
+
+    def _rounded(self, x: Tensor, dtype: torch.dtype, stream: int = 0) -> Tensor:
+        """x (count, rows, r), rounded stochastically, laid out as the parameters are: so the noise belongs to elements
+        whatever the batch."""
+        segment = self.segment
         flat = segment.layout.flat(x).contiguous()
-        key = rounding_key(segment.steps.amax(1), segment.positions)
+        key = rounding_key(segment.steps.amax(1), segment.positions, stream)
         width = segment.num_rows if segment.layout.rank_first else flat.shape[-1]  # of the whole parameter
         first = segment.start if segment.layout.rank_first else segment.start * width
-        return segment.layout.apart(stochastic_round(flat, dtype, key, first, width))
+        return stochastic_round(flat, dtype, key, first, width)

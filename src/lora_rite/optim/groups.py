@@ -13,9 +13,13 @@ from ..options import check as check_options
 from ..plan.checks import check_order, check_pair, overlapping_storage
 from ..plan.layout import LAYOUT_KEYS, layout_options
 from ..plan.pairs import param_groups
+from ..plan.state import has_float64
 from .checks import check_tensors, meant_option, names_by_position
 
 Group = dict[str, Any]
+
+#: Options that are about the memory and the device of a run: a loaded state does not change them.
+OF_THIS_RUN = ("algebra_dtype", "first_moment_dtype")
 
 
 def new_groups(given: Group, present: list[Group], defaults: Group, adamw: Group) -> list[Group]:
@@ -47,6 +51,7 @@ def new_groups(given: Group, present: list[Group], defaults: Group, adamw: Group
         check_tensors(group["params"])  # frozen factors of pairs too
         _check_kind(group, named, adamw)
         check_hyperparameters({**defaults, **group})
+        _check_escape({**defaults, **group}, [p for _, p in group["params"]])
     _check_overlap(present, groups)
     return groups if named else [{**group, "params": [p for _, p in group["params"]]} for group in groups]
 
@@ -134,11 +139,18 @@ def _number(name: str, value: Any) -> Any:
     return value.item()
 
 
+def _check_escape(settings: Group, params: list[Tensor]) -> None:
+    if settings["apply_escape"] and params and not has_float64(params[0].device):
+        raise LoRARiteValueError(f"apply_escape needs eigenvalues, which {params[0].device.type} devices do not have")
+
+
 def check_settings(groups: list[Group]) -> None:
     """Raises LoRARiteValueError for what schedulers and callers may have made of the groups since they were checked, as
     far as the host knows."""
     for group in groups:
         lr, decay = group["lr"], group["weight_decay"]
+        _check_escape(group, group["params"])
+        check_options({key: group[key] for key in OF_THIS_RUN if group.get(key) is not None})
         if group["capturable"] != groups[0]["capturable"]:
             raise LoRARiteValueError("capturable is not the same in all parameter groups: set one value")
         if isinstance(lr, Tensor):

@@ -10,13 +10,15 @@ from torch import Tensor
 from ..errors import LoRARiteValueError
 from ..plan.names import plain_names
 from ..plan.sharding import local
-from ..plan.state import FROZEN_KEYS, MATRICES, STATE_KEYS, State, work_dtype
+from ..plan.state import FROZEN_KEYS, MATRICES, STATE_KEYS, State, moment_dtype, work_dtype
 from .adamw import ADAMW_STATE_KEYS
 from .checks import names_of
+from .groups import OF_THIS_RUN
 
 
 def match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """``state_dict`` in the order of ``groups``; LoRARiteValueError where it does not belong to their parameters."""
+    """``state_dict`` in the order of ``groups``, with their :data:`OF_THIS_RUN`; LoRARiteValueError where it does not
+    belong to their parameters."""
     saved = state_dict["param_groups"]
     if any("kind" not in group for group in saved):
         raise LoRARiteValueError(
@@ -55,19 +57,22 @@ def match_state(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dic
                         f"{name} or its partner is frozen in the model and not in the state, or the reverse: freeze "
                         "the same factors. Nothing was loaded"
                     )
-    return {**state_dict, "param_groups": saved}
+    both = zip(saved, groups, strict=False)
+    kept = [{**group, **{key: own.get(key) for key in OF_THIS_RUN}} for group, own in both]
+    return {**state_dict, "param_groups": [*kept, *saved[len(groups) :]]}
 
 
 def put_states(states: dict[Tensor, State], groups: list[dict[str, Any]], matched: dict[str, Any]) -> None:
     """Puts the states of a dict that :func:`match_state` gave into ``states``, copied: in the dtype of the arithmetic,
-    where torch has cast them to the parameters'."""
+    and first moments in that of their group, where torch has cast them to the parameters'."""
     for group, saved in zip(groups, matched["param_groups"], strict=True):
         lora = group["kind"] == "lora"
         for i, (p, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
-            dtype = work_dtype(p, *([group["params"][i ^ 1]] if lora else []))
+            factors = p, *([group["params"][i ^ 1]] if lora else [])
             for key, value in matched["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
                     device = "cpu" if key == "step" and not (lora or group["capturable"]) else p.device  # torch's
+                    dtype = moment_dtype(group, *factors) if key == "first_moment" else work_dtype(*factors)
                     kept = key == "step" or not value.is_floating_point()
                     states[p][key] = value.detach().to(device, value.dtype if kept else dtype, copy=True)
 

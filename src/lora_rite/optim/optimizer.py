@@ -78,14 +78,21 @@ class LoRARite(torch.optim.Optimizer):
             non-finite gradient, or with a factor that was changed from outside, is skipped on the device, and
             ``report()`` says so. Take a first step before the capture, and give ``lr`` as a tensor if it is to change.
             Not with ``apply_escape``. One value for all groups.
+        algebra_dtype: the dtype of r×r matrices while a step computes with them: "float32" is for devices whose float64
+            is slow; None is float64, where there is one. (Apple's MPS has none, and float64 factors are computed in
+            float64 always.) As exact up to conditions of about 10⁴, see ``docs/scaling.md``. The state is the same.
+        first_moment_dtype: the dtype of M in the state: "bfloat16" halves its memory, rounded stochastically after each
+            step; None is that of the arithmetic. The step itself is computed as without. A state of the other dtype is
+            converted: by ``load_state_dict``, which keeps this option of the optimizer that loads, and where the option
+            of a group is changed between two steps.
         scaling: what the model multiplies B·A by (alpha/r; rsLoRA: alpha/√r). lr, clipping and eps are then those of W,
             lr at rank 16: one value suits every alpha and, nearly, every rank. None: they are those of B·A as it is.
             :func:`lora_rite.create_lora_rite` and :func:`lora_rite.param_groups` read it off the model's layers.
         engine: what makes the step: "eager", PyTorch's operations, or "triton", ten kernels for all factors together
             (the extra ``kernels``; for NVIDIA's GPUs, and on a CPU with TRITON_INTERPRET=1, to try it out). What the
             latter does not do the former does, with a warning, and ``report()["engine"]`` says which one stepped:
-            ``apply_escape``, ``update_capping``, ``balance_param``, DTensors, float64, ranks above 64. None chooses.
-            Both keep the same state.
+            ``apply_escape``, ``update_capping``, ``balance_param``, ``algebra_dtype``, ``first_moment_dtype``,
+            DTensors, float64, ranks above 64. None chooses. Both keep the same state.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: for the trainable parameters that are not factors (they
             become ``lr``, ``betas``, … of a group of kind "adamw", so that schedulers act on it too). Without
             ``adamw_lr`` such parameters are an error: LoRA-RITE's learning rate does not suit them.
@@ -139,6 +146,8 @@ class LoRARite(torch.optim.Optimizer):
         balance_param: bool = False,
         maximize: bool = False,
         capturable: bool = False,
+        algebra_dtype: str | None = None,
+        first_moment_dtype: str | None = None,
         scaling: float | None = None,
         engine: str | None = None,
         adamw_lr: float | Tensor | None = None,
@@ -357,8 +366,9 @@ class LoRARite(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of LoRARite. State comes in the dtype of the arithmetic, float32 or for float64 factors
-        float64 (torch would cast it to the parameters'), and where both sides have names, it goes to the parameters of
-        those names, whatever their order.
+        float64 (torch would cast it to the parameters'), first moments in this optimizer's ``first_moment_dtype``
+        whatever that of the saved run was (``algebra_dtype`` stays this optimizer's too), and where both sides have
+        names, it goes to the parameters of those names, whatever their order.
 
         Raises:
             LoRARiteValueError: a state of another optimizer, of other parameters or shapes. Nothing is loaded.

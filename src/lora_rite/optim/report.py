@@ -55,7 +55,7 @@ def _figures(bucket: Bucket, workspace: list[Tensor]) -> tuple[Tensor, Tensor, T
     """Of each pair of parameters, on the CPU: the square of its update's norm (k,), the singular values of its products
     B·A (k, blocks, r), and δ (k, blocks, 1), 0 without damping."""
     squares, product = eager.update_squares(bucket, workspace)
-    t = bucket.arena.matrices[:, MATRICES.index("coordinates")].to(ALGEBRA).cpu()
+    t = bucket.arena.matrices[:, MATRICES.index("coordinates")].cpu().to(ALGEBRA)
     sigma = torch.linalg.svdvals(t[bucket.count :] @ t[: bucket.count].mT)
     delta = torch.zeros(bucket.count, 1, dtype=ALGEBRA) if product is None else product[1][..., 0].cpu()
     by_pair = lambda x: x.unflatten(0, (len(bucket.pairs), -1))

@@ -10,8 +10,6 @@ from .factors import is_a, partner_of
 from .names import plain_names
 from .sharding import is_sharded, local
 
-#: Type of device → why LoRARite refuses it.
-REFUSED_DEVICES = {"mps": "there is no float64 on Apple's MPS, and no eigenvalue decomposition: train on the CPU"}
 #: Where a B that holds several pairs has them: one below the other, or in its columns.
 COLUMNS = ("", "interleaved", "side by side")
 
@@ -59,8 +57,6 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, 
         )
     if getattr(a, "device_mesh", None) != getattr(b, "device_mesh", None):
         raise LoRARiteValueError(f"{a_name} and {b_name} are not sharded over the same mesh: shard the pair together")
-    if reason := REFUSED_DEVICES.get(a.device.type):
-        raise LoRARiteValueError(f"{a_name} is on {a.device}: {reason}")
     if a.device != b.device:
         raise LoRARiteValueError(f"{a_name} is on {a.device} and {b_name} on {b.device}: move the pair to one device")
 

@@ -73,4 +73,4 @@ def _tensors(states: dict[Tensor, State]) -> Iterator[Any]:
 
 
 def _options(group: dict[str, Any]) -> tuple[Any, ...]:
-    return group["kind"], group["capturable"], *(group.get(key) for key in LAYOUT_KEYS)
+    return group["kind"], group["capturable"], *map(group.get, ("first_moment_dtype", "algebra_dtype", *LAYOUT_KEYS))

@@ -15,12 +15,13 @@ from .layout import Layout, layouts, rank_of
 from .marks import Marks
 from .sharding import Shards, local
 from .state import (
-    ALGEBRA,
     FROZEN_KEYS,
     Arena,
     FactorPair,
     State,
+    algebra_dtype,
     frozen_state,
+    moment_dtype,
     moments,
     new_state,
     of_its_own,
@@ -57,8 +58,9 @@ class Segment:
     moves         False: the factors are frozen
     num_rows      of a factor; this process has ``local_rows`` from ``start`` on
     direct        whether the factors are multiplied one by one as they lie
-    first_moment  (k, …), the states' first moments one above the other; None where nothing moves
-    row_moment    (k, …), likewise
+    first_moment  (k, …), the states' first moments one above the other, of ``dtype`` or of less precision; None where
+                  nothing moves
+    row_moment    (k, …), likewise, of ``dtype``
     steps         (k, blocks), the states' step counts
     """
 
@@ -101,6 +103,7 @@ class Bucket:
     does not move.
 
     num_rows, moves   (2p, 1, 1), of each factor
+    dtype, algebra    of the arithmetic with tall factors, and of that with r×r matrices
     iterate           r×r matrices are not decomposed by LAPACK, nor by its slow, waiting likes on other devices
     arena             the states of the factors together
     """
@@ -111,6 +114,7 @@ class Bucket:
     shards: Shards
     device: torch.device
     dtype: torch.dtype
+    algebra: torch.dtype
     rank: int
     one_sided: bool
     iterate: bool
@@ -155,9 +159,12 @@ class Plan:
         return [pair for bucket in self.buckets for pair in bucket.pairs]
 
     def adopts(self, states: dict[Tensor, State]) -> bool:
-        """Whether the views are to take the place of the states: where all states are among them, or some are new. A
-        step of some pairs alone writes its results back instead, as tensors that are half used would pile up."""
-        return bool(self.fresh) or all(p in self.views for p, state in states.items() if "matrices" in state)
+        """Whether the views are to take the place of the states: where all states are among them, or some are new, or
+        of another dtype. A step of some pairs alone writes its results back instead, as tensors that are half used
+        would pile up."""
+        if self.fresh or all(p in self.views for p, state in states.items() if "matrices" in state):
+            return True
+        return any(states[p]["first_moment"].dtype != view["first_moment"].dtype for p, view in self.views.items())
 
     def install(self, states: dict[Tensor, State]) -> None:
         """Puts the views in the place of the states; of other pairs, the states no longer share memory with these."""
@@ -242,6 +249,7 @@ def _bucket(
     partners = own[len(pairs) :] + own[: len(pairs)]
     full: list[State] = [state or frozen_state(other) for state, other in zip(own, partners, strict=True)]  # type: ignore[arg-type]
     device, dtype, blocks = pairs[0].a.device, work_dtype(*pairs[0][:2]), group.get("blocks", 1)
+    algebra = algebra_dtype(group, *pairs[0][:2])
     iterate = group["capturable"] or device.type != "cpu" if limits.iterate is None else limits.iterate
     smallest = limits.direct_elements if not iterate and blocks == 1 else None
     arena = Arena(full, blocks)
@@ -254,10 +262,11 @@ def _bucket(
         shards=Shards(pairs[0].a),
         device=device,
         dtype=dtype,
+        algebra=algebra,
         rank=rank_of(group, pairs[0].a),
         one_sided=not all(own),
         iterate=iterate,
-        num_rows=constant(tuple(s.num_rows for s in segments for _ in range(s.count)), ALGEBRA, device)[:, None, None],
+        num_rows=constant(tuple(s.num_rows for s in segments for _ in range(s.count)), algebra, device)[:, None, None],
         moves=constant(tuple(s.moves for s in segments for _ in range(s.count)), torch.bool, device)[:, None, None],
         arena=arena,
     )
@@ -298,6 +307,7 @@ def _segment(
     arena: Arena,
 ) -> Segment:
     params = ([pair.a for pair in pairs] + [pair.b for pair in pairs])[run]
+    of_moments = moment_dtype(group, *pairs[0][:2])
     positions = ([pair.position for pair in pairs] + [pair.position + 1 for pair in pairs])[run]
     first, layout, shards = params[0], layouts(group)[run.start >= len(pairs)], Shards(params[0])
     moves, num_rows = "first_moment" in states[run][0], layout.num_rows(params[0])
@@ -323,8 +333,8 @@ def _segment(
         and (shards.mesh is not None or all(p.is_contiguous() for p in params))
         and all(p.dtype == dtype and (p.grad is None or p.grad.dtype == dtype) for p in params),
         steps=arena.steps.view(-1, layout.blocks)[run],
-        first_moment=moments(states[run], "first_moment") if moves else None,
-        row_moment=moments(states[run], "row_moment") if moves else None,
+        first_moment=moments(states[run], "first_moment", of_moments) if moves else None,
+        row_moment=moments(states[run], "row_moment", dtype) if moves else None,
     )
 
 

@@ -54,6 +54,16 @@ class Shards:
             self.dim = self.placements[dimension].dim
             self.group = self.mesh.get_group(dimension)
             self.size, self.index = self.mesh.size(dimension), self.mesh.get_local_rank(dimension)
+            self._check_backend(local(like).device.type)
+
+    def _check_backend(self, device: str) -> None:
+        """Raises LoRARiteValueError where factors are offloaded to the CPU and processes cannot sum there."""
+        backends = torch.distributed.get_backend_config(self.group)
+        if device == "cpu" and "cpu" not in (part.partition(":")[0] for part in backends.split(",")):
+            raise LoRARiteValueError(
+                f"factors are offloaded to the CPU (CPUOffloadPolicy), where their process group ({backends}) has no "
+                'backend: call torch.distributed.init_process_group("cpu:gloo,cuda:nccl")'
+            )
 
     def start(self, length: int) -> int:
         """Where this process's share of so many rows begins: DTensors are cut as torch.chunk cuts."""

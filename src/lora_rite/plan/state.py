@@ -21,8 +21,10 @@ MATRICES = ("second_moment", "transport", "basis", "coordinates", "warm_basis")
 STATE_KEYS = ("step", "first_moment", "row_moment", "matrices", "numbers", "damped")
 #: The further ones where the other factor is frozen: what of a state that one needs.
 FROZEN_KEYS = ("frozen_matrices", "frozen_numbers")
-#: The dtype of r×r matrices while they are computed with.
+#: The dtype of r×r matrices while they are computed with, but where :func:`algebra_dtype` says otherwise.
 ALGEBRA = torch.float64
+#: Types of device without float64, and without eigenvalues, as Apple's MPS is.
+SINGLE = ("mps",)
 
 
 class FactorPair(NamedTuple):
@@ -38,6 +40,23 @@ def work_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def moment_dtype(group: dict[str, Any], *factors: Tensor) -> torch.dtype:
+    """The dtype in which the state keeps the first moments of factors of a group."""
+    name = group.get("first_moment_dtype")
+    return getattr(torch, name) if name else work_dtype(*factors)
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device has float64, and eigenvalues."""
+    return device.type not in SINGLE
+
+
+def algebra_dtype(group: dict[str, Any], *factors: Tensor) -> torch.dtype:
+    """The dtype of r×r matrices while a step computes with them."""
+    single = group.get("algebra_dtype") == "float32" or not has_float64(factors[0].device)
+    return torch.float32 if single and work_dtype(*factors) == torch.float32 else ALGEBRA
+
+
 class Numbers(NamedTuple):
     """Views of ``numbers`` (…, r + 2)."""
 
@@ -51,8 +70,8 @@ class Numbers(NamedTuple):
 
 
 def new_state(group: dict[str, Any], pair: FactorPair) -> dict[Tensor, State]:
-    """The states of A and of B before their first step. Memory: 4(m+n)(r+1) + 40r² + 8r + 26 bytes a pair in float32;
-    about twice that in float64.
+    """The states of A and of B before their first step. Memory: 4(m+n)(r+1) + 40r² + 8r + 26 bytes a pair in float32,
+    2(m+n)r less with a first moment in bfloat16; about twice that in float64.
 
     Under each factor: ``step`` of the pair; ``first_moment`` (the factor's shape); ``row_moment`` (rows,);
     ``matrices`` (5, r, r): second moment and transport, in the basis of the other factor, then basis, coordinates and
@@ -73,7 +92,9 @@ def new_state(group: dict[str, Any], pair: FactorPair) -> dict[Tensor, State]:
     for p, share, layout, x, damped in zip(pair[:2], shares, sides, tall, (a_damped, ~a_damped), strict=True):
         (blocks, local_rows, r), num_rows = x.shape, layout.num_rows(p)
         like = {"dtype": dtype, "device": p.device}
-        basis = initial_basis(x, ALGEBRA, lambda part: shards.total(part)[0], shards.largest)
+        place = p.device if has_float64(p.device) else torch.device("cpu")
+        basis = initial_basis(x, ALGEBRA, lambda part: shards.total(part)[0], shards.largest, place)
+        basis = [k.to(dtype).to(p.device) for k in basis]
         zeros = torch.zeros(blocks, r, r, **like)
         sums = shards.total(checksum(x, shards.start(num_rows)))[0]
         state = {
@@ -84,7 +105,8 @@ def new_state(group: dict[str, Any], pair: FactorPair) -> dict[Tensor, State]:
             "damped": damped,
         }
         state = {key: value[0] for key, value in state.items()} if blocks == 1 else state
-        state["first_moment"] = shards.wrapped(torch.zeros(share.shape, **like), p.shape, layout.long_dim)
+        zeros = torch.zeros(share.shape, dtype=moment_dtype(group, pair.a, pair.b), device=p.device)
+        state["first_moment"] = shards.wrapped(zeros, p.shape, layout.long_dim)
         row_shape = (blocks, num_rows) if blocks > 1 else (num_rows,)
         state["row_moment"] = shards.wrapped(state["row_moment"], row_shape, len(row_shape) - 1)
         states.append(state)
@@ -142,6 +164,7 @@ def of_its_own(t: Tensor) -> Tensor:
     )
 
 
-def moments(states: Sequence[State], key: str) -> Tensor:
-    """First or row moments of factors of one shape, one above the other, in one tensor (k, …): this process's rows."""
-    return torch.stack([local(state[key]) for state in states])
+def moments(states: Sequence[State], key: str, dtype: torch.dtype) -> Tensor:
+    """First or row moments of factors of one shape, one above the other, in one tensor (k, …) of ``dtype``: this
+    process's rows."""
+    return torch.stack([local(state[key]).to(dtype) for state in states])
