@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import LoRARiteValueError, warn
 from ..inputs import blame, suffix
+from ..options import LR
 from ..run.checkpoints import checkpoints
 from ..run.files import LOCK, read_json
 from ..run.settings import PLACES, RESULT, changes, read_settings, refuse_changes
@@ -18,7 +19,7 @@ from .schedules import check_schedule
 from .untrusted import find_adapter
 
 #: Learning rates to start from where none is given, at the widths of real models (see the README).
-DEFAULT_LR = {"lora-rite": 5e-4, "adamw": 2e-4}
+DEFAULT_LR = {"lora-rite": LR, "adamw": 2e-4}
 #: Steps where neither --steps nor --epochs is given.
 DEFAULT_STEPS = 200
 #: Optimizers that are LoRARite by their name.
