@@ -552,6 +552,7 @@ def test_an_adapter_brings_its_own_tokenizer_and_template(base, adapter, capsys)
         (["--seed", "-1"], "--seed must be from 0"),
         (["--prompt_file", "missing.txt"], "give either --prompt or --prompt_file"),
         (["--device", "abacus"], "--device abacus"),
+        (["--load_in_4bit", "--load_in_8bit"], "give either --load_in_4bit or --load_in_8bit"),
         (["--raw", "--system", "Be brief."], "--system needs the model's chat template"),
         (["--prompt", "a\udcff"], "the prompt is not UTF-8 text"),
         (["--prompt", "word " * 99], "positions: that leaves 0"),
@@ -587,6 +588,17 @@ def test_encoder_decoder_models_generate(tmp_path, capsys):
 @pytest.mark.parametrize(("dtype", "loaded"), [(None, torch.bfloat16), ("float32", torch.float32)])
 def test_the_model_is_loaded_in_the_checkpoints_dtype_or_the_one_given(dtype, loaded, adapter):
     assert generate_module.Writer(str(adapter), None, {}, dtype=dtype).network.dtype == loaded
+
+
+@pytest.mark.parametrize("verb", [["generate", "--prompt", "a"], ["chat"]])
+def test_the_model_is_quantised_where_it_is_asked_for(verb, adapter, monkeypatch):
+    bnb, loaded = pytest.importorskip("bitsandbytes"), []
+    answer = generate_module.Writer.answer
+    monkeypatch.setattr(generate_module.Writer, "answer", lambda self, *a: (loaded.append(self), answer(self, *a))[1])
+    for bits, layer in ((4, bnb.nn.Linear4bit), (8, bnb.nn.Linear8bitLt)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("a\n"))
+        assert run(*verb[:1], adapter, *verb[1:], f"--load_in_{bits}bit", "--max_new_tokens", 1, "--device", "cpu") == 0
+        assert any(isinstance(module, layer) for module in loaded[-1].network.modules())
 
 
 @pytest.mark.parametrize("verb", [["generate", "--prompt", "a"], ["chat"], ["merge", "--out", "merged"]])

@@ -235,6 +235,39 @@ def test_the_loss_of_a_file_is_the_one_that_train_measures(folder, tmp_path):
         assert loss["perplexity"] == pytest.approx(math.exp(loss["nat_per_token"]))
 
 
+@pytest.mark.parametrize("weights", [{"load_in_4bit": True}, {"load_in_8bit": True}, {"dtype": "bfloat16"}], ids=str)
+def test_a_model_is_evaluated_in_the_weights_that_it_was_trained_in(weights, tmp_path):
+    """To the loss that train measures, and with as many parameters as there are, not as many bytes."""
+    if "dtype" not in weights:
+        pytest.importorskip("bitsandbytes")
+    file = write_jsonl(
+        tmp_path / "pairs.jsonl", [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(8)]
+    )
+    options = {"batch_size": 4, "max_length": 48, "progress": False, **weights}
+    with pytest.warns(UserWarning, match="in the training data too"):
+        run = train(out=tmp_path / "run", data=file, validation=file, steps=1, rank=2, **options)
+    record = evaluate(str(file), adapter=tmp_path / "run" / "adapter", **options)["results"][str(file)]
+    assert record["results"]["loss"]["nat_per_token"] == pytest.approx(run["held_out"]["after"], rel=1e-6)
+    assert record["model"]["parameters"] == run["run"]["parameters"]
+    plain = evaluate(str(file), adapter=tmp_path / "run" / "adapter", batch_size=4, max_length=48, progress=False)
+    assert figures(plain, str(file))["loss"]["nat_per_token"] != record["results"]["loss"]["nat_per_token"]
+
+
+def test_an_evaluation_is_known_by_its_weights(tmp_path):
+    """--bf16 is --dtype bfloat16, also in what was written before there was --dtype; another one is another."""
+    file = write_jsonl(tmp_path / "mine.jsonl", [{"text": "x = 1"}])
+    options = {"out": tmp_path / "out", **QUICK}
+    first = evaluate(str(file), bf16=True, **options)
+    path = tmp_path / "out" / "mine.json"
+    record = json.loads(path.read_text())
+    assert (record["settings"].pop("dtype"), record["settings"].pop("bits")) == ("bfloat16", None)
+    path.write_text(json.dumps({**record, "settings": {**record["settings"], "bf16": True}}))
+    again = evaluate(str(file), dtype="bfloat16", **options)
+    assert again["results"][str(file)]["results"] == first["results"][str(file)]["results"]
+    with pytest.raises(ValueError, match="dtype: 'bfloat16' → 'float32'"):
+        evaluate(str(file), **options)
+
+
 def test_the_loss_does_not_depend_on_the_batch_or_on_the_side_of_padding(tmp_path):
     """The last of four windows is shorter: each token counts the same, and none is predicted from padding."""
     file = write_jsonl(tmp_path / "texts.jsonl", [{"text": "x = 1\n" * n} for n in (1, 4, 9)])
@@ -474,6 +507,8 @@ def test_the_command_line(folder, tmp_path, capsys):
         (["--num_fewshot", "-1"], "--num_fewshot must be at least 0"),
         (["--batch_size", "0"], "--batch_size must be at least 1"),
         (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["--load_in_4bit", "--load_in_8bit"], "give either --load_in_4bit or --load_in_8bit"),
+        (["--bf16", "--dtype", "float32"], "--bf16 is --dtype bfloat16, and --dtype is float32"),
         (["--adapter", "nowhere"], "--adapter nowhere: there is no such folder"),
         (["--model", "no/such-model"], "cannot load --model no/such-model"),
         (["--device", "abacus"], "--device abacus"),

@@ -132,6 +132,13 @@ def test_quantised_models_train(bits, train, tmp_path):
     assert {p.dtype for p in adapter(tmp_path).values()} == {torch.float32}
 
 
+def test_the_held_out_loss_is_measured_alike_before_and_after(train, tmp_path):
+    """Of an adapter that does not change, in bfloat16, for which the Trainer leaves its autocast on the model."""
+    train("--steps", 2, "--bf16", name="first")
+    still = train("--steps", 1, "--bf16", "--lr", 0, "--adapter", tmp_path / "first" / "adapter", name="second")
+    assert still["held_out"]["before"] == still["held_out"]["after"]
+
+
 def test_bitsandbytes_that_is_missing_is_said(train, tmp_path, monkeypatch, capsys):
     find = load_module.importlib.util.find_spec
     monkeypatch.setattr(

@@ -13,6 +13,7 @@ from ..options import LR
 from ..run.checkpoints import checkpoints
 from ..run.files import LOCK, read_json
 from ..run.settings import PLACES, RESULT, changes, read_settings, refuse_changes
+from .load import module_names
 from .optimizers import find_optimizer
 from .records import read_text
 from .schedules import check_schedule
@@ -120,11 +121,17 @@ def _check_adapter(options: SimpleNamespace) -> None:
         config, _ = find_adapter(options.adapter)
     for key, (default, name) in NEW_ADAPTER.items():
         given, own = getattr(options, key), config.get(name)
-        if given not in (default, own):
+        if given != default and _in_order(given) != _in_order(own):
             raise LoRARiteValueError(
                 f"--{key} {given}: --adapter {options.adapter} has {own}, and is gone on with: leave it out"
             )
     options.rank, options.alpha = config.get("r") or options.rank, config.get("lora_alpha")
+
+
+def _in_order(value: Any) -> Any:
+    """The names of modules sorted, as a list, since an adapter's have no order; other values as they are."""
+    names = module_names(value)
+    return sorted(names) if isinstance(names, list) else names
 
 
 def check_processes() -> None:

@@ -49,7 +49,8 @@ class Evaluator:
         self.progress = progress
         network, self.tokenizer = load_model(
             settings["model"],
-            dtype="bfloat16" if settings["bf16"] else "float32",
+            dtype=settings["dtype"],
+            bits=settings["bits"],
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -92,7 +93,7 @@ class Evaluator:
             "source": plan.source,
             "settings": {**self.settings, "data_sha256": plan.sha256},
             "model": {
-                "parameters": sum(p.numel() for p in self.network.parameters()),
+                "parameters": self.network.num_parameters(),  # (two weights of 4 bits are one of p.numel())
                 "dtype": str(self.network.dtype).removeprefix("torch."),
                 "device": str(self.network.device),
             },

@@ -32,6 +32,7 @@ class Writer:
         model: the adapter's base model, where it is not the one that the adapter records.
         options: of transformers' ``generate``, by name; None is the model's own.
         dtype: of the weights; None is the checkpoint's.
+        bits: 4 or 8 quantises the linear maps; None leaves them as they are.
         device: None is the accelerator if there is one, else the CPU.
         trust_remote_code: allow the model's own code to run.
 
@@ -46,6 +47,7 @@ class Writer:
         options: dict[str, Any],
         *,
         dtype: Dtype | None = None,
+        bits: int | None = None,
         device: str | None = None,
         trust_remote_code: bool = False,
     ):
@@ -53,13 +55,13 @@ class Writer:
 
         self.options = _check_options(options)
         found = find_source(source, model)
-        network, self.tokenizer = load_source(found, dtype, trust_remote_code=trust_remote_code)
+        network, self.tokenizer = load_source(found, dtype, bits=bits, trust_remote_code=trust_remote_code)
         network = attach(network, found)
         if device is None:
             accelerator = torch.accelerator.current_accelerator()
             device = "cpu" if accelerator is None else accelerator.type
-        with blame(f"--device {device}"):  # quantised weights are where transformers has put them
-            self.network = network if getattr(network, "hf_quantizer", None) else network.to(device)
+        with blame(f"--device {device}"):
+            self.network = network.to(device)
         own = self.network.generation_config
         several = (self.options.get(key, getattr(own, key, None)) for key in ("num_beams", "num_return_sequences"))
         self.streams = all(number in (None, 1) for number in several)
