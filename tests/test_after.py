@@ -46,6 +46,31 @@ def make_llama(folder, dtype="bfloat16", template=None, **config):
     return folder
 
 
+def make_gemma3(folder, window):
+    """A random Gemma 3 of two layers that see so many tokens and one that sees all."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    layers = ["sliding_attention", "sliding_attention", "full_attention"]
+    config = transformers.Gemma3TextConfig(
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        sliding_window=window,
+        layer_types=layers,
+        initializer_range=0.3,
+        **sizes,
+    )
+    transformers.Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def make_mixtral(folder):
     transformers.AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -651,6 +676,62 @@ def prompts(monkeypatch):
 
     monkeypatch.setattr(generate_module.Writer, "answer", answer)
     return given
+
+
+def read_and_answered(writer, monkeypatch, conversations):
+    """The answers to conversations, one after the other, and how many tokens of each prompt the model has read."""
+    lengths, forward = [], writer.network.forward
+
+    def counted(*args, input_ids, **kwargs):
+        lengths[-1].append(input_ids.shape[1])
+        return forward(*args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(writer.network, "forward", counted)
+    answers = [(lengths.append([]), writer.answer(said, lambda piece: None))[1] for said in conversations]
+    return answers, [each[0] for each in lengths]
+
+
+@pytest.mark.parametrize("window", [None, 256, 8])
+def test_what_was_said_before_is_not_read_again(window, tmp_path, monkeypatch):
+    """An answer is that of a model that reads the whole conversation, but what this has in common with the last one is
+    there as keys and values, also where that is less than the last one had. A sliding window that is full has forgotten
+    them."""
+    if window is None:
+        folder = make_llama(tmp_path / "model", "float32", TEMPLATE, max_position_embeddings=512)
+    else:
+        folder = make_gemma3(tmp_path / "model", window)
+    options = {"max_new_tokens": 6, "temperature": 0}
+    one, two, other = ({"role": "user", "content": text} for text in ("word " * 9, "more " * 5, "and " * 7))
+    said = lambda text: {"role": "assistant", "content": text}
+    writer = generate_module.Writer(str(folder), None, options)
+    first = writer.answer([one], lambda piece: None)
+    conversations = [[one, said(first), two], [one, other], [two]]
+    answers, read = read_and_answered(writer, monkeypatch, conversations)
+    fresh = [
+        read_and_answered(generate_module.Writer(str(folder), None, options), monkeypatch, [c]) for c in conversations
+    ]
+    assert answers == [found[0] for found, _ in fresh]
+    whole = [length for _, (length,) in fresh]
+    if window != 8:
+        assert read[0] < whole[0] - 20
+        assert read[1] < whole[1] - 20
+    assert read[2] >= whole[2] - 3  # the template's beginning
+
+
+def test_an_answer_that_is_broken_off_leaves_nothing_to_go_on_from(talker, monkeypatch):
+    writer = generate_module.Writer(str(talker), None, {"max_new_tokens": 6, "temperature": 0})
+    whole = writer.answer(PROMPT, lambda piece: None)
+    generate = writer.network.generate
+
+    def broken(**kwargs):
+        generate(**kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer.network, "generate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        writer.answer(PROMPT, lambda piece: None)
+    monkeypatch.setattr(writer.network, "generate", generate)
+    assert read_and_answered(writer, monkeypatch, [PROMPT]) == ([whole], [writer.encode(PROMPT).shape[1]])
 
 
 def chat(monkeypatch, model, *lines, more=()):
