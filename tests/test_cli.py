@@ -128,7 +128,8 @@ def test_the_other_options(data, tmp_path):
     assert result["settings"]["alpha"] == 8
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (events,) = (out / "checkpoints").rglob("events.out.tfevents.*")
+    (events,) = out.rglob("events.out.tfevents.*")
+    assert events.parent == out / "tensorboard"
     tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
     assert {"train/loss", "train/lora_rite/damped_share"} <= set(tags)
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())

@@ -135,7 +135,7 @@ def train(
         keep_best: write the adapter of the lowest held-out loss that was measured, instead of the last one.
         save_every: steps between checkpoints; 0 saves none, except where a signal ends the run. The last two are kept.
         layers_every: steps between figures of each layer in OUT/layers.jsonl (see docs/tuning.md); 0 writes none.
-        report_to: transformers' name of a reporter: none, tensorboard, trackio, wandb, …
+        report_to: transformers' name of a reporter: none, tensorboard (into OUT/tensorboard), trackio, wandb, …
         push_to_hub: then upload the adapter to this repository of the hub (a new one is private), as lora-rite push.
         resume: go on from the newest checkpoint in OUT that verifies, with the same settings, bitwise; a finished run
             goes on where steps or epochs are more.
