@@ -101,17 +101,20 @@ def _check_together(options: SimpleNamespace) -> None:
     for key in ("early_stopping", "keep_best"):
         if getattr(options, key) and not options.eval_every:
             raise LoRARiteValueError(f"--{key} needs the held-out loss of some steps: give --eval_every")
-    if options.max_grad_norm and options.optimizer in OURS:
-        raise LoRARiteValueError(f"--max_grad_norm {options.max_grad_norm:g}: {RAW_CLIPPING}")
+    if options.optimizer in OURS:
+        refuse_clipping(options.max_grad_norm)
     if options.adapter is not None:
         _check_adapter(options)
 
 
-#: Why gradients are not clipped in front of LoRARite.
-RAW_CLIPPING = (
-    "LoRA-RITE clips by itself (--optimizer_args.clip_unmagnified_grad), independently of the factorisation; clipping "
-    "raw gradients would undo that: leave it out"
-)
+def refuse_clipping(max_grad_norm: float | None) -> None:
+    """Raises LoRARiteValueError where gradients would be clipped in front of LoRARite."""
+    from ..integrations.peft import RAW_CLIPPING
+
+    if max_grad_norm:
+        raise LoRARiteValueError(
+            f"--max_grad_norm {max_grad_norm:g} {RAW_CLIPPING} (--optimizer_args.clip_unmagnified_grad): leave it out"
+        )
 
 
 def _check_adapter(options: SimpleNamespace) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
-from ..errors import LoRARiteValueError
 from ..inputs import blame
 from ..optim.modes import evaluating
 from ..run import checkpoints, digest
@@ -19,11 +18,11 @@ from .checks import (
     DEFAULT_LR,
     NEW_ADAPTER,
     OURS,
-    RAW_CLIPPING,
     check_options,
     check_steps,
     finished_result,
     raised_steps,
+    refuse_clipping,
     weights_of,
 )  # fmt: skip
 from .header import announce, busy, describe, show
@@ -235,8 +234,8 @@ def _attach(options: SimpleNamespace, network: Any) -> Any:
     if options.optimizer in OURS and (config.modules_to_save or getattr(config, "use_dora", False)):
         options.optimizer_args = {"adamw_lr": DEFAULT_LR["adamw"], **(options.optimizer_args or {})}
     made = check_optimizer(network, options.optimizer, options.lr, options.weight_decay, options.optimizer_args)
-    if options.max_grad_norm and isinstance(made, LoRARite):
-        raise LoRARiteValueError(f"--max_grad_norm {options.max_grad_norm:g}: {RAW_CLIPPING}")
+    if isinstance(made, LoRARite):
+        refuse_clipping(options.max_grad_norm)
     predict_labelled(network)
     if options.gradient_checkpointing:
         with blame("--gradient_checkpointing"):  # not by the Trainer's argument, which has another name from version 6
