@@ -392,13 +392,19 @@ def test_a_rank_that_cannot_be_is_blamed_on_rank(words, capsys):
 
 
 def test_demo(tmp_path, capsys, monkeypatch):
-    """Ten steps instead of 200: what it writes, that it replaces itself and nothing else."""
+    """Ten steps instead of 200: what it writes, that it replaces itself and nothing else. Without a terminal, a run is
+    one line, and there are no bars."""
     small = {"steps": 10, "batch_size": 2, "max_length": 32, "rank": 4}
     monkeypatch.setattr(demo_module, "CHARACTERS", {"train": 20_000, "validation": 4_000, "test": 4_000})
     monkeypatch.setattr(demo_module, "EVAL_EVERY", 5)
-    for _ in range(2):
-        result = demo_module.demo(tmp_path / "demo", seeds=1, progress=False, settings=small)
-    printed = capsys.readouterr().out
+    for progress in (False, True):
+        result = demo_module.demo(tmp_path / "demo", seeds=1, progress=progress, settings=small)
+        printed, said = capsys.readouterr()
+        assert "it/s]" not in said
+        assert [line.partition(" → ")[0] for line in printed.splitlines()[1:3]] == [
+            f"{name}, seed 0: held-out loss {result['runs'][0]['held_out']['before']:.3f}"
+            for name in ("AdamW, lr 0.01", "LoRA-RITE, lr 0.02")
+        ]
     assert "LoRA-RITE" in printed
     assert "curves.png" in printed
     assert (tmp_path / "demo" / "curves.png").stat().st_size > 10_000
