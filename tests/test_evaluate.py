@@ -65,15 +65,19 @@ def log_likelihood(network, tokenizer, prompt, text):
     return sum(logits[i - 1, whole[i]].item() for i in range(len(start), len(whole)))
 
 
-def test_choices_are_judged_by_their_log_likelihood(folder):
-    """acc and acc_norm of ARC from the logits by hand; acc_norm divides by the characters of the choice."""
-    result = figures(evaluate("arc_challenge", data_dir=folder, **QUICK), "arc_challenge")
+def test_choices_are_judged_by_their_log_likelihood(folder, tmp_path):
+    """acc and acc_norm of ARC from the logits by hand; acc_norm divides by the characters of the choice. What was asked
+    and what there was to choose from stands beside the answers."""
+    result = figures(evaluate("arc_challenge", data_dir=folder, out=tmp_path, **QUICK), "arc_challenge")
     network, tokenizer = load_model("tiny")
     right = {"acc": 0, "acc_norm": 0}
     rows = require_rows("arc_challenge", "test", folder).rows
-    for row in rows:
+    samples = [json.loads(line) for line in (tmp_path / "arc_challenge.samples.jsonl").read_text().splitlines()]
+    for row, sample in zip(rows, samples, strict=True):
         texts = row["choices"]["text"]
         prompt = f"Question: {row['question']}\nAnswer:"
+        assert (sample["prompt"], sample["choices"]) == (prompt, [f" {text}" for text in texts])
+        assert len(sample["filtered_resps"]) == len(texts)
         scores = [log_likelihood(network, tokenizer, prompt, f" {text}") for text in texts]
         norms = [score / len(text) for score, text in zip(scores, texts, strict=True)]
         gold = "ABCD".index(row["answerKey"])
@@ -138,6 +142,7 @@ def test_unparsed_answers_are_counted(folder, answers, tmp_path):
     lines = (tmp_path / "out" / "gsm8k.samples.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
     assert [s["resps"][0][0] for s in samples if s["filter"] == "strict-match"] == answers
+    assert all(s["prompt"].endswith("\nAnswer:") and "choices" not in s for s in samples)
     printed = table(result)
     assert "20.00 ± 20.00" in printed
     assert "exact_match,strict-match" in printed
