@@ -246,6 +246,8 @@ def test_unknown_options_are_refused(data, tmp_path, capsys):
         ("compare", "RECIPE is missing (see lora-rite compare --help)"),
         ("train --out x --rnak 3", "no option --rnak, did you mean --rank? (see lora-rite train --help)"),
         ("train --learning-rate=1", "no option --learning_rate, did you mean --lr? (see"),
+        ("train --out x --fp16", "no option --fp16, did you mean --dtype?"),
+        ("generate tiny --max_tokens 1", "no option --max_tokens, did you mean --max_new_tokens?"),
         ("train --out x --no_bf17", "no option --no_bf17, did you mean --no_bf16?"),
         ("bench step --dtype float32", "no option --dtype, did you mean --dtypes? (see lora-rite bench step --help)"),
         ("train --out x --qqqqqq", "no option --qqqqqq (see"),

@@ -259,6 +259,15 @@ def test_what_cannot_be_pushed_is_said_before_training(repo, role, says, trained
     assert hub.calls in (["whoami"], [])
 
 
+def test_a_folder_that_cannot_be_pushed_is_named(tmp_path, hub, capsys):
+    (tmp_path / "empty").mkdir()
+    for name, says in (("nowhere", "there is no such folder"), ("empty", "")):
+        assert run("push", tmp_path / name, "me/adapter") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"lora-rite push: error: {tmp_path / name}: {says}")
+    assert not hub.calls
+
+
 def test_a_run_that_fails_is_not_pushed(trained, tmp_path, hub):
     words = ["--optimizer", "adamw", "--push_to_hub", "me/adapter", *SMALL]
     data = trained.parent / "my data.jsonl"

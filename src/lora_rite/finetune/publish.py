@@ -246,7 +246,8 @@ def push(folder: Path, repo: str, *, model: str | None = None, public: bool = Fa
 def _contents(folder: Path, model: str | None) -> dict[str, Any]:
     """What to upload: the path of a file by its name, or its content where that is another there."""
     if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
-        find_adapter(folder)  # says what the folder is instead
+        with blame(str(folder)):
+            find_adapter(folder)  # says what the folder is instead
     found = [p for p in sorted(folder.iterdir()) if suffix(p) in PUBLISHED and p.is_file() and p.name[0] != "."]
     files: dict[str, Any] = {p.name: str(p) for p in found}
     config: dict[str, Any] | None = None
