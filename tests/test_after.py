@@ -420,6 +420,17 @@ def test_a_run_an_adapter_and_a_model_are_told_apart(base, adapter, tmp_path):
         sources.find_source(str(tmp_path / "stopped"))
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("runs/frist", ", did you mean runs/first?"), ("me/model", ""), ("first", "")]
+)
+def test_a_mistyped_folder_is_told_from_a_hub_id(name, meant, tmp_path, monkeypatch, capsys):
+    """Whose form it has: with the folder beside it that was meant, where there is one."""
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert run("generate", name, "--prompt", "a") == 2
+    assert f"cannot load {name} (a hub id: there is no such folder{meant})" in capsys.readouterr().err
+
+
 def test_an_adapter_on_the_hub(base, adapter, monkeypatch):
     """Its safetensors, config and tokenizer are fetched, no pickle and no code; another id is a model's."""
     import huggingface_hub
