@@ -98,11 +98,12 @@ def weight_bytes(network: Any, bits: int | None, bytes_each: int) -> int:
     each other number takes ``bytes_each``."""
     from torch import nn
 
+    parameters = sum(p.numel() for p in network.parameters())
+    if bits is None:
+        return parameters * bytes_each
     head = network.get_output_embeddings()
-    maps = [m for m in network.modules() if bits is not None and type(m) is nn.Linear and m is not head]
-    quantised = sum(m.weight.numel() for m in maps)
-    others = sum(p.numel() for p in network.parameters()) - quantised
-    return others * bytes_each + round(quantised * QUANTISED.get(bits, 0.0))
+    quantised = sum(m.weight.numel() for m in network.modules() if type(m) is nn.Linear and m is not head)
+    return (parameters - quantised) * bytes_each + round(quantised * QUANTISED[bits])
 
 
 def _state(study: Study, name: str, shapes: Counter[Shape]) -> int:
