@@ -1,6 +1,6 @@
 """Accelerate: the same script on one device and, by `accelerate launch`, on several (DDP).
 
-python examples/accelerate_loop.py --out runs/accelerate [--resume runs/accelerate/checkpoint-10]
+python examples/accelerate_loop.py [--out runs/accelerate] [--resume runs/accelerate/checkpoint-10]
 """
 
 from itertools import islice
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from common import adapted, model_and_tokenizer, windows
+from common import adapted, model_and_tokenizer, tell, windows
 from jsonargparse import auto_cli
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
@@ -48,9 +48,10 @@ def main(out: Path, steps: int = 20, save_every: int = 10, lr: float = 2e-2, res
             if step % save_every == 0:
                 accelerator.save_state(str(out / f"checkpoint-{step}"))
     accelerator.unwrap_model(model).save_pretrained(out / "adapter", is_main_process=accelerator.is_main_process)
-    accelerator.print(unwrap(optimizer).report())
+    if accelerator.is_main_process:
+        tell(unwrap(optimizer), out / "adapter")
     return unwrap(optimizer)
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    auto_cli(main, as_positional=False, set_defaults={"out": "runs/accelerate"})

@@ -38,6 +38,14 @@ def lora_config() -> peft.LoraConfig:
     return peft.LoraConfig(r=8, lora_alpha=8, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
+def tell(optimizer, out: Path):
+    """Prints what has happened; returns the optimizer."""
+    report = optimizer.report()
+    print(f"{report['steps']} steps of {report['pairs']} pairs; the adapter is in {out}. The optimizer's report:")
+    print(report)
+    return optimizer
+
+
 def adapted(model):
     """The model with a LoRA adapter; its initialisation is always the same."""
     torch.manual_seed(0)

@@ -1,12 +1,12 @@
 """LoRA layers of your own, named lora_down and lora_up as in diffusers' and sd-scripts' files: no PEFT.
 
-python examples/diffusers_style.py --out runs/diffusers [--resume runs/diffusers/checkpoint-10.pt]
+python examples/diffusers_style.py [--out runs/diffusers] [--resume runs/diffusers/checkpoint-10.pt]
 """
 
 from pathlib import Path
 
 import torch
-from common import draw, model_and_tokenizer, windows
+from common import draw, model_and_tokenizer, tell, windows
 from jsonargparse import auto_cli
 from safetensors.torch import save_file
 from torch import nn
@@ -43,16 +43,16 @@ def main(out: Path, steps: int = 20, save_every: int = 10, lr: float = 2e-2, res
         optimizer.load_state_dict(saved["optimizer"])
     for step in range(saved["step"], steps):
         batch = draw(rows, step)
-        model(input_ids=batch, labels=batch).loss.backward()
+        (loss := model(input_ids=batch, labels=batch).loss).backward()
         optimizer.step()
         optimizer.zero_grad()
+        print(f"step {step + 1} loss {loss.item():.3f}")
         if (step + 1) % save_every == 0:
             saved = {"step": step + 1, "factors": factors, "optimizer": optimizer.state_dict()}
             torch.save(saved, out / f"checkpoint-{step + 1}.pt")
     save_file(factors, out / "adapter_model.safetensors")
-    print(optimizer.report())
-    return optimizer
+    return tell(optimizer, out)
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    auto_cli(main, as_positional=False, set_defaults={"out": "runs/diffusers"})

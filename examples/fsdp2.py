@@ -1,14 +1,16 @@
 """FSDP2: model, gradients and optimizer state shared out over processes; any number of them reads a checkpoint.
 
-torchrun --nproc-per-node 2 examples/fsdp2.py --out runs/fsdp2 [--resume runs/fsdp2/checkpoint-10]
+torchrun --nproc-per-node 2 examples/fsdp2.py [--out runs/fsdp2] [--resume runs/fsdp2/checkpoint-10]
 """
 
+import os
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import adapted, model_and_tokenizer, windows
+from common import adapted, model_and_tokenizer, tell, windows
 from jsonargparse import auto_cli
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -17,6 +19,8 @@ from lora_rite import LoRARite, create_lora_rite
 
 
 def main(out: Path, steps: int = 20, save_every: int = 10, lr: float = 2e-2, resume: Path | None = None) -> LoRARite:
+    if "RANK" not in os.environ:
+        sys.exit("several processes share the model: torchrun --nproc-per-node 2 examples/fsdp2.py")
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     device = (
@@ -50,12 +54,11 @@ def main(out: Path, steps: int = 20, save_every: int = 10, lr: float = 2e-2, res
         if step % save_every == 0:
             weights, state = get_state_dict(model, optimizer)
             dcp.save({"model": weights, "optimizer": state}, checkpoint_id=out / f"checkpoint-{step}")
-    report = optimizer.report()
     if rank == 0:
-        print(report)
+        tell(optimizer, out / f"checkpoint-{step}")
     dist.destroy_process_group()
     return optimizer
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    auto_cli(main, as_positional=False, set_defaults={"out": "runs/fsdp2"})

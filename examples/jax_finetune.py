@@ -12,6 +12,7 @@ import argparse
 import importlib
 import json
 import pathlib
+import sys
 import sysconfig
 
 import jax
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--pretraining_steps", type=int, default=600, help="of the model before it")
     options = parser.parse_args()
     rate = LEARNING_RATES[options.optimizer] if options.learning_rate is None else options.learning_rate
+    print(f"{options.pretraining_steps} steps on the manual, then {options.steps} of the adapter …", file=sys.stderr)
     model, text = pretrained(options.pretraining_steps), python()
     before = held_out_loss(model, text)
     train(model, optimizer(options.optimizer, rate, options.steps), nnx.LoRAParam, text, options.steps)

@@ -1,13 +1,13 @@
 """Lightning: the optimizer in configure_optimizers, the callback of lora_rite.lightning, no gradient_clip_val.
 
-python examples/lightning_module.py --out runs/lightning [--resume runs/lightning/step=10.ckpt]
+python examples/lightning_module.py [--out runs/lightning] [--resume runs/lightning/step=10.ckpt]
 """
 
 from itertools import count
 from pathlib import Path
 
 import torch
-from common import adapted, draw, model_and_tokenizer, windows
+from common import adapted, draw, model_and_tokenizer, tell, windows
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer, callbacks
 from transformers import get_cosine_schedule_with_warmup
@@ -27,7 +27,8 @@ class Finetune(LightningModule):
         return (draw(self.rows, step) for step in count(self.global_step))
 
     def training_step(self, batch, _):
-        return self.model(input_ids=batch, labels=batch).loss
+        self.log("loss", loss := self.model(input_ids=batch, labels=batch).loss, prog_bar=True)
+        return loss
 
     def configure_optimizers(self):
         optimizer = create_lora_rite(self.model, lr=self.lr)
@@ -51,9 +52,8 @@ def main(out: Path, steps: int = 20, save_every: int = 10, lr: float = 2e-2, res
     trainer = Trainer(max_steps=steps, callbacks=[save, LoRARiteCallback()], logger=False, log_every_n_steps=5)
     trainer.fit(module, ckpt_path=resume, weights_only=True)
     module.model.save_pretrained(out / "adapter")
-    print(trainer.optimizers[0].report())
-    return trainer.optimizers[0]
+    return tell(trainer.optimizers[0], out / "adapter")
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    auto_cli(main, as_positional=False, set_defaults={"out": "runs/lightning"})

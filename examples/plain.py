@@ -1,12 +1,12 @@
 """A plain PyTorch loop: warm-up and cosine, checkpoints, resume.
 
-python examples/plain.py --out runs/plain [--resume runs/plain/checkpoint-10.pt]
+python examples/plain.py [--out runs/plain] [--resume runs/plain/checkpoint-10.pt]
 """
 
 from pathlib import Path
 
 import torch
-from common import adapted, draw, model_and_tokenizer, windows
+from common import adapted, draw, model_and_tokenizer, tell, windows
 from jsonargparse import auto_cli
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import get_cosine_schedule_with_warmup
@@ -41,9 +41,8 @@ def main(out: Path, steps: int = 20, save_every: int = 10, lr: float = 2e-2, res
             out.mkdir(parents=True, exist_ok=True)
             torch.save(saved, out / f"checkpoint-{step + 1}.pt")
     model.save_pretrained(out / "adapter")
-    print(optimizer.report())
-    return optimizer
+    return tell(optimizer, out / "adapter")
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    auto_cli(main, as_positional=False, set_defaults={"out": "runs/plain"})

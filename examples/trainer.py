@@ -1,12 +1,12 @@
 """transformers' Trainer: LoRARiteFactory makes the optimizer from the model, LoRARiteCallback checks and logs.
 
-python examples/trainer.py --out runs/trainer [--resume runs/trainer/checkpoint-10]
+python examples/trainer.py [--out runs/trainer] [--resume runs/trainer/checkpoint-10]
 """
 
 from pathlib import Path
 
 import torch
-from common import adapted, model_and_tokenizer, windows
+from common import adapted, model_and_tokenizer, tell, windows
 from jsonargparse import auto_cli
 from transformers import Trainer, TrainingArguments
 
@@ -39,9 +39,8 @@ def main(out: Path, steps: int = 20, save_every: int = 10, lr: float = 2e-2, res
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_model(str(out / "adapter"))
-    print(unwrap(trainer.optimizer).report())
-    return unwrap(trainer.optimizer)
+    return tell(unwrap(trainer.optimizer), out / "adapter")
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    auto_cli(main, as_positional=False, set_defaults={"out": "runs/trainer"})

@@ -1,12 +1,12 @@
 """TRL's DPOTrainer (and, in the same way, GRPO, KTO, RLOO): it takes no factory, but an optimizer of the adapted model.
 
-python examples/trl_dpo.py --out runs/dpo [--resume runs/dpo/checkpoint-10]
+python examples/trl_dpo.py [--out runs/dpo] [--resume runs/dpo/checkpoint-10]
 """
 
 from pathlib import Path
 
 import torch
-from common import adapted, model_and_tokenizer, texts
+from common import adapted, model_and_tokenizer, tell, texts
 from datasets import Dataset
 from jsonargparse import auto_cli
 from trl import DPOConfig, DPOTrainer
@@ -48,9 +48,8 @@ def main(out: Path, steps: int = 20, save_every: int = 10, lr: float = 5e-3, res
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_model(str(out / "adapter"))
-    print(unwrap(trainer.optimizer).report())
-    return unwrap(trainer.optimizer)
+    return tell(unwrap(trainer.optimizer), out / "adapter")
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    auto_cli(main, as_positional=False, set_defaults={"out": "runs/dpo"})

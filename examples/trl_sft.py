@@ -1,12 +1,12 @@
 """TRL's SFTTrainer, on conversational or plain text: the same hook as the Trainer's.
 
-python examples/trl_sft.py --out runs/sft [--resume runs/sft/checkpoint-10]
+python examples/trl_sft.py [--out runs/sft] [--resume runs/sft/checkpoint-10]
 """
 
 from pathlib import Path
 
 import torch
-from common import lora_config, model_and_tokenizer, texts
+from common import lora_config, model_and_tokenizer, tell, texts
 from datasets import Dataset
 from jsonargparse import auto_cli
 from trl import SFTConfig, SFTTrainer
@@ -43,9 +43,8 @@ def main(out: Path, steps: int = 20, save_every: int = 10, lr: float = 2e-2, res
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_model(str(out / "adapter"))
-    print(unwrap(trainer.optimizer).report())
-    return unwrap(trainer.optimizer)
+    return tell(unwrap(trainer.optimizer), out / "adapter")
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    auto_cli(main, as_positional=False, set_defaults={"out": "runs/sft"})

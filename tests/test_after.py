@@ -46,6 +46,31 @@ def make_llama(folder, dtype="bfloat16", template=None, **config):
     return folder
 
 
+def make_gemma3(folder, window):
+    """A random Gemma 3 of two layers that see so many tokens and one that sees all."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    layers = ["sliding_attention", "sliding_attention", "full_attention"]
+    config = transformers.Gemma3TextConfig(
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        sliding_window=window,
+        layer_types=layers,
+        initializer_range=0.3,
+        **sizes,
+    )
+    transformers.Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def make_mixtral(folder):
     transformers.AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -395,6 +420,17 @@ def test_a_run_an_adapter_and_a_model_are_told_apart(base, adapter, tmp_path):
         sources.find_source(str(tmp_path / "stopped"))
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("runs/frist", ", did you mean runs/first?"), ("me/model", ""), ("first", "")]
+)
+def test_a_mistyped_folder_is_told_from_a_hub_id(name, meant, tmp_path, monkeypatch, capsys):
+    """Whose form it has: with the folder beside it that was meant, where there is one."""
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert run("generate", name, "--prompt", "a") == 2
+    assert f"cannot load {name} (a hub id: there is no such folder{meant})" in capsys.readouterr().err
+
+
 def test_an_adapter_on_the_hub(base, adapter, monkeypatch):
     """Its safetensors, config and tokenizer are fetched, no pickle and no code; another id is a model's."""
     import huggingface_hub
@@ -552,6 +588,7 @@ def test_an_adapter_brings_its_own_tokenizer_and_template(base, adapter, capsys)
         (["--seed", "-1"], "--seed must be from 0"),
         (["--prompt_file", "missing.txt"], "give either --prompt or --prompt_file"),
         (["--device", "abacus"], "--device abacus"),
+        (["--load_in_4bit", "--load_in_8bit"], "give either --load_in_4bit or --load_in_8bit"),
         (["--raw", "--system", "Be brief."], "--system needs the model's chat template"),
         (["--prompt", "a\udcff"], "the prompt is not UTF-8 text"),
         (["--prompt", "word " * 99], "positions: that leaves 0"),
@@ -587,6 +624,17 @@ def test_encoder_decoder_models_generate(tmp_path, capsys):
 @pytest.mark.parametrize(("dtype", "loaded"), [(None, torch.bfloat16), ("float32", torch.float32)])
 def test_the_model_is_loaded_in_the_checkpoints_dtype_or_the_one_given(dtype, loaded, adapter):
     assert generate_module.Writer(str(adapter), None, {}, dtype=dtype).network.dtype == loaded
+
+
+@pytest.mark.parametrize("verb", [["generate", "--prompt", "a"], ["chat"]])
+def test_the_model_is_quantised_where_it_is_asked_for(verb, adapter, monkeypatch):
+    bnb, loaded = pytest.importorskip("bitsandbytes"), []
+    answer = generate_module.Writer.answer
+    monkeypatch.setattr(generate_module.Writer, "answer", lambda self, *a: (loaded.append(self), answer(self, *a))[1])
+    for bits, layer in ((4, bnb.nn.Linear4bit), (8, bnb.nn.Linear8bitLt)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("a\n"))
+        assert run(*verb[:1], adapter, *verb[1:], f"--load_in_{bits}bit", "--max_new_tokens", 1, "--device", "cpu") == 0
+        assert any(isinstance(module, layer) for module in loaded[-1].network.modules())
 
 
 @pytest.mark.parametrize("verb", [["generate", "--prompt", "a"], ["chat"], ["merge", "--out", "merged"]])
@@ -639,6 +687,62 @@ def prompts(monkeypatch):
 
     monkeypatch.setattr(generate_module.Writer, "answer", answer)
     return given
+
+
+def read_and_answered(writer, monkeypatch, conversations):
+    """The answers to conversations, one after the other, and how many tokens of each prompt the model has read."""
+    lengths, forward = [], writer.network.forward
+
+    def counted(*args, input_ids, **kwargs):
+        lengths[-1].append(input_ids.shape[1])
+        return forward(*args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(writer.network, "forward", counted)
+    answers = [(lengths.append([]), writer.answer(said, lambda piece: None))[1] for said in conversations]
+    return answers, [each[0] for each in lengths]
+
+
+@pytest.mark.parametrize("window", [None, 256, 8])
+def test_what_was_said_before_is_not_read_again(window, tmp_path, monkeypatch):
+    """An answer is that of a model that reads the whole conversation, but what this has in common with the last one is
+    there as keys and values, also where that is less than the last one had. A sliding window that is full has forgotten
+    them."""
+    if window is None:
+        folder = make_llama(tmp_path / "model", "float32", TEMPLATE, max_position_embeddings=512)
+    else:
+        folder = make_gemma3(tmp_path / "model", window)
+    options = {"max_new_tokens": 6, "temperature": 0}
+    one, two, other = ({"role": "user", "content": text} for text in ("word " * 9, "more " * 5, "and " * 7))
+    said = lambda text: {"role": "assistant", "content": text}
+    writer = generate_module.Writer(str(folder), None, options)
+    first = writer.answer([one], lambda piece: None)
+    conversations = [[one, said(first), two], [one, other], [two]]
+    answers, read = read_and_answered(writer, monkeypatch, conversations)
+    fresh = [
+        read_and_answered(generate_module.Writer(str(folder), None, options), monkeypatch, [c]) for c in conversations
+    ]
+    assert answers == [found[0] for found, _ in fresh]
+    whole = [length for _, (length,) in fresh]
+    if window != 8:
+        assert read[0] < whole[0] - 20
+        assert read[1] < whole[1] - 20
+    assert read[2] >= whole[2] - 3  # the template's beginning
+
+
+def test_an_answer_that_is_broken_off_leaves_nothing_to_go_on_from(talker, monkeypatch):
+    writer = generate_module.Writer(str(talker), None, {"max_new_tokens": 6, "temperature": 0})
+    whole = writer.answer(PROMPT, lambda piece: None)
+    generate = writer.network.generate
+
+    def broken(**kwargs):
+        generate(**kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer.network, "generate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        writer.answer(PROMPT, lambda piece: None)
+    monkeypatch.setattr(writer.network, "generate", generate)
+    assert read_and_answered(writer, monkeypatch, [PROMPT]) == ([whole], [writer.encode(PROMPT).shape[1]])
 
 
 def chat(monkeypatch, model, *lines, more=()):

@@ -128,7 +128,8 @@ def test_the_other_options(data, tmp_path):
     assert result["settings"]["alpha"] == 8
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (events,) = (out / "checkpoints").rglob("events.out.tfevents.*")
+    (events,) = out.rglob("events.out.tfevents.*")
+    assert events.parent == out / "tensorboard"
     tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
     assert {"train/loss", "train/lora_rite/damped_share"} <= set(tags)
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
@@ -245,6 +246,8 @@ def test_unknown_options_are_refused(data, tmp_path, capsys):
         ("compare", "RECIPE is missing (see lora-rite compare --help)"),
         ("train --out x --rnak 3", "no option --rnak, did you mean --rank? (see lora-rite train --help)"),
         ("train --learning-rate=1", "no option --learning_rate, did you mean --lr? (see"),
+        ("train --out x --fp16", "no option --fp16, did you mean --dtype?"),
+        ("generate tiny --max_tokens 1", "no option --max_tokens, did you mean --max_new_tokens?"),
         ("train --out x --no_bf17", "no option --no_bf17, did you mean --no_bf16?"),
         ("bench step --dtype float32", "no option --dtype, did you mean --dtypes? (see lora-rite bench step --help)"),
         ("train --out x --qqqqqq", "no option --qqqqqq (see"),
@@ -391,13 +394,19 @@ def test_a_rank_that_cannot_be_is_blamed_on_rank(words, capsys):
 
 
 def test_demo(tmp_path, capsys, monkeypatch):
-    """Ten steps instead of 200: what it writes, that it replaces itself and nothing else."""
+    """Ten steps instead of 200: what it writes, that it replaces itself and nothing else. Without a terminal, a run is
+    one line, and there are no bars."""
     small = {"steps": 10, "batch_size": 2, "max_length": 32, "rank": 4}
     monkeypatch.setattr(demo_module, "CHARACTERS", {"train": 20_000, "validation": 4_000, "test": 4_000})
     monkeypatch.setattr(demo_module, "EVAL_EVERY", 5)
-    for _ in range(2):
-        result = demo_module.demo(tmp_path / "demo", seeds=1, progress=False, settings=small)
-    printed = capsys.readouterr().out
+    for progress in (False, True):
+        result = demo_module.demo(tmp_path / "demo", seeds=1, progress=progress, settings=small)
+        printed, said = capsys.readouterr()
+        assert "it/s]" not in said
+        assert [line.partition(" → ")[0] for line in printed.splitlines()[1:3]] == [
+            f"{name}, seed 0: held-out loss {result['runs'][0]['held_out']['before']:.3f}"
+            for name in ("AdamW, lr 0.01", "LoRA-RITE, lr 0.02")
+        ]
     assert "LoRA-RITE" in printed
     assert "curves.png" in printed
     assert (tmp_path / "demo" / "curves.png").stat().st_size > 10_000

@@ -25,6 +25,7 @@ import torch
 from lora_rite import LoRARiteValueError, NonFiniteError
 from lora_rite.cli import main
 from lora_rite.finetune import train as train_module
+from lora_rite.finetune.load import load_model
 from lora_rite.run.files import write_json
 from lora_rite.run.run import Run
 from lora_rite.study import compare as compare_module
@@ -327,6 +328,21 @@ def test_plan_and_check_know_what_each_task_trains_with(recipe, capsys):
     assert "2 to 6 steps a run" in check(text)
     assert "14 runs of 2 to 6 steps, 56 steps in all" in check(text)
     assert activations(text) == activations(RECIPE.replace("max_length: 32", "max_length: 64")) > activations(RECIPE)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_check_counts_quantised_weights_as_they_are_stored(bits, recipe, capsys):
+    """To 1% of what bitsandbytes makes of the model (the constants of LLM.int8's rows are not counted)."""
+    pytest.importorskip("bitsandbytes")
+    stored = 0
+    for p in load_model("tiny", dtype="auto", bits=bits)[0].parameters():
+        state = getattr(p, "quant_state", None)
+        tensors = [p] if state is None else [p, state.absmax, state.state2.absmax]
+        stored += sum(t.numel() * t.element_size() for t in tensors)
+    text = RECIPE.replace("max_length: 32", f"max_length: 32, load_in_{bits}bit: true")
+    assert run("compare", recipe(text), "--check") == 0
+    shown = float(re.search(r"weights ([\d.]+) MiB", capsys.readouterr().out)[1])
+    assert shown == pytest.approx(stored / 2**20, rel=0.01)
 
 
 def test_budgets_are_runs_of_their_own_at_the_chosen_rate(recipe, tmp_path, fake_train, capsys):

@@ -116,5 +116,28 @@ def test_a_window_amid_a_text_begins_as_the_tokenizer_does(lengths, length):
 def test_windows_without_loss_are_dropped_or_refused():
     rows, cut, dropped = windows([Example("a" * 9, "b"), Example("a", "b")], Letters(), 4)
     assert (len(rows), cut, dropped) == (1, 1, 1)
-    with pytest.raises(ValueError, match="no token carries loss within 4 tokens"):
-        windows([Example("a" * 9, "b")], Letters(), 4)
+    with pytest.raises(
+        ValueError, match=r"within 4 tokens: prompts are too long \(the shortest has 6\), raise --max_length"
+    ):
+        windows([Example("a" * 9, "b"), Example("a" * 5, "b")], Letters(), 4)
+
+
+@pytest.mark.parametrize(
+    ("examples", "shown"),
+    [
+        ([Example("ab", "12"), Example("a" * 99, "3")], "12"),  # the long one is no reason to raise --max_length
+        ([Example("", "1" * 60)], "1" * 40 + "…"),
+        ([Example("", "a")], "a"),
+    ],
+    ids=["completions", "text", "one token"],
+)
+def test_text_that_the_tokenizer_has_no_tokens_for_is_no_matter_of_length(examples, shown):
+    class NoDigits(Letters):
+        bos_token_id = eos_token_id = None
+
+        def __call__(self, text, **kwargs):
+            return super().__call__("".join(c for c in text if not c.isdigit()), **kwargs)
+
+    with pytest.raises(ValueError, match=f"the model's tokenizer makes no tokens of .*'{shown}' in the first") as error:
+        windows(examples, NoDigits(), 4)
+    assert "--max_length" not in str(error.value)

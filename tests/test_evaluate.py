@@ -65,15 +65,19 @@ def log_likelihood(network, tokenizer, prompt, text):
     return sum(logits[i - 1, whole[i]].item() for i in range(len(start), len(whole)))
 
 
-def test_choices_are_judged_by_their_log_likelihood(folder):
-    """acc and acc_norm of ARC from the logits by hand; acc_norm divides by the characters of the choice."""
-    result = figures(evaluate("arc_challenge", data_dir=folder, **QUICK), "arc_challenge")
+def test_choices_are_judged_by_their_log_likelihood(folder, tmp_path):
+    """acc and acc_norm of ARC from the logits by hand; acc_norm divides by the characters of the choice. What was asked
+    and what there was to choose from stands beside the answers."""
+    result = figures(evaluate("arc_challenge", data_dir=folder, out=tmp_path, **QUICK), "arc_challenge")
     network, tokenizer = load_model("tiny")
     right = {"acc": 0, "acc_norm": 0}
     rows = require_rows("arc_challenge", "test", folder).rows
-    for row in rows:
+    samples = [json.loads(line) for line in (tmp_path / "arc_challenge.samples.jsonl").read_text().splitlines()]
+    for row, sample in zip(rows, samples, strict=True):
         texts = row["choices"]["text"]
         prompt = f"Question: {row['question']}\nAnswer:"
+        assert (sample["prompt"], sample["choices"]) == (prompt, [f" {text}" for text in texts])
+        assert len(sample["filtered_resps"]) == len(texts)
         scores = [log_likelihood(network, tokenizer, prompt, f" {text}") for text in texts]
         norms = [score / len(text) for score, text in zip(scores, texts, strict=True)]
         gold = "ABCD".index(row["answerKey"])
@@ -138,6 +142,7 @@ def test_unparsed_answers_are_counted(folder, answers, tmp_path):
     lines = (tmp_path / "out" / "gsm8k.samples.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
     assert [s["resps"][0][0] for s in samples if s["filter"] == "strict-match"] == answers
+    assert all(s["prompt"].endswith("\nAnswer:") and "choices" not in s for s in samples)
     printed = table(result)
     assert "20.00 ± 20.00" in printed
     assert "exact_match,strict-match" in printed
@@ -233,6 +238,39 @@ def test_the_loss_of_a_file_is_the_one_that_train_measures(folder, tmp_path):
         assert loss["nat_per_token"] == pytest.approx(run["held_out"]["after"], rel=1e-6)
         assert loss["tokens"] == run["held_out"]["tokens"]
         assert loss["perplexity"] == pytest.approx(math.exp(loss["nat_per_token"]))
+
+
+@pytest.mark.parametrize("weights", [{"load_in_4bit": True}, {"load_in_8bit": True}, {"dtype": "bfloat16"}], ids=str)
+def test_a_model_is_evaluated_in_the_weights_that_it_was_trained_in(weights, tmp_path):
+    """To the loss that train measures, and with as many parameters as there are, not as many bytes."""
+    if "dtype" not in weights:
+        pytest.importorskip("bitsandbytes")
+    file = write_jsonl(
+        tmp_path / "pairs.jsonl", [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(8)]
+    )
+    options = {"batch_size": 4, "max_length": 48, "progress": False, **weights}
+    with pytest.warns(UserWarning, match="in the training data too"):
+        run = train(out=tmp_path / "run", data=file, validation=file, steps=1, rank=2, **options)
+    record = evaluate(str(file), adapter=tmp_path / "run" / "adapter", **options)["results"][str(file)]
+    assert record["results"]["loss"]["nat_per_token"] == pytest.approx(run["held_out"]["after"], rel=1e-6)
+    assert record["model"]["parameters"] == run["run"]["parameters"]
+    plain = evaluate(str(file), adapter=tmp_path / "run" / "adapter", batch_size=4, max_length=48, progress=False)
+    assert figures(plain, str(file))["loss"]["nat_per_token"] != record["results"]["loss"]["nat_per_token"]
+
+
+def test_an_evaluation_is_known_by_its_weights(tmp_path):
+    """--bf16 is --dtype bfloat16, also in what was written before there was --dtype; another one is another."""
+    file = write_jsonl(tmp_path / "mine.jsonl", [{"text": "x = 1"}])
+    options = {"out": tmp_path / "out", **QUICK}
+    first = evaluate(str(file), bf16=True, **options)
+    path = tmp_path / "out" / "mine.json"
+    record = json.loads(path.read_text())
+    assert (record["settings"].pop("dtype"), record["settings"].pop("bits")) == ("bfloat16", None)
+    path.write_text(json.dumps({**record, "settings": {**record["settings"], "bf16": True}}))
+    again = evaluate(str(file), dtype="bfloat16", **options)
+    assert again["results"][str(file)]["results"] == first["results"][str(file)]["results"]
+    with pytest.raises(ValueError, match="dtype: 'bfloat16' → 'float32'"):
+        evaluate(str(file), **options)
 
 
 def test_the_loss_does_not_depend_on_the_batch_or_on_the_side_of_padding(tmp_path):
@@ -474,6 +512,8 @@ def test_the_command_line(folder, tmp_path, capsys):
         (["--num_fewshot", "-1"], "--num_fewshot must be at least 0"),
         (["--batch_size", "0"], "--batch_size must be at least 1"),
         (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["--load_in_4bit", "--load_in_8bit"], "give either --load_in_4bit or --load_in_8bit"),
+        (["--bf16", "--dtype", "float32"], "--bf16 is --dtype bfloat16, and --dtype is float32"),
         (["--adapter", "nowhere"], "--adapter nowhere: there is no such folder"),
         (["--model", "no/such-model"], "cannot load --model no/such-model"),
         (["--device", "abacus"], "--device abacus"),

@@ -96,6 +96,28 @@ def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} - elsewhere == set(CHECKPOINTS)
 
 
+@pytest.mark.parametrize("name", ["plain", pytest.param("diffusers_style", marks=pytest.mark.slow)])
+def test_an_example_runs_without_arguments_and_says_what_happened(name, tmp_path):
+    """As a script, into a folder of its name."""
+    done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "step 20 loss " in done.stdout
+    (folder,) = re.findall(r"20 steps of 35 pairs; the adapter is in (\S+)\. ", done.stdout)
+    assert list((tmp_path / folder).glob("adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_example_has_a_folder_to_write_into(name):
+    assert re.search(r'set_defaults=\{"out": "runs/\w+"\}\)\n$', (EXAMPLES / f"{name}.py").read_text(encoding="utf-8"))
+
+
+def test_what_needs_several_processes_says_so(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match=r"torchrun --nproc-per-node 2 examples/fsdp2\.py"):
+        import_module("fsdp2").main(out=Path("out"))
+    sys.modules.pop("fsdp2")
+
+
 def torchrun(name, *words):
     """What the example prints on two processes (gloo)."""
     command = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", str(EXAMPLES / f"{name}.py")]

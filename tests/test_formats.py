@@ -157,7 +157,9 @@ def test_a_data_set_by_its_name_and_split(tmp_path, monkeypatch):
     assert read(str(folder) + ":test[:1]") == [chat(turns("test 0", "b"))]
     with pytest.raises(LoRARiteValueError, match=r"cannot load own/set: .*nosuch"):
         read("own/set:nosuch")
-    with pytest.raises(LoRARiteValueError, match=r"cannot read own/set: .*a data set: NAME:SPLIT"):
+    with pytest.raises(
+        LoRARiteValueError, match=r"own/set: it is a folder \(a data set: NAME:SPLIT, as own/set:train\)"
+    ):
         read("own/set")
 
 

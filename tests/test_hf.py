@@ -1,6 +1,7 @@
 """LoRARite on PEFT models and under transformers' Trainer, on a random model of two layers."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from lora_rite import LoRARite, LoRARiteCallback, LoRARiteFactory, create_lora_rite, find_pairs  # noqa: E402
 from lora_rite.integrations.peft import unwrap  # noqa: E402
+from lora_rite.options import LR  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
@@ -96,7 +98,7 @@ def test_factory_with_and_without_training_arguments():
     arguments = type("Arguments", (), {"learning_rate": 7e-3})()
     assert LoRARiteFactory()(model, arguments).param_groups[0]["lr"] == 7e-3
     assert LoRARiteFactory()(model, arguments, lr=1e-3).param_groups[0]["lr"] == 1e-3
-    with pytest.raises(ValueError, match="no lr"):
+    with pytest.raises(ValueError, match=re.escape(f'(LoRARiteFactory, {{"lr": {LR}}})')):
         LoRARiteFactory()(model)
 
 

@@ -5,6 +5,7 @@ import os
 import struct
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -471,6 +472,12 @@ def trained(tmp_path_factory):
     network.save_pretrained(str(folder))
     check_adapter(folder, network)
     return folder
+
+
+def test_an_adapter_leaves_the_filters_of_warnings_as_they_were(trained):
+    before = [*warnings.filters]
+    train_module.attach_adapter(train_module.load_model("tiny")[0], adapter=trained)
+    assert warnings.filters == before
 
 
 def copy(folder, to):

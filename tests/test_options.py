@@ -10,7 +10,7 @@ import torch
 
 import lora_rite
 from lora_rite import LoRARite, LoRARiteValueError
-from lora_rite.options import KNOWN_LATER, OPTIONS, OTHER_NAMES, PUBLISHED, RANGES, check
+from lora_rite.options import KNOWN_LATER, LR, OPTIONS, OTHER_NAMES, PUBLISHED, RANGES, check
 
 #: What one of the signatures has alone, and why.
 OF_TORCH = {
@@ -58,6 +58,18 @@ def test_the_signature_of_torch():
     given = signature(LoRARite)
     assert set(OF_TORCH) | set(OPTIONS) == set(given)
     assert {name: given[name] for name in OPTIONS} == {name: option.default for name, option in OPTIONS.items()}
+
+
+def test_one_default_of_lr():
+    """In the library, its helpers and the command line, and wherever the texts name it."""
+    pytest.importorskip("peft")
+    from lora_rite.finetune.checks import DEFAULT_LR
+    from lora_rite.finetune.train import train
+
+    assert signature(LoRARite)["lr"] == signature(lora_rite.create_lora_rite)["lr"] == DEFAULT_LR["lora-rite"] == LR
+    text = f"{LR:.0e}".replace("e-0", "e-")
+    assert f"by default {text} for lora-rite and 2e-4 for adamw" in " ".join(train.__doc__.split())
+    assert f"{text} is the default of LoRARite" in " ".join(of_jax().lora_rite.__doc__.split())
 
 
 def test_the_signatures_of_jax():

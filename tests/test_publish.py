@@ -184,6 +184,35 @@ def test_the_end_of_a_run_prints_the_commands_that_come_next(trained, tmp_path, 
     assert main([*commands[1][1:], "--loss_only"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "generates", "evaluates"),
+    [
+        ({"dtype": "float32"}, [], []),
+        ({"dtype": "bfloat16", "bf16": True}, [], ["--dtype", "bfloat16"]),
+        ({"dtype": "auto"}, [], ["--dtype", "auto"]),
+        ({"dtype": "auto", "load_in_4bit": True}, ["--load_in_4bit"], ["--load_in_4bit"]),
+        (
+            {"dtype": "float16", "load_in_8bit": True, "trust_remote_code": True},
+            ["--load_in_8bit", "--trust_remote_code"],
+            ["--dtype", "float16", "--load_in_8bit", "--trust_remote_code"],
+        ),
+        ({"bf16": True}, [], ["--dtype", "bfloat16"]),  # of a run of before
+    ],
+)
+def test_the_commands_that_come_next_have_the_weights_of_the_run(given, generates, evaluates):
+    same = {
+        "out": "run",
+        "task": "gsm8k",
+        "validation": None,
+        "model": "tiny",
+        "bf16": False,
+        "trust_remote_code": False,
+    }
+    lines = publish.next_commands({"settings": {**same, **given}}).splitlines()
+    assert shlex.split(lines[1])[5:] == generates
+    assert shlex.split(lines[2])[8:] == evaluates
+
+
 # -------------------------------------------------------------------------------------------------------------- the hub
 
 
@@ -228,6 +257,15 @@ def test_what_cannot_be_pushed_is_said_before_training(repo, role, says, trained
     assert says in line
     assert not (tmp_path / "run").exists()
     assert hub.calls in (["whoami"], [])
+
+
+def test_a_folder_that_cannot_be_pushed_is_named(tmp_path, hub, capsys):
+    (tmp_path / "empty").mkdir()
+    for name, says in (("nowhere", "there is no such folder"), ("empty", "")):
+        assert run("push", tmp_path / name, "me/adapter") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"lora-rite push: error: {tmp_path / name}: {says}")
+    assert not hub.calls
 
 
 def test_a_run_that_fails_is_not_pushed(trained, tmp_path, hub):

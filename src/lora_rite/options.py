@@ -44,8 +44,11 @@ RANGES: dict[str, Callable[[Any], bool]] = {
 #: Stands for a number that is not known before the step, as an array's under tracing: it is in all ranges of numbers.
 KNOWN_LATER = 0.5
 
+#: The learning rate where none is given: of W = W₀ + scaling·B·A, or of B·A itself without ``scaling``.
+LR = 5e-4
+
 OPTIONS = {
-    "lr": Option(2e-4, _NOT_NEGATIVE, "the learning rate, a"),
+    "lr": Option(LR, _NOT_NEGATIVE, "the learning rate, a"),
     "scaling": Option(
         None,
         _SCALING,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Options(NamedTuple):
-    lr: float = 2e-4
+    lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.999)  # β₂ = 1: V is a sum, as in Algorithm 1
     eps: float = 1e-6
     relative_eps: float = 1e-3

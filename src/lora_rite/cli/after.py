@@ -50,6 +50,8 @@ def generate(
     generation_args: dict[str, Any] | None = None,
     seed: int = 0,
     dtype: Dtype | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -69,16 +71,21 @@ def generate(
         generation_args: further options of transformers' generate, as --generation_args.repetition_penalty 1.2.
         seed: of the sampling.
         dtype: of the weights; by default the checkpoint's (float32 of a GGUF file).
+        load_in_4bit: quantise the linear maps to NF4 with bitsandbytes, as train does.
+        load_in_8bit: quantise them to 8 bits (LLM.int8).
         device: where to run; by default the accelerator if there is one, else cpu.
         trust_remote_code: allow the model's own code to run.
     """
+    given = locals()
     from transformers import set_seed
 
+    from ..finetune.checks import weights_of
     from ..finetune.generate import Writer, check_template, conversation, generation_options, read_prompt, show
 
     options = generation_options(max_new_tokens, temperature, top_p, top_k, generation_args, seed)
     text = read_prompt(prompt, prompt_file)
-    writer = Writer(source, model, options, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    bits = weights_of(given)[1]
+    writer = Writer(source, model, options, dtype=dtype, bits=bits, device=device, trust_remote_code=trust_remote_code)
     templated = check_template(writer, system, raw)
     set_seed(seed)
     writer.answer([*conversation(system), {"role": "user", "content": text}] if templated else text, show)
@@ -97,6 +104,8 @@ def chat(
     generation_args: dict[str, Any] | None = None,
     seed: int = 0,
     dtype: Dtype | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -117,16 +126,21 @@ def chat(
         generation_args: further options of transformers' generate, as --generation_args.repetition_penalty 1.2.
         seed: of the sampling.
         dtype: of the weights; by default the checkpoint's (float32 of a GGUF file).
+        load_in_4bit: quantise the linear maps to NF4 with bitsandbytes, as train does.
+        load_in_8bit: quantise them to 8 bits (LLM.int8).
         device: where to run; by default the accelerator if there is one, else cpu.
         trust_remote_code: allow the model's own code to run.
     """
+    given = locals()
     from transformers import set_seed
 
+    from ..finetune.checks import weights_of
     from ..finetune.generate import Writer, generation_options
     from ..finetune.generate import chat as run
 
     options = generation_options(max_new_tokens, temperature, top_p, top_k, generation_args, seed)
-    writer = Writer(source, model, options, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    bits = weights_of(given)[1]
+    writer = Writer(source, model, options, dtype=dtype, bits=bits, device=device, trust_remote_code=trust_remote_code)
     set_seed(seed)
     run(writer, system, raw)
 

@@ -16,7 +16,7 @@ def demo(out: Path = Path("demo"), seeds: int = 2, progress: bool = True) -> Non
     Args:
         out: folder for the results; an earlier demo in it is replaced.
         seeds: number of runs of each optimizer, with seeds 0, 1, ….
-        progress: show progress bars.
+        progress: show progress bars, on a terminal; elsewhere each run is a line.
     """
     from ..study.demo import demo as run
 

@@ -8,12 +8,15 @@ from .load import attach_adapter, load_model
 from .sources import Dtype, Source
 
 
-def load_source(found: Source, dtype: Dtype | None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_source(
+    found: Source, dtype: Dtype | None, *, bits: int | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
     """The model, without its adapter, in evaluation mode, and the tokenizer, which is the adapter's where that has one.
 
     Args:
         found: by :func:`find_source`.
         dtype: of the weights; None is the checkpoint's own, and float32 for a GGUF file.
+        bits: 4 or 8 quantises the linear maps, as :func:`~lora_rite.finetune.load.load_model` does.
         trust_remote_code: allow the model's own code to run.
 
     Raises:
@@ -22,7 +25,9 @@ def load_source(found: Source, dtype: Dtype | None, *, trust_remote_code: bool =
     from transformers import AutoTokenizer
 
     try:
-        network, tokenizer = load_model(found.model, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
+        network, tokenizer = load_model(
+            found.model, dtype=dtype or "auto", bits=bits, trust_remote_code=trust_remote_code
+        )
     except LoRARiteValueError as error:
         said = str(error).replace("cannot load --model", "cannot load", 1)  # here that option is the adapter's base
         of = f" (the base model of {found.adapter}; --model gives another one)" if found.adapter else ""

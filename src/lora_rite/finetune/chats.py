@@ -71,7 +71,7 @@ class ChatEncoder:
         ids, learnt = list(found["input_ids"]), list(found["assistant_masks"])
         if start:
             prompt = self._render(messages[:start], tools, add_generation_prompt=True, **how)["input_ids"]
-            before = _common(prompt, ids)
+            before = common_length(prompt, ids)
             learnt[:before] = [0] * before
         return ids, learnt
 
@@ -88,7 +88,7 @@ class ChatEncoder:
                     "it writes a turn otherwise once another follows, so that the turns cannot be told apart; give a "
                     "--chat_template that does not, or that marks them by {% generation %} and {% endgeneration %}"
                 )
-            first = _common(before, after)
+            first = common_length(before, after)
             learnt[first : len(after)] = b"\1" * (len(after) - first)
         if not self.tokenizer.is_fast:
             raise LoRARiteValueError("its tokenizer does not tell which characters a token has (it is not a fast one)")
@@ -96,7 +96,7 @@ class ChatEncoder:
         return list(found["input_ids"]), [any(learnt[a:b]) for a, b in found["offset_mapping"]]
 
 
-def _common(a: Any, b: Any) -> int:
+def common_length(a: Any, b: Any) -> int:
     """The length of the longest common beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 

@@ -9,16 +9,18 @@ from typing import Any
 
 from ..errors import LoRARiteValueError, warn
 from ..inputs import blame, suffix
+from ..options import LR
 from ..run.checkpoints import checkpoints
 from ..run.files import LOCK, read_json
 from ..run.settings import PLACES, RESULT, changes, read_settings, refuse_changes
+from .load import module_names
 from .optimizers import find_optimizer
 from .records import read_text
 from .schedules import check_schedule
 from .untrusted import find_adapter
 
 #: Learning rates to start from where none is given, at the widths of real models (see the README).
-DEFAULT_LR = {"lora-rite": 5e-4, "adamw": 2e-4}
+DEFAULT_LR = {"lora-rite": LR, "adamw": 2e-4}
 #: Steps where neither --steps nor --epochs is given.
 DEFAULT_STEPS = 200
 #: Optimizers that are LoRARite by their name.
@@ -99,17 +101,20 @@ def _check_together(options: SimpleNamespace) -> None:
     for key in ("early_stopping", "keep_best"):
         if getattr(options, key) and not options.eval_every:
             raise LoRARiteValueError(f"--{key} needs the held-out loss of some steps: give --eval_every")
-    if options.max_grad_norm and options.optimizer in OURS:
-        raise LoRARiteValueError(f"--max_grad_norm {options.max_grad_norm:g}: {RAW_CLIPPING}")
+    if options.optimizer in OURS:
+        refuse_clipping(options.max_grad_norm)
     if options.adapter is not None:
         _check_adapter(options)
 
 
-#: Why gradients are not clipped in front of LoRARite.
-RAW_CLIPPING = (
-    "LoRA-RITE clips by itself (--optimizer_args.clip_unmagnified_grad), independently of the factorisation; clipping "
-    "raw gradients would undo that: leave it out"
-)
+def refuse_clipping(max_grad_norm: float | None) -> None:
+    """Raises LoRARiteValueError where gradients would be clipped in front of LoRARite."""
+    from ..integrations.peft import RAW_CLIPPING
+
+    if max_grad_norm:
+        raise LoRARiteValueError(
+            f"--max_grad_norm {max_grad_norm:g} {RAW_CLIPPING} (--optimizer_args.clip_unmagnified_grad): leave it out"
+        )
 
 
 def _check_adapter(options: SimpleNamespace) -> None:
@@ -119,11 +124,17 @@ def _check_adapter(options: SimpleNamespace) -> None:
         config, _ = find_adapter(options.adapter)
     for key, (default, name) in NEW_ADAPTER.items():
         given, own = getattr(options, key), config.get(name)
-        if given not in (default, own):
+        if given != default and _in_order(given) != _in_order(own):
             raise LoRARiteValueError(
                 f"--{key} {given}: --adapter {options.adapter} has {own}, and is gone on with: leave it out"
             )
     options.rank, options.alpha = config.get("r") or options.rank, config.get("lora_alpha")
+
+
+def _in_order(value: Any) -> Any:
+    """The names of modules sorted, as a list, since an adapter's have no order; other values as they are."""
+    names = module_names(value)
+    return sorted(names) if isinstance(names, list) else names
 
 
 def check_processes() -> None:

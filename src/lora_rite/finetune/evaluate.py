@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import LoRARiteValueError
 from ..run import console
 from ..run.files import check_folder, prepare_folder, write_json
+from .checks import weights_of
 from .evaluator import Evaluator
 from .plans import (
     adapter_digest,
@@ -18,6 +19,12 @@ from .plans import (
     template_digest,
     with_judge,
 )
+
+#: The options that an evaluation is known by, beside the dtype of its weights and their bits.
+SETTINGS = (
+    "model", "adapter", "data_dir", "num_fewshot", "limit", "batch_size", "max_length", "max_new_tokens", "loss_only",
+    "chat_template",
+)  # fmt: skip
 
 
 def evaluate(
@@ -33,7 +40,10 @@ def evaluate(
     max_new_tokens: int | None = None,
     loss_only: bool = False,
     device: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
     bf16: bool = False,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
     chat_template: Path | None = None,
     trust_remote_code: bool = False,
     dry_run: bool = False,
@@ -64,26 +74,20 @@ def evaluate(
         max_new_tokens: tokens of a generated answer; by default lm_eval's 256, and 128 for natural_instructions.
         loss_only: measure the losses alone, with no choices and no generated answers.
         device: where to run; by default the accelerator if there is one, else cpu.
-        bf16: load and run the model in bfloat16.
+        dtype: of the model's weights and products: float32, bfloat16, float16 or auto, the checkpoint's; by default
+            float32, and auto where the model is quantised.
+        bf16: the same as --dtype bfloat16.
+        load_in_4bit: quantise the linear maps to NF4 with bitsandbytes, as train does.
+        load_in_8bit: quantise them to 8 bits (LLM.int8).
         chat_template: file with the chat template (Jinja) for conversations in a file; by default the model's own.
         trust_remote_code: allow the model's own code to run.
         dry_run: print what would be evaluated, and stop.
         progress: show progress bars.
     """
+    given = locals()
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
-    settings: dict[str, Any] = {
-        "model": model,
-        "adapter": None if adapter is None else str(adapter),
-        "data_dir": None if data_dir is None else str(data_dir),
-        "num_fewshot": num_fewshot,
-        "limit": limit,
-        "batch_size": batch_size,
-        "max_length": max_length,
-        "max_new_tokens": max_new_tokens,
-        "loss_only": loss_only,
-        "bf16": bf16,
-        "chat_template": None if chat_template is None else str(chat_template),
-    }
+    settings = {key: str(given[key]) if isinstance(given[key], Path) else given[key] for key in SETTINGS}
+    settings["dtype"], settings["bits"] = weights_of(given)
     _check(names, settings)
     if out is not None and not dry_run:
         check_folder("--out", out)

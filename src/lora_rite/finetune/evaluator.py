@@ -49,7 +49,8 @@ class Evaluator:
         self.progress = progress
         network, self.tokenizer = load_model(
             settings["model"],
-            dtype="bfloat16" if settings["bf16"] else "float32",
+            dtype=settings["dtype"],
+            bits=settings["bits"],
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -92,7 +93,7 @@ class Evaluator:
             "source": plan.source,
             "settings": {**self.settings, "data_sha256": plan.sha256},
             "model": {
-                "parameters": sum(p.numel() for p in self.network.parameters()),
+                "parameters": self.network.num_parameters(),  # (two weights of 4 bits are one of p.numel())
                 "dtype": str(self.network.dtype).removeprefix("torch."),
                 "device": str(self.network.device),
             },
@@ -193,7 +194,8 @@ class Evaluator:
             "fewshot_seed": FEWSHOT_SEED,
         }
         keep = ("doc_id", "filter", "target", "resps", "filtered_resps", *{key.partition(",")[0] for key in metrics})
-        return figures, [{key: answer[key] for key in keep if key in answer} for answer in answers]
+        samples = [{key: answer[key] for key in keep if key in answer} | _texts(answer) for answer in answers]
+        return figures, samples
 
     def _generate(self, plan: Plan) -> tuple[list[str], int]:
         """Answers to instructions, greedily, and how many prompts are too long and are cut.
@@ -217,6 +219,17 @@ class Evaluator:
                 text = lm.tok_decode(ids[:room] if encoder_decoder else ids[-room:])
             requests.append(Instance("generate_until", {}, (text, {"do_sample": False, **how}), n))
         return [answer.strip() for answer in lm.generate_until(requests)], cut
+
+
+def _texts(answer: dict[str, Any]) -> dict[str, Any]:
+    """The ``prompt`` of an answer, and the ``choices`` in the order of their log-likelihoods: whole, where each has a
+    context of its own."""
+    texts = [[part for part in argument if isinstance(part, str)] for argument in answer["arguments"]]
+    prompts = {parts[0] for parts in texts if len(parts) > 1}
+    if len(prompts) == 1 and all(len(parts) > 1 for parts in texts):
+        return {"prompt": prompts.pop(), "choices": ["".join(parts[1:]) for parts in texts]}
+    whole = ["".join(parts) for parts in texts]
+    return {"prompt": whole[0]} if len(whole) == 1 else {"choices": whole}
 
 
 def _is_unparsed(answers: Any, generated: bool) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import LoRARiteValueError
 from ..inputs import blame
 from .adapted import attach, load_source
+from .chats import common_length
 from .records import read_text
 from .sources import Dtype, find_source
 
@@ -32,6 +33,7 @@ class Writer:
         model: the adapter's base model, where it is not the one that the adapter records.
         options: of transformers' ``generate``, by name; None is the model's own.
         dtype: of the weights; None is the checkpoint's.
+        bits: 4 or 8 quantises the linear maps; None leaves them as they are.
         device: None is the accelerator if there is one, else the CPU.
         trust_remote_code: allow the model's own code to run.
 
@@ -46,6 +48,7 @@ class Writer:
         options: dict[str, Any],
         *,
         dtype: Dtype | None = None,
+        bits: int | None = None,
         device: str | None = None,
         trust_remote_code: bool = False,
     ):
@@ -53,21 +56,22 @@ class Writer:
 
         self.options = _check_options(options)
         found = find_source(source, model)
-        network, self.tokenizer = load_source(found, dtype, trust_remote_code=trust_remote_code)
+        network, self.tokenizer = load_source(found, dtype, bits=bits, trust_remote_code=trust_remote_code)
         network = attach(network, found)
         if device is None:
             accelerator = torch.accelerator.current_accelerator()
             device = "cpu" if accelerator is None else accelerator.type
-        with blame(f"--device {device}"):  # quantised weights are where transformers has put them
-            self.network = network if getattr(network, "hf_quantizer", None) else network.to(device)
+        with blame(f"--device {device}"):
+            self.network = network.to(device)
         own = self.network.generation_config
         several = (self.options.get(key, getattr(own, key, None)) for key in ("num_beams", "num_return_sequences"))
         self.streams = all(number in (None, 1) for number in several)
         self.template = bool(self.tokenizer.chat_template)
+        self._past: tuple[list[int], Any] | None = None
         token = next(n for n in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0) if n is not None)
         with blame("the options of generation"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a least number of tokens, which one is not
-            self._run(torch.tensor([[token]], device=self.network.device), 1, None)
+            self._run(torch.tensor([[token]], device=self.network.device), 1)
 
     def encode(self, prompt: str | list[Message]) -> Any:
         """Token ids (1, tokens) of a text, or of a conversation by the model's chat template.
@@ -105,9 +109,10 @@ class Writer:
         ids = self.encode(prompt)
         new = self._room(ids.shape[1])
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if self.streams else None
-        output = self._run(ids, new, streamer)
+        output = self._run(ids, new, streamer, self._past_of(ids[0].tolist()))
+        self._keep(output)
         start = 0 if self.network.config.is_encoder_decoder else ids.shape[1]
-        texts = self.tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(output.sequences[:, start:], skip_special_tokens=True)
         if not self.streams:
             show("\n".join(texts))
         return texts[0]
@@ -131,16 +136,48 @@ class Writer:
             )
         return min(wanted or MAX_NEW_TOKENS, left)
 
-    def _run(self, ids: Any, tokens: int, streamer: Any) -> Any:
+    def _past_of(self, ids: list[int]) -> Any:
+        """The cache of keys and values of the last answer, cut to the beginning that a prompt has in common with it and
+        with what came before it; None where there is none."""
+        if self._past is None:
+            return None
+        (seen, cache), self._past = self._past, None  # how far an answer comes that Ctrl-C ends, the cache does not say
+        common = common_length(seen, ids[:-1])  # of the last token the model has to predict the next one
+        try:
+            if common < len(seen):
+                cache.crop(common - len(seen))
+        except (RuntimeError, ValueError):  # a sliding window has forgotten what stood before
+            return None
+        return cache
+
+    def _keep(self, output: Any) -> None:
+        """Keeps the cache of an answer for :meth:`_past_of`, where it is one of keys and values alone."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+        cache = getattr(output, "past_key_values", None)
+        own = getattr(self.network.generation_config, "cache_implementation", None)
+        if type(cache) is not DynamicCache or self.options.get("cache_implementation", own) or not self.streams:
+            return
+        # A recurrent layer's state cannot be cut, and models pass over it where more than one token follows.
+        if {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            self._past = output.sequences[0, : cache.get_seq_length()].tolist(), cache
+
+    def _run(self, ids: Any, tokens: int, streamer: Any = None, past: Any = None) -> Any:
         import torch
 
         padding = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         options = {**self.options, "max_new_tokens": tokens, "pad_token_id": padding}
         if "stop_strings" in options:
             options["tokenizer"] = self.tokenizer
+        if past is not None:
+            options["past_key_values"] = past
         with torch.inference_mode():
             return self.network.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=streamer,
+                return_dict_in_generate=True,
+                **options,
             )
 
 

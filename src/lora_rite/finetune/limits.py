@@ -119,10 +119,11 @@ def prepare_windows(
     """
     limits = find_limits(network, tokenizer, model, packing=packing)
     encoder_decoder = network.config.is_encoder_decoder
-    found = [
-        windows(part, tokenizer, max_length, encoder_decoder=encoder_decoder, packing=packing and n == 0)
-        for n, part in enumerate(parts)
-    ]
+    found = []
+    for part in parts:
+        with blame("the held-out data" if found else "the training data"):
+            options = {"encoder_decoder": encoder_decoder, "packing": packing and not found}
+            found.append(windows(part, tokenizer, max_length, **options))
     check_rows([row for part in found for row in part.rows], limits, network, tokenizer)
     return found
 

@@ -11,6 +11,7 @@ from ..inputs import blame
 from .gguf import load_gguf
 from .models import fused_experts, locate, refuse_adapter
 from .untrusted import check_adapter
+from .wording import did_you_mean
 
 #: Attention that runs on a CPU too, where a model is tried; of the others the model gets what it has been tried with
 #: until :func:`set_attention` exchanges it.
@@ -49,8 +50,7 @@ def load_model(
     if bits is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(f"--load_in_{bits}bit needs bitsandbytes: pip install bitsandbytes")
     given = dtype if dtype == "auto" else getattr(torch, dtype)
-    nowhere = "" if name == "tiny" or Path(name).exists() else " (a hub id: there is no such folder)"
-    with blame(f"cannot load --model {name}{nowhere}"):
+    with blame(f"cannot load --model {name}{'' if name == 'tiny' or Path(name).exists() else _nowhere(name)}"):
         place, options = locate(name)
         if options and bits is not None:
             raise LoRARiteValueError(f"a GGUF file is dequantised, so that --load_in_{bits}bit is not for it")
@@ -77,6 +77,12 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"  # on the left (Gemma), padding would be what predicts a window's first token
     return network, tokenizer
+
+
+def _nowhere(name: str) -> str:
+    """What a name is that is none of a folder, and the folder that may have been meant."""
+    beside = [str(path) for path in Path(name).parent.glob("*") if path.is_dir()]
+    return f" (a hub id: there is no such folder{did_you_mean(name, beside)})"
 
 
 def _quantised(bits: int, dtype: Any, config: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..inputs import blame, parse_json, suffix
 from ..run.console import table
 from ..run.digest import digest_file
 from ..run.settings import changes, list_changes
+from .checks import weights_of
 from .data import Sample, read_examples
 from .judges import lm_eval_tasks, other_judge, task_judge
 from .models import locate
@@ -130,6 +131,8 @@ def finished_record(out: Path | None, plan: Plan, settings: dict[str, Any]) -> d
         raise LoRARiteValueError(f"{file} is not an evaluation; choose another --out") from None
     if "data_sha256" not in before:
         raise LoRARiteValueError(f"{file} does not say which data it is of (an older version's); choose another --out")
+    if "dtype" not in before:  # before there was --dtype
+        before["dtype"], before["bits"] = weights_of(before)
     now = {"task": plan.name, **settings, "data_sha256": plan.sha256}
     changed = changes({k: before.get(k) for k in now}, now)
     for key in ("adapter", "data_dir", "chat_template"):

@@ -12,6 +12,7 @@ from ..errors import LoRARiteError, LoRARiteValueError, warn
 from ..inputs import blame, one_line, suffix
 from ..run.files import read_json
 from ..run.settings import RESULT
+from .checks import weights_of
 from .models import ADAPTER_CONFIG, locate
 from .sources import Source, find_folder, is_hub_id
 from .untrusted import find_adapter
@@ -52,12 +53,14 @@ def next_commands(result: dict[str, Any]) -> str:
     settings = result["settings"]
     out = Path(settings["out"])
     held_out = settings["task"] or settings["validation"] or "HELD_OUT.jsonl"
-    more = ["--bf16"] * (settings["bf16"] or settings.get("dtype") == "bfloat16")
+    dtype, bits = weights_of(settings)
+    more = [] if bits is None else [f"--load_in_{bits}bit"]
     more += ["--trust_remote_code"] * settings["trust_remote_code"]
-    evaluation = ["--tasks", held_out, "--model", settings["model"], "--adapter", str(out / "adapter"), *more]
+    own = [] if dtype == weights_of({**settings, "dtype": None, "bf16": False})[0] else ["--dtype", dtype]
+    evaluation = ["--tasks", held_out, "--model", settings["model"], "--adapter", str(out / "adapter"), *own]
     commands = [
-        ["generate", str(out), "--prompt", "…"],
-        ["eval", *evaluation],
+        ["generate", str(out), "--prompt", "…", *more],
+        ["eval", *evaluation, *more],
         ["merge", str(out), "--out", str(out / "merged")],
         ["report", str(out)],
     ]
@@ -243,7 +246,8 @@ def push(folder: Path, repo: str, *, model: str | None = None, public: bool = Fa
 def _contents(folder: Path, model: str | None) -> dict[str, Any]:
     """What to upload: the path of a file by its name, or its content where that is another there."""
     if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
-        find_adapter(folder)  # says what the folder is instead
+        with blame(str(folder)):
+            find_adapter(folder)  # says what the folder is instead
     found = [p for p in sorted(folder.iterdir()) if suffix(p) in PUBLISHED and p.is_file() and p.name[0] != "."]
     files: dict[str, Any] = {p.name: str(p) for p in found}
     config: dict[str, Any] | None = None

@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -134,13 +133,14 @@ KEYS = (
 
 def _read(path: Path, limit: int | None = None) -> bytes:
     try:
+        if path.is_dir():
+            raise OSError(None, f"it is a folder (a data set: NAME:SPLIT, as {path}:train)")
         if path.exists() and not path.is_file():
             raise OSError(None, "it is not a file (what is resumed is read again)")
         with path.open("rb") as file:
             data = file.read(-1 if limit is None else limit + 1)
     except OSError as error:
-        hub = " (a data set: NAME:SPLIT, the id on the hub or a folder)" if os.path.isdir(path) else ""
-        raise LoRARiteValueError(f"cannot read {path}: {error.strerror}{hub}") from None
+        raise LoRARiteValueError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:  # a null byte in the name
         raise LoRARiteValueError(f"cannot read {str(path)!r}: {error}") from None
     if limit is not None and len(data) > limit:

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
-from ..errors import LoRARiteValueError
 from ..inputs import blame
 from ..optim.modes import evaluating
 from ..run import checkpoints, digest
@@ -19,11 +18,11 @@ from .checks import (
     DEFAULT_LR,
     NEW_ADAPTER,
     OURS,
-    RAW_CLIPPING,
     check_options,
     check_steps,
     finished_result,
     raised_steps,
+    refuse_clipping,
     weights_of,
 )  # fmt: skip
 from .header import announce, busy, describe, show
@@ -135,7 +134,7 @@ def train(
         keep_best: write the adapter of the lowest held-out loss that was measured, instead of the last one.
         save_every: steps between checkpoints; 0 saves none, except where a signal ends the run. The last two are kept.
         layers_every: steps between figures of each layer in OUT/layers.jsonl (see docs/tuning.md); 0 writes none.
-        report_to: transformers' name of a reporter: none, tensorboard, trackio, wandb, …
+        report_to: transformers' name of a reporter: none, tensorboard (into OUT/tensorboard), trackio, wandb, …
         push_to_hub: then upload the adapter to this repository of the hub (a new one is private), as lora-rite push.
         resume: go on from the newest checkpoint in OUT that verifies, with the same settings, bitwise; a finished run
             goes on where steps or epochs are more.
@@ -235,8 +234,8 @@ def _attach(options: SimpleNamespace, network: Any) -> Any:
     if options.optimizer in OURS and (config.modules_to_save or getattr(config, "use_dora", False)):
         options.optimizer_args = {"adamw_lr": DEFAULT_LR["adamw"], **(options.optimizer_args or {})}
     made = check_optimizer(network, options.optimizer, options.lr, options.weight_decay, options.optimizer_args)
-    if options.max_grad_norm and isinstance(made, LoRARite):
-        raise LoRARiteValueError(f"--max_grad_norm {options.max_grad_norm:g}: {RAW_CLIPPING}")
+    if isinstance(made, LoRARite):
+        refuse_clipping(options.max_grad_norm)
     predict_labelled(network)
     if options.gradient_checkpointing:
         with blame("--gradient_checkpointing"):  # not by the Trainer's argument, which has another name from version 6

@@ -62,9 +62,7 @@ def windows(
             dropped += 1
     rows += [row for row in _cut(stream, length, encoder.head) if label_count([row], encoder_decoder)]
     if not rows:
-        raise LoRARiteValueError(
-            f"no token carries loss within {length} tokens: prompts are too long, see --max_length"
-        )
+        raise LoRARiteValueError(f"no token carries loss within {length} tokens: {encoder.why_none(examples)}")
     if packing:
         return Windows(_pack(rows, tokenizer.pad_token_id, length), cut, dropped)
     return Windows([{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows], cut, dropped)
@@ -86,6 +84,18 @@ class _Encoder:
     @cached_property
     def chats(self) -> ChatEncoder | None:
         return None if getattr(self.tokenizer, "chat_template", None) is None else ChatEncoder(self.tokenizer)
+
+    def why_none(self, examples: Sequence[Sample]) -> str:
+        """Why of these examples no window has a token that carries loss."""
+        pairs = [self.pair(example) for example in examples if isinstance(example, Chat) or example.prompt]
+        first = 0 if self.encoder_decoder else 1
+        begins = [next((n for n, x in enumerate(labels[first:], first) if x != IGNORED), 0) for _, labels in pairs]
+        if least := min(filter(None, begins), default=0):
+            return f"prompts are too long (the shortest has {least}), raise --max_length"
+        return (
+            f"the model's tokenizer makes no tokens of what is to be learnt ({_learnt(examples[0])!r} in the first "
+            "example), or a single one, which nothing predicts"
+        )
 
     def text(self, text: str) -> list[int]:
         if self.encoder_decoder:
@@ -125,6 +135,12 @@ class _Encoder:
 
     def _ended(self, ids: list[int]) -> list[int]:
         return ids if ids[-1:] == self.end else ids + self.end
+
+
+def _learnt(example: Sample) -> str:
+    """The beginning of what is to be learnt of an example."""
+    text = example.messages if isinstance(example, Chat) else example.completion
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def label_count(rows: Sequence[Row], encoder_decoder: bool) -> int:

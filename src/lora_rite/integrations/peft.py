@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..errors import LoRARiteValueError, warn
 from ..optim.optimizer import LoRARite
+from ..options import LR
 from ..plan.factors import NO_FACTOR
 from ..plan.pairs import find_pairs, param_groups
 
@@ -16,7 +17,7 @@ RAW_CLIPPING = (
 )
 
 
-def create_lora_rite(model: nn.Module, lr: float | Tensor = 2e-4, **options: Any) -> LoRARite:
+def create_lora_rite(model: nn.Module, lr: float | Tensor = LR, **options: Any) -> LoRARite:
     """LoRARite for the trainable parameters of a model with LoRA layers (PEFT's, or others with the same names).
 
     It recognises layers whose parameters hold several pairs (stacked experts, grouped convolutions, block-diagonal
@@ -66,7 +67,7 @@ class LoRARiteFactory:
         if "lr" not in kwargs:
             if training_args is None:
                 raise LoRARiteValueError(
-                    'no lr: a Trainer passes none to an optimizer factory, write (LoRARiteFactory, {"lr": …})'
+                    f'no lr: a Trainer passes none to an optimizer factory, write (LoRARiteFactory, {{"lr": {LR}}})'
                 )
             kwargs["lr"] = training_args.learning_rate
         if clip := getattr(training_args, "max_grad_norm", None):

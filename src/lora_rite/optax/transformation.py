@@ -231,7 +231,7 @@ def lora_rite(
     without a gradient stay as they are.
 
     Args:
-        learning_rate: the learning rate, a number or a schedule (of the number of updates, skipped ones too). 2e-4 is
+        learning_rate: the learning rate, a number or a schedule (of the number of updates, skipped ones too). 5e-4 is
             the default of LoRARite; start from the one that suits AdamW on the same adapter and try up to five times
             that.
         betas: decays of the first and the second moment. A second of 1 (a number, not an array) sums V over all steps,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRARiteTypeError, LoRARiteValueError, warn
-from ..options import OPTIONS
+from ..options import LR, OPTIONS
 from ..plan.plan import Limits, Plan, make_plan
 from ..plan.state import new_state
 from .adamw import adamw_step, check_gradients
@@ -121,8 +121,8 @@ class LoRARite(torch.optim.Optimizer):
         Ours, in neither (off in :data:`PUBLISHED`): ``damping``, ``row_equilibration`` with its floor,
         ``relative_eps``; and ``update_skipping``, which is 1 there, is off by default.
 
-        The defaults of lr and damping rest on runs of small models; start from the lr that is good for AdamW on the
-        same adapter and try up to five times that; see the README.
+        The default of damping rests on runs of small models, and that of lr is a careful one for larger ones; start
+        from the lr that is good for AdamW on the same adapter and try up to five times that; see the README.
     """
 
     _limits: ClassVar[Limits] = Limits()
@@ -130,7 +130,7 @@ class LoRARite(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
-        lr: float | Tensor = 2e-4,
+        lr: float | Tensor = LR,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,

@@ -35,6 +35,9 @@ class Needs(NamedTuple):
         return self.weights + self.adapter + max(self.state.values()) + self.activations
 
 
+#: Bytes of a weight by its bits: of NF4, 64 have a constant of 8 bits, and 256 of these one of 32; LLM.int8 has one for
+#: each row.
+QUANTISED = {4: 1 / 2 + 1 / 64 + 4 / (64 * 256), 8: 1.0}
 #: The options that memory depends on.
 SIZES = (
     "model", "trust_remote_code", "target_modules", "bf16", "dtype", "load_in_4bit", "load_in_8bit", "batch_size",
@@ -53,8 +56,7 @@ def needs(study: Study, rank: int) -> Needs:
 def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
     """What a run with these options needs. The model and its adapter are built on torch's meta device.
 
-    For state and activations see :mod:`lora_rite.finetune.memory`; of quantised models the weights count as if they
-    were not.
+    For state and activations see :mod:`lora_rite.finetune.memory`.
     """
     import torch
 
@@ -65,6 +67,10 @@ def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
     # a recipe's function knows what it puts on top of the model
     network = network_of_shapes(config, base=study.recipe.function is not None, trust_remote_code=trusted)
     parameters = sum(p.numel() for p in network.parameters())
+    dtype, bits = weights_of(options)
+    stored = getattr(config, "dtype", None) or torch.float32
+    bytes_each = (stored if dtype == "auto" else getattr(torch, dtype)).itemsize
+    weights = weight_bytes(network, bits, bytes_each)
     with torch.device("meta"):
         network = attach_adapter(network, rank=rank, target_modules=options.get("target_modules", "all-linear"))
     pairing = find_pairs(network)
@@ -75,19 +81,29 @@ def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
         )
     shapes = Counter(pair.shape for pair in pairing.pairs)
     factors = sum(shape.elements * count for shape, count in shapes.items())
-    dtype = weights_of(options)[0]
-    stored = getattr(config, "dtype", None) or torch.float32
-    bytes_each = (stored if dtype == "auto" else getattr(torch, dtype)).itemsize
     tokens = options.get("batch_size", 8) * options.get("max_length", 256)
     return Needs(
         model=model,
         pairs=pairing.count,
         parameters=parameters,
-        weights=parameters * bytes_each,
+        weights=weights,
         adapter=factors * (4 + 4),
         state={name: _state(study, name, shapes) for name in study.recipe.optimizers},
         activations=activations(config, shapes, tokens, bytes_each, options.get("gradient_checkpointing", False)),
     )
+
+
+def weight_bytes(network: Any, bits: int | None, bytes_each: int) -> int:
+    """Bytes of a model's weights, where ``bits`` quantises its linear maps (all but the head, as transformers does) and
+    each other number takes ``bytes_each``."""
+    from torch import nn
+
+    parameters = sum(p.numel() for p in network.parameters())
+    if bits is None:
+        return parameters * bytes_each
+    head = network.get_output_embeddings()
+    quantised = sum(m.weight.numel() for m in network.modules() if type(m) is nn.Linear and m is not head)
+    return (parameters - quantised) * bytes_each + round(quantised * QUANTISED[bits])
 
 
 def _state(study: Study, name: str, shapes: Counter[Shape]) -> int:

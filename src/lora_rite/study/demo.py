@@ -6,6 +6,7 @@ The text is there on every machine: torch installs its C++ headers. The model ha
 import hashlib
 import json
 import shutil
+import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,7 +90,7 @@ def demo(out: Path, *, seeds: int = 2, progress: bool = True, settings: dict[str
     Args:
         out: folder for the results; an earlier demo in it is replaced.
         seeds: number of seeds, from 0.
-        progress: show progress bars.
+        progress: show progress bars where stderr is a terminal; elsewhere a run is a line.
         settings: keyword arguments of :func:`lora_rite.finetune.train.train`, over :data:`SETTINGS`.
 
     Raises:
@@ -99,11 +100,13 @@ def demo(out: Path, *, seeds: int = 2, progress: bool = True, settings: dict[str
         raise LoRARiteValueError(f"--seeds must be at least 1, got {seeds}")
     _clear(out)
     data = write_data(out / "data")
-    print(f"The embedded model (Python) learns {data['text']}: {number(data['files']['train'], 'file')} to train on.")
+    files = number(data["files"]["train"], "file")
+    print(f"The embedded model (Python) learns {data['text']}: {files} to train on.", flush=True)
     runs: list[dict[str, Any]] = []
+    bars = progress and sys.stderr.isatty()
     for seed in range(seeds):
         for entry in ENTRIES:
-            print(f"{entry.label}, lr {entry.lr:g}, seed {seed}")
+            print(f"{entry.label}, lr {entry.lr:g}, seed {seed}", end="\n" if bars else ": ", flush=True)
             run = train(
                 data=out / "data" / "train.jsonl",
                 validation=out / "data" / "test.jsonl",
@@ -113,10 +116,12 @@ def demo(out: Path, *, seeds: int = 2, progress: bool = True, settings: dict[str
                 seed=seed,
                 eval_every=EVAL_EVERY,
                 eval_limit=0,
-                progress=progress,
+                progress=bars,
                 **{**SETTINGS, **(settings or {})},
             )
             runs.append({"label": entry.label, "seed": seed, **run})
+            loss, took = run["held_out"], run["seconds"]["training"]
+            print(f"held-out loss {loss['before']:.3f} → {loss['after']:.3f}, {took:.0f} s of training", flush=True)
     rows = [_row(entry, runs) for entry in ENTRIES]
     result = {"data": data, "table": rows, "runs": runs, "versions": versions()}
     write_json(out / "result.json", result)

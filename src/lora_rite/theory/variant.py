@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import simple
+from ..options import LR
 
 
 class Variant(torch.optim.Optimizer):
@@ -31,7 +32,7 @@ class Variant(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 2e-4,
+        lr: float = LR,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         *,
