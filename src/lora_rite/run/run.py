@@ -14,6 +14,7 @@ from .checkpoints import BEST, TRAINING, clear, newest_verified, read_manifest, 
 from .digest import digest_state, trained
 from .failpoints import failpoint
 from .files import write_folder, write_json, writing
+from .processes import count, everywhere, gather, highest, is_main, on_main, together
 from .settings import FAILED, PARTS, PLACES, RESULT, RESUME, SETTINGS, changes, read_settings, refuse_changes
 from .versions import environment
 
@@ -48,6 +49,10 @@ class Run:
 
     def begin(self, resume: bool) -> None:
         """Writes ``settings.json``; where the run is resumed, checks it and chooses the checkpoint to go on from."""
+        on_main(lambda: self._begin(resume))
+        self.record, self.checkpoint, self.last_saved = gather((self.record, self.checkpoint, self.last_saved))[0]
+
+    def _begin(self, resume: bool) -> None:
         stored = read_settings(self.out) if resume else None
         if stored is None:
             write_json(self.out / SETTINGS, self.record)
@@ -94,11 +99,12 @@ class Run:
             with _stop_after_step(trainer) as received:
                 trainer.add_callback(self._checks(trainer))
                 trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            if count() > 1:
+                _agreed_state(trainer)
             if received:
                 step = trainer.state.global_step
-                raise InterruptedRunError(
-                    f"stopped by {received[0].name} after step {step}, which is saved; {RESUME}", received[0]
-                )
+                message = f"stopped by {received[0].name} after step {step}, which is saved; {RESUME}"
+                raise everywhere(InterruptedRunError(message, received[0]))
         except NonFiniteError as error:
             self.fail(str(error), trainer.state.global_step)
         except RuntimeError as error:
@@ -111,8 +117,9 @@ class Run:
         """Records that the run has failed, exports nothing, and raises NonFiniteError."""
         message = f"{reason.rstrip('.')}. No adapter was written; {self._where_to_go_on()}"
         record = {"status": "failed", "error": reason, "step": step, "last_checkpoint": self.last_saved}
-        write_json(self.out / FAILED, {**record, **self.record})
-        raise NonFiniteError(message)
+        if is_main():
+            write_json(self.out / FAILED, {**record, **self.record})
+        raise everywhere(NonFiniteError(message))
 
     def _where_to_go_on(self) -> str:
         if self.last_saved is None:
@@ -138,8 +145,10 @@ class Run:
 
         if self.checkpoint is None:
             return
-        if digest_state(trainer.model, trainer.optimizer) != read_manifest(self.checkpoint)["state"]:
-            raise CheckpointError(f"{self.checkpoint} does not give back the adapter and the optimizer that were saved")
+        with together():
+            if digest_state(trainer.model, trainer.optimizer) != read_manifest(self.checkpoint)["state"]:
+                message = f"{self.checkpoint} does not give back the adapter and the optimizer that were saved"
+                raise CheckpointError(message)
         if (saved := self.checkpoint / TRAINING).is_file():
             two_modes(trainer.optimizer).train()
             values = load_file(saved)
@@ -181,29 +190,38 @@ class Run:
             NonFiniteError: the adapter is not finite; nothing is written.
             WriteError: it cannot be written; what was written of it is removed.
         """
-        from safetensors.torch import save_file
-
-        from ..optim.modes import evaluating, two_modes
+        from ..optim.modes import evaluating
 
         step = trainer.state.global_step
         for name, p in trained(trainer.model):
             if not p.isfinite().all():
                 raise NonFiniteError(f"{name} contains NaN or Inf at step {step}: lower --lr")
         checkpoint = self.folder / f"checkpoint-{step}"
-        with writing(checkpoint, f"the checkpoint of step {step}", self._where_to_go_on):
+        saving = lambda: writing(checkpoint, f"the checkpoint of step {step}", self._where_to_go_on)
+        with together(), saving():
             failpoint("checkpoint begins")
             with evaluating(trainer.optimizer):
                 write()
-                state = digest_state(trainer.model, trainer.optimizer)
-            if two_modes(trainer.optimizer) is not None:
-                training = {name: p.detach().contiguous() for name, p in trained(trainer.model)}
-                save_file(training, checkpoint / TRAINING)
-            if self.best is not None:
-                save_file(self.best, checkpoint / BEST)
-            failpoint("checkpoint written")
-            seal(checkpoint, self.record["id"], state)
+                state = _agreed_state(trainer)
+        with together(), saving():
+            if is_main():
+                self._seal(trainer, checkpoint, state)
         self.last_saved = step
-        rotate(self.folder, self.record["id"])
+        on_main(lambda: rotate(self.folder, self.record["id"]))
+
+    def _seal(self, trainer: Any, checkpoint: Path, state: str) -> None:
+        """Adds to a checkpoint of the Trainer's what it has not, and seals it."""
+        from safetensors.torch import save_file
+
+        from ..optim.modes import two_modes
+
+        if two_modes(trainer.optimizer) is not None:
+            training = {name: p.detach().contiguous() for name, p in trained(trainer.model)}
+            save_file(training, checkpoint / TRAINING)
+        if self.best is not None:
+            save_file(self.best, checkpoint / BEST)
+        failpoint("checkpoint written")
+        seal(checkpoint, self.record["id"], state)
 
     def restore_best(self, model: Any) -> None:
         """Gives the trained parameters the values at the lowest held-out loss, where the run has kept them."""
@@ -216,10 +234,35 @@ class Run:
 
     def finish(self, export: Callable[[Path], None], result: dict[str, Any]) -> None:
         """Writes the adapter, then the result: a run with ``result.json`` is finished."""
-        with writing(self.out / ".adapter.tmp", "the result", self._where_to_go_on):
-            write_folder(self.out / "adapter", export)
-            write_json(self.out / RESULT, result)
-        (self.out / FAILED).unlink(missing_ok=True)
+
+        def write() -> None:
+            with writing(self.out / ".adapter.tmp", "the result", self._where_to_go_on):
+                write_folder(self.out / "adapter", export)
+                write_json(self.out / RESULT, result)
+            (self.out / FAILED).unlink(missing_ok=True)
+
+        on_main(write)
+
+
+#: How far adapters of the processes may be from the first one's, by their norm: chips that differ round differently.
+_DRIFT = 1e-2
+
+
+def _agreed_state(trainer: Any) -> str:
+    """The digest of adapter and optimizer in the first process, when all have the same.
+
+    Raises:
+        LoRARiteError: the adapters have drifted apart.
+    """
+    states = gather(digest_state(trainer.model, trainer.optimizer))
+    if len(set(states)) > 1:
+        adapters = gather([p.detach().cpu() for _, p in trained(trainer.model)])
+        norms = [sum(float((p - q).norm() ** 2) for p, q in zip(a, adapters[0], strict=True)) for a in adapters]
+        if max(norms) > _DRIFT**2 * sum(float(p.norm() ** 2) for p in adapters[0]):
+            what = f"after step {trainer.state.global_step} the processes have adapters that differ"
+            raise everywhere(LoRARiteError(f"{what}: the optimizer draws random numbers; train with one process"))
+    return states[0]
+
 
 
 def _trainer_state(checkpoint: Path) -> Any:
@@ -242,16 +285,18 @@ def crash_safe(trainer_class: type) -> type:
 
 @contextmanager
 def _stop_after_step(trainer: Any) -> Iterator[list[signal.Signals]]:
-    """SIGINT, SIGTERM and SIGHUP make the Trainer save and stop after the present step. The second one acts at once.
+    """SIGINT, SIGTERM and SIGHUP make the Trainer save and stop after the present step, in all processes the same one.
+    The second one acts at once.
 
-    Yields the list of signals received. Signals that this process ignores (nohup) stay ignored."""
+    Yields the list of signals received, in any process. Signals that this process ignores (nohup) stay ignored."""
     from transformers import TrainerCallback
 
     received: list[signal.Signals] = []
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if received:
+            if number := highest(received[0] if received else 0):
+                received[:] = [signal.Signals(number)]
                 control.should_save = control.should_training_stop = True
 
     trainer.add_callback(Stop())
@@ -266,7 +311,8 @@ def _stop_after_step(trainer: Any) -> Iterator[list[signal.Signals]]:
         received.append(signal.Signals(number))
         restore()
         message = f"lora-rite: {received[0].name}: finishing the step and saving it; once more stops at once\n"
-        os.write(2, message.encode())  # print() is not safe here
+        if is_main():
+            os.write(2, message.encode())  # print() is not safe here
 
     if threading.current_thread() is not threading.main_thread():
         yield received
