@@ -341,3 +341,10 @@ def test_an_error_that_cannot_be_sent_comes_as_its_text():
 
     sent = processes._portable(Odd("no such thing", 2))
     assert (str(sent), sent.exit_code) == ("no such thing", 7)
+
+
+def fsdp(rank):
+    """Accelerate shards on accelerators alone."""
+    from test_fsdp_trainers import as_on_an_accelerator
+
+    as_on_an_accelerator()

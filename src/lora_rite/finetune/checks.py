@@ -10,6 +10,7 @@ from ..errors import LoRARiteValueError, warn
 from ..inputs import blame, suffix
 from ..run.checkpoints import checkpoints
 from ..run.files import LOCK, read_json
+from ..run.processes import sharded
 from ..run.settings import PLACES, RESULT, changes, read_settings, refuse_changes
 from .optimizers import find_optimizer
 from .records import read_text
@@ -90,6 +91,8 @@ def _check_together(options: SimpleNamespace) -> None:
         raise LoRARiteValueError("--dtype float16 trains on a GPU alone; a CPU has float32 and bfloat16")
     if bits is not None and suffix(options.model) == ".gguf":
         raise LoRARiteValueError(f"--load_in_{bits}bit: a GGUF file is dequantised as it is loaded")
+    if bits is not None and sharded():
+        raise LoRARiteValueError(f"--load_in_{bits}bit: FSDP2 does not share out quantised weights; train them by DDP")
     if options.packing and options.attn_implementation == "flash_attention_2":
         raise LoRARiteValueError(
             "--packing keeps examples apart by a mask, which flash_attention_2 does not take: --attn_implementation "

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import warn
 from ..run.console import number
-from ..run.processes import count
+from ..run.processes import count, sharded
 from ..run.versions import chip
 from .memory import count_text, estimate, size_text
 from .publish import next_commands
@@ -29,7 +29,7 @@ def announce(options: Any) -> None:
     device = torch.accelerator.current_accelerator(check_available=True)
     where = f"on {'cpu' if device is None else device.type} ({chip()})"
     if count() > 1:
-        where = f"in {count()} processes {where}"
+        where = f"in {count()} processes{' by FSDP2' if sharded() else ''} {where}"
     elif torch.cuda.device_count() > 1:
         gpus = torch.cuda.device_count()
         warn(f"one of {gpus} GPUs is used: torchrun --nproc_per_node {gpus} -m lora_rite train … uses all")
@@ -76,6 +76,7 @@ def describe(
         "quantised_bits": options.bits,
         "attention": network.config._attn_implementation,
         "processes": count(),
+        "sharded": sharded(),
         "steps": options.steps,
         "windows_per_step": of_a_step,
         "epochs": options.steps * of_a_step / len(train.rows),

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..run.processes import count, sharded
 from .optimizers import create_optimizer
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def activations(
 
 
 def estimate(network: Any, options: Any, longest: int, bytes_each: int) -> dict[str, int | None]:
-    """What a run takes on its device, in bytes: ``weights``, ``adapter`` (what is trained, and its gradients),
+    """What each process of a run takes on its device, in bytes: ``weights``, ``adapter`` (what is trained, and its gradients),
     ``optimizer`` (None where it cannot be told), ``activations`` (roughly; None for a model whose config does not
     tell), and ``estimated``, the sum of what is known.
 
@@ -86,8 +87,9 @@ def estimate(network: Any, options: Any, longest: int, bytes_each: int) -> dict[
     shapes = Counter(pair.shape for pair in pairing.pairs)
     parameters = list(network.parameters())
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    parts_of_all = count() if sharded() else 1
     parts: dict[str, int | None] = {
-        "weights": sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
+        "weights": sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad) // parts_of_all,
         "adapter": 2 * trained,
     }
     try:

@@ -14,6 +14,7 @@ from ..run import checkpoints, digest, processes
 from ..run.files import locked
 from ..run.processes import gather, is_main, on_main, together
 from ..run.run import Run, crash_safe
+from ..run.shards import unshard_trained
 from ..run.versions import versions
 from .batches import Rows, divides_by_items, shared_batches
 from .chats import set_chat_template
@@ -309,6 +310,9 @@ def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
     trainer.model_accepts_loss_kwargs &= divides_by_items(network, collator, train.rows[0])
     torch.manual_seed(options.seed + processes.rank())  # each process drops other inputs of its layers
 
+    if processes.sharded() and not trainer.accelerator.is_fsdp2:
+        raise LoRARiteValueError("accelerate shards a model by FSDP2 on GPUs alone: launch without FSDP")
+
     def measure() -> float:
         with evaluating(trainer.optimizer):
             return held_out_loss(network, held_out.rows, collator, options.batch_size, progress=options.progress)
@@ -329,7 +333,7 @@ def _begin_and_train(
     options: SimpleNamespace, settings: dict[str, Any], prepared: _Prepared
 ) -> tuple[Run, float, float]:
     """Begins or resumes the run and trains. Returns it with the held-out losses before and after."""
-    from .callbacks import has_stopped
+    from .callbacks import BEFORE, has_stopped
 
     trainer, measure = prepared.trainer, prepared.measure
     if options.save_every:
@@ -337,8 +341,11 @@ def _begin_and_train(
     allowed = [*(options.allow_changed or []), *on_main(lambda: raised_steps(options.out, settings))]
     run = Run(options.out, settings, prepared.inputs, versions(), allowed)
     run.begin(options.resume)
-    before = measure()
+    before = None if processes.sharded() else measure()  # a model that is to be shared out may not fit as a whole
+    if before is None:
+        trainer.on_prepared = lambda: trainer.state.stateful_callbacks.update({BEFORE: {"loss": measure()}})
     run.train(trainer, options.steps, lambda state: has_stopped(state, options.early_stopping))
+    before = trainer.state.stateful_callbacks[BEFORE]["loss"] if before is None else before
     after = measure()
     if not math.isfinite(after):
         run.fail(f"the held-out loss is {after} after training: lower --lr", trainer.state.global_step)
@@ -385,6 +392,7 @@ def _run(options: SimpleNamespace, settings: dict[str, Any], examples: Examples,
         "versions": versions(),
     }
     with evaluating(trainer.optimizer):
+        unshard_trained(network)
         run.restore_best(network)
         run.finish(lambda folder: export(folder, network, prepared.tokenizer, result), result)
     return result

@@ -129,7 +129,7 @@ def held_out_loss(
     sums: list[tuple[float, int]] = []
     training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # FSDP2 cannot train on with what it has gathered in inference mode
         for part in tqdm(mine, desc="measuring the held-out loss", leave=False, disable=not progress):
             batch = collator([dict(row) for row in part]).to(model.device)
             tokens = label_count(part, encoder_decoder)

@@ -22,6 +22,11 @@ _OTHER = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }  # fmt: skip
+#: Of FSDP2, what has no place there, and what to do.
+_OF_FSDP = {
+    "FSDP_ACTIVATION_CHECKPOINTING": "lora-rite train does that by --gradient_checkpointing",
+    "FSDP_OFFLOAD_PARAMS": "lora-rite train leaves the parameters on the GPUs",
+}  # fmt: skip
 #: How long the processes wait for each other: for the slowest to fetch a large model.
 _PATIENCE = timedelta(hours=2)
 
@@ -49,11 +54,13 @@ def check_several() -> None:
     for key, name in _OTHER.items():
         if _is_set(key):
             raise LoRARiteValueError(f"accelerate's config asks for {name}: lora-rite train runs by DDP or FSDP2")
-    if _is_set("ACCELERATE_USE_FSDP"):
-        raise LoRARiteValueError(
-            "accelerate's config asks for FSDP: lora-rite train runs by DDP (distributed_type: MULTI_GPU); where a model "
-            "does not fit into one GPU, examples/fsdp2.py or a script of the Trainer shards it (docs/scaling.md)"
-        )
+    if not sharded():
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise LoRARiteValueError("accelerate's config asks for FSDP1, which flattens factors: fsdp_version: 2")
+    for key, advice in _OF_FSDP.items():
+        if _is_set(key):
+            raise LoRARiteValueError(f"accelerate's config asks for {key.lower()}: {advice}")
 
 
 def _check_halves(advice: str) -> None:
@@ -75,6 +82,11 @@ def _told() -> tuple[int, int]:
     return (rank, size) if size > 1 else (0, 1)
 
 
+def sharded() -> bool:
+    """Whether ``accelerate launch`` asks for the model to be shared out over the processes (FSDP)."""
+    return _is_set("ACCELERATE_USE_FSDP")
+
+
 def uses_cpu() -> bool:
     """Whether a run takes no accelerator: there is none, or ``accelerate launch --cpu`` says so."""
     import torch
@@ -88,7 +100,9 @@ def join() -> None:
     Raises:
         LoRARiteValueError: they cannot be on this kind of device.
     """
-    rank, size = _told()
+    if sharded():  # else from_pretrained would load the weights in the first process alone, and all try the model
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    _, size = _told()
     if size == 1 or count() > 1:
         return
     from accelerate import PartialState

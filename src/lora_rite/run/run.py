@@ -11,11 +11,12 @@ from typing import Any
 
 from ..errors import CheckpointError, InterruptedRunError, LoRARiteError, NonFiniteError, warn
 from .checkpoints import BEST, TRAINING, clear, newest_verified, read_manifest, rotate, seal, step_of
-from .digest import digest_state, trained
+from .digest import digest_state, trained, whole
 from .failpoints import failpoint
 from .files import write_folder, write_json, writing
 from .processes import count, everywhere, gather, highest, is_main, on_main, together
 from .settings import FAILED, PARTS, PLACES, RESULT, RESUME, SETTINGS, changes, read_settings, refuse_changes
+from .shards import assign, sharded_checkpoints
 from .versions import environment
 
 
@@ -129,16 +130,15 @@ class Run:
     def _load(self, trainer: Any, steps: int) -> None:
         """The state after the last step, of a run that was killed after it had saved that."""
         folder = str(self.checkpoint)
-        trainer._load_from_checkpoint(folder)
-        trainer.create_scheduler(num_training_steps=steps)
-        trainer._load_optimizer_and_scheduler(folder)
         trainer.state = _trainer_state(Path(folder))
+        if not trainer.is_fsdp_enabled:  # as Trainer.train does: else it is loaded after it is shared out
+            trainer._load_from_checkpoint(folder)
+        trainer._prepare_for_training(steps, trainer.get_train_dataloader(), folder)
         self._go_on(trainer)
 
     def _go_on(self, trainer: Any) -> None:
         """Checks that adapter and optimizer in memory are those that were saved (nothing was silently left out in
         loading), and has an optimizer with two modes train where it did."""
-        import torch
         from safetensors.torch import load_file
 
         from ..optim.modes import two_modes
@@ -152,9 +152,8 @@ class Run:
         if (saved := self.checkpoint / TRAINING).is_file():
             two_modes(trainer.optimizer).train()
             values = load_file(saved)
-            with torch.no_grad():
-                for name, p in trained(trainer.model):
-                    p.copy_(values[name])
+            for name, p in trained(trainer.model):
+                assign(p, values[name])
         if (saved := self.checkpoint / BEST).is_file():
             self.best = load_file(saved)
 
@@ -190,11 +189,11 @@ class Run:
             NonFiniteError: the adapter is not finite; nothing is written.
             WriteError: it cannot be written; what was written of it is removed.
         """
-        from ..optim.modes import evaluating
+        from ..optim.modes import evaluating, two_modes
 
         step = trainer.state.global_step
         for name, p in trained(trainer.model):
-            if not p.isfinite().all():
+            if not whole(p).isfinite().all():
                 raise NonFiniteError(f"{name} contains NaN or Inf at step {step}: lower --lr")
         checkpoint = self.folder / f"checkpoint-{step}"
         saving = lambda: writing(checkpoint, f"the checkpoint of step {step}", self._where_to_go_on)
@@ -203,20 +202,19 @@ class Run:
             with evaluating(trainer.optimizer):
                 write()
                 state = _agreed_state(trainer)
+            modes = two_modes(trainer.optimizer) is not None
+            training = {n: whole(p).detach().contiguous() for n, p in trained(trainer.model)} if modes else None
         with together(), saving():
             if is_main():
-                self._seal(trainer, checkpoint, state)
+                self._seal(checkpoint, state, training)
         self.last_saved = step
         on_main(lambda: rotate(self.folder, self.record["id"]))
 
-    def _seal(self, trainer: Any, checkpoint: Path, state: str) -> None:
+    def _seal(self, checkpoint: Path, state: str, training: dict[str, Any] | None) -> None:
         """Adds to a checkpoint of the Trainer's what it has not, and seals it."""
         from safetensors.torch import save_file
 
-        from ..optim.modes import two_modes
-
-        if two_modes(trainer.optimizer) is not None:
-            training = {name: p.detach().contiguous() for name, p in trained(trainer.model)}
+        if training is not None:
             save_file(training, checkpoint / TRAINING)
         if self.best is not None:
             save_file(self.best, checkpoint / BEST)
@@ -225,12 +223,9 @@ class Run:
 
     def restore_best(self, model: Any) -> None:
         """Gives the trained parameters the values at the lowest held-out loss, where the run has kept them."""
-        import torch
-
         if self.best is not None:
-            with torch.no_grad():
-                for name, p in trained(model):
-                    p.copy_(self.best[name])
+            for name, p in trained(model):
+                assign(p, self.best[name])
 
     def finish(self, export: Callable[[Path], None], result: dict[str, Any]) -> None:
         """Writes the adapter, then the result: a run with ``result.json`` is finished."""
@@ -256,7 +251,7 @@ def _agreed_state(trainer: Any) -> str:
     """
     states = gather(digest_state(trainer.model, trainer.optimizer))
     if len(set(states)) > 1:
-        adapters = gather([p.detach().cpu() for _, p in trained(trainer.model)])
+        adapters = gather([whole(p).detach().cpu() for _, p in trained(trainer.model)])
         norms = [sum(float((p - q).norm() ** 2) for p, q in zip(a, adapters[0], strict=True)) for a in adapters]
         if max(norms) > _DRIFT**2 * sum(float(p.norm() ** 2) for p in adapters[0]):
             what = f"after step {trainer.state.global_step} the processes have adapters that differ"
@@ -272,13 +267,20 @@ def _trainer_state(checkpoint: Path) -> Any:
 
 
 def crash_safe(trainer_class: type) -> type:
-    """A class of transformers' Trainer whose checkpoints are sealed by its ``run``."""
+    """A class of transformers' Trainer whose checkpoints are sealed by its ``run``, also under FSDP2."""
 
-    class CrashSafeTrainer(trainer_class):  # type: ignore[misc, valid-type]
+    class CrashSafeTrainer(sharded_checkpoints(trainer_class)):  # type: ignore[misc]
         run: Run
+        on_prepared: Callable[[], None] | None = None  # called before the first step, when the model is as it is trained
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             self.run.save(self, lambda: super(CrashSafeTrainer, self)._save_checkpoint(*args, **kwargs))
+
+        def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+            prepared = super()._prepare_for_training(*args, **kwargs)
+            if self.state.global_step == 0 and self.on_prepared is not None:
+                self.on_prepared()
+            return prepared
 
     return CrashSafeTrainer
 

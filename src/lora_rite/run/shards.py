@@ -1,0 +1,95 @@
+"""Parameters and optimizer states that FSDP2 has shared out over the processes (DTensors): whole, and back. All processes
+must call these together. What is not shared out stays as it is."""
+
+import os
+from typing import Any
+
+from .digest import trained, whole
+
+ADAPTER, OPTIMIZER, SCHEDULER = "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"
+
+
+def shard_like(p: Any, value: Any) -> Any:
+    """A value that all processes have whole, shared out as the parameter is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(p, DTensor):
+        return value
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+
+def assign(p: Any, value: Any) -> None:
+    """Gives a parameter a value that all processes have whole."""
+    import torch
+
+    with torch.no_grad():
+        p.copy_(shard_like(p, value))
+
+
+def unshard_trained(model: Any) -> None:
+    """Puts the trained parameters whole, on the CPU, in their places: the model can be saved then, and not be run."""
+    import torch
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    modules = list(model.modules())
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for module in modules:
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.requires_grad and isinstance(p, DTensor):
+                module._parameters[name] = torch.nn.Parameter(whole(p).cpu())
+
+
+def sharded_checkpoints(trainer_class: type) -> type:
+    """A class of transformers' Trainer that under FSDP2 writes and reads the checkpoints of DDP: the adapter in PEFT's
+    format and the optimizer's state, both whole, so that runs go on with another number of processes."""
+
+    class ShardedCheckpoints(trainer_class):  # type: ignore[misc, valid-type]
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            if not self.is_fsdp_enabled:
+                return super().save_model(output_dir, _internal_call)
+            self._save(output_dir, state_dict={name: whole(p).detach().cpu() for name, p in trained(self.model)})
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            if not self.is_fsdp_enabled:
+                return super()._save_optimizer_and_scheduler(output_dir)
+            import torch
+            from torch.utils._pytree import tree_map
+
+            state = tree_map(whole, self.optimizer.state_dict())
+            if self.args.should_save:
+                torch.save(state, os.path.join(output_dir, OPTIMIZER))
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            if not self.is_fsdp_enabled:
+                return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            from peft import get_peft_model_state_dict
+            from safetensors.torch import load_file
+
+            parameters = get_peft_model_state_dict(self.model, state_dict=dict(trained(self.model)))
+            for name, value in load_file(os.path.join(resume_from_checkpoint, ADAPTER)).items():
+                assign(parameters[name], value)
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if not self.is_fsdp_enabled or checkpoint is None:
+                return super()._load_optimizer_and_scheduler(checkpoint)
+            import torch
+
+            state, schedule = (
+                torch.load(os.path.join(checkpoint, name), weights_only=True, map_location="cpu")
+                for name in (OPTIMIZER, SCHEDULER)
+            )
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            ids = [i for group in state["param_groups"] for i in group["params"]]
+            for p, i in zip(parameters, ids, strict=True):
+                of_one = state["state"].get(i, {})
+                for key, value in of_one.items():
+                    if getattr(value, "shape", None) == p.shape:  # moments; r×r matrices and counts are in all processes
+                        of_one[key] = shard_like(p, value)
+            self.optimizer.load_state_dict(state)
+            self.lr_scheduler.load_state_dict(schedule)
+
+    return ShardedCheckpoints
