@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as `lora_rite.run.processes.quiet`, before the server has torch
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "transformers", "peft", "trl", "lora_rite.cli.program", "lora_rite.finetune.train"])
+SERVER.set_forkserver_preload(
+    ["torch", "transformers", "peft", "trl", "lora_rite.cli.program", "lora_rite.finetune.train"]
+)
 
 
 class Done(NamedTuple):
@@ -22,8 +24,8 @@ class Done(NamedTuple):
 
 
 class Launch:
-    """``size`` processes of ``lora-rite WORDS`` at work, which print into files in ``folder``. ``before``, a function of a
-    module, is called in each with its rank."""
+    """``size`` processes of ``lora-rite WORDS`` at work, which print into files in ``folder``. ``before``, a function
+    of a module, is called in each with its rank."""
 
     def __init__(self, words, folder: Path, size: int = 2, before=None, **variables):
         with socket.socket() as free:

@@ -29,8 +29,7 @@ from lora_rite.run import checkpoints as checkpoint
 from lora_rite.run import processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "default::UserWarning")
-#: 26 windows to train on, 8 in a step: the last step of an epoch has 2, so that one process of two has none in its second
-#: batch.
+#: 26 windows to train on, 8 in a step: the last step of an epoch has 2, so that one process of two has none.
 OPTIONS = {
     "steps": 6, "batch_size": 2, "accumulation": 2, "max_length": 64, "rank": 4, "lr": 0.01, "save_every": 2,
     "eval_every": 2, "target_modules": "q_proj,v_proj",
@@ -53,7 +52,9 @@ def words(data, out, **options):
 
 
 def launch(data, out, size=2, before=None, variables=None, **options):
-    return Launch(words(data, out, **options), out.with_name(f"{out.name}-log"), size, before, **(variables or {})).wait()
+    return Launch(
+        words(data, out, **options), out.with_name(f"{out.name}-log"), size, before, **(variables or {})
+    ).wait()
 
 
 def figures(out):
@@ -131,8 +132,8 @@ def said(done):
 
 
 def test_a_signal_to_one_stops_all_and_the_run_goes_on_bitwise(golden, data, tmp_path):
-    """SIGTERM reaches the second process alone; both finish the same step and save it, and the resumed run ends as the one
-    that was never stopped."""
+    """SIGTERM reaches the second process alone; both finish the same step and save it, and the resumed run ends as the
+    one that was never stopped."""
     out = tmp_path / "run"
     stopped = launch(data, out, before=sigterm_to_the_second_in_step_3)
     assert [done.code for done in stopped] == [143, 143]
@@ -153,8 +154,12 @@ def test_a_signal_to_one_stops_all_and_the_run_goes_on_bitwise(golden, data, tmp
         pytest.param("word", 2, "no option --steps_", {"steps_": 1}, {}, marks=pytest.mark.slow),
         pytest.param("in use", 5, "is in use by another process", {}, {}, marks=pytest.mark.slow),
         ("full", 4, "cannot write the checkpoint of step 2 .*No space left", {}, "manifest.json written=ENOSPC"),
-        pytest.param("result", 4, "cannot write the result .*quota", {}, "adapter written=EDQUOT", marks=pytest.mark.slow),
-        pytest.param("NaN", 3, "No adapter was written", {"optimizer": "adamw", "lr": 1e38}, {}, marks=pytest.mark.slow),
+        pytest.param(
+            "result", 4, "cannot write the result .*quota", {}, "adapter written=EDQUOT", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "NaN", 3, "No adapter was written", {"optimizer": "adamw", "lr": 1e38}, {}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_errors_are_told_once_and_end_all(fault, code, message, options, variables, golden, data, tmp_path):
@@ -199,8 +204,8 @@ def test_an_optimizer_that_draws_apart_is_found(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_killed_run_goes_on_bitwise_with_dropout(size, data, tmp_path):
-    """Each process has its own numbers; with three, sums depend on their order. The first one is killed as it has saved,
-    and with it the others, as torchrun does."""
+    """Each process has its own numbers; with three, sums depend on their order. The first one is killed as it has
+    saved, and with it the others, as torchrun does."""
     options = {"dropout": 0.2, "batch_size": 1, "group_by_length": True, "optimizer": "adamw"}
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert [done.code for done in launch(data, whole, size, **options)] == [0] * size
@@ -289,7 +294,9 @@ def test_launchers(launcher, data, golden, tmp_path):
 @pytest.mark.parametrize(("rows", "multiple"), [(8, 4), (9, 4), (1, 6)])
 def test_an_epoch_is_completed_by_a_row_without_loss(rows, multiple):
     """All other rows come once, in the order of the sampler."""
-    data = Rows([{"input_ids": [i] * (3 + i), "labels": [i] * (3 + i), "attention_mask": [1] * (3 + i)} for i in range(rows)])
+    data = Rows(
+        [{"input_ids": [i] * (3 + i), "labels": [i] * (3 + i), "attention_mask": [1] * (3 + i)} for i in range(rows)]
+    )
     order = list(Completed(SequentialSampler(data), multiple, seed=0))
     assert order[:rows] == list(range(rows))
     assert len(order) % multiple == 0

@@ -1,4 +1,4 @@
-"""Batches that several processes share: together they learn from what one process with a batch of all their windows would."""
+"""Batches that several processes share: as if one had a batch of all their windows."""
 
 from collections.abc import Callable, Iterator
 from itertools import repeat
@@ -81,8 +81,9 @@ def shared_batches(trainer_class: type) -> type:
 
 
 def divides_by_items(network: Any, collator: Callable[..., Any], row: Row) -> bool:
-    """Whether a model's loss is the sum over tokens, divided by the ``num_items_in_batch`` that it is given. (T5 takes it
-    and gives the mean all the same, so that the Trainer would add up means over accumulated batches and processes.)"""
+    """Whether a model's loss is the sum over tokens, divided by the ``num_items_in_batch`` that it is given. (T5 takes
+    it and gives the mean all the same, so that the Trainer would add up means over accumulated batches and processes.)
+    """
     batch = collator([dict(row)]).to(network.device)
     tokens = int(batch["labels"][..., int(not network.config.is_encoder_decoder) :].ne(IGNORED).sum())
     training = network.training

@@ -178,9 +178,7 @@ def _train(options: SimpleNamespace) -> dict[str, Any]:
         where = options.model, options.max_length, options.chat_template, options.trust_remote_code
         on_main(lambda: show_examples(options.preview, examples.parts.train, *where))
         return {}
-    finished = lambda: on_main(
-        lambda: finished_result(options.out, settings, options.resume, options.allow_changed)
-    )
+    finished = lambda: on_main(lambda: finished_result(options.out, settings, options.resume, options.allow_changed))
     if (result := finished()) is not None:
         return result
     with together():
@@ -310,9 +308,6 @@ def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
     trainer.model_accepts_loss_kwargs &= divides_by_items(network, collator, train.rows[0])
     torch.manual_seed(options.seed + processes.rank())  # each process drops other inputs of its layers
 
-    if processes.sharded() and not trainer.accelerator.is_fsdp2:
-        raise LoRARiteValueError("accelerate shards a model by FSDP2 on GPUs alone: launch without FSDP")
-
     def measure() -> float:
         with evaluating(trainer.optimizer):
             return held_out_loss(network, held_out.rows, collator, options.batch_size, progress=options.progress)
@@ -341,9 +336,9 @@ def _begin_and_train(
     allowed = [*(options.allow_changed or []), *on_main(lambda: raised_steps(options.out, settings))]
     run = Run(options.out, settings, prepared.inputs, versions(), allowed)
     run.begin(options.resume)
-    before = None if processes.sharded() else measure()  # a model that is to be shared out may not fit as a whole
-    if before is None:
+    if processes.sharded():  # before it is shared out, the model may not fit
         trainer.on_prepared = lambda: trainer.state.stateful_callbacks.update({BEFORE: {"loss": measure()}})
+    before = None if processes.sharded() else measure()
     run.train(trainer, options.steps, lambda state: has_stopped(state, options.early_stopping))
     before = trainer.state.stateful_callbacks[BEFORE]["loss"] if before is None else before
     after = measure()
@@ -370,7 +365,7 @@ def _run(options: SimpleNamespace, settings: dict[str, Any], examples: Examples,
     dropped = {"train": train.dropped, "held_out": held_out.dropped}
     result = {
         "settings": {**settings, "steps": options.steps},
-        "run": {**prepared.run, "memory": {**prepared.run["memory"], "peak": processes.highest(peak() or 0) or None}, "steps_done": state.global_step},
+        "run": {**prepared.run, "memory": {**prepared.run["memory"], "peak": peak()}, "steps_done": state.global_step},
         "data": examples.sources,
         "inputs": prepared.inputs,
         "changes": run.record["changes"],

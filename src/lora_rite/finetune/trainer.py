@@ -4,10 +4,10 @@ from collections.abc import Callable
 from itertools import chain, zip_longest
 from typing import Any
 
-from ..errors import warn
+from ..errors import LoRARiteValueError, warn
 from ..inputs import blame
 from ..optim.modes import without_accelerate
-from ..run.processes import count, gather, rank, uses_cpu
+from ..run.processes import count, gather, rank, sharded, uses_cpu
 from .optimizers import OptimizerFactory, option
 from .windows import label_count
 
@@ -48,6 +48,8 @@ def make_trainer(
         train_dataset=rows,
         optimizer_cls_and_kwargs=(OptimizerFactory, kwargs),
     )
+    if sharded() and not trainer.accelerator.is_fsdp2:
+        raise LoRARiteValueError("accelerate shards a model by FSDP2 on GPUs alone: launch without FSDP")
     with blame(option(options.optimizer, options.optimizer_args)):
         is_lora_rite = isinstance(trainer.create_optimizer(), LoRARite)
     given = MAX_GRAD_NORM if options.max_grad_norm is None else options.max_grad_norm
@@ -72,9 +74,8 @@ def _arguments(options: Any, more: dict[str, Any]) -> Any:
             use_cpu=uses_cpu(),
             seed=options.seed,
             data_seed=options.seed,
-            # Experts without a token have no gradient in one process and one in another. And with this, DDP leaves its
-            # buckets as they are, where it would else sort them after the first step: a resumed run adds in the order of
-            # the whole one.
+            # Experts without a token have no gradient in one process and one in another. And with this, DDP does not
+            # sort its buckets anew after the first step, so that a resumed run adds in the order of the whole one.
             ddp_find_unused_parameters=True,
             logging_steps=options.log_every,
             logging_nan_inf_filter=False,
@@ -118,8 +119,8 @@ def add_callbacks(
 def held_out_loss(
     model: Any, rows: list[dict[str, list[int]]], collator: Any, batch_size: int, *, progress: bool = False
 ) -> float:
-    """Mean cross-entropy in nat over all tokens that carry loss (each token counts the same). Several processes share the
-    batches, and all of them return the mean over all, added in the order in which one process adds it."""
+    """Mean cross-entropy in nat over all tokens that carry loss (each token counts the same). Several processes share
+    the batches, and all of them return the mean over all, added in the order in which one process adds it."""
     import torch
     from tqdm.auto import tqdm
 

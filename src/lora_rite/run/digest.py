@@ -51,6 +51,6 @@ def trained(model: Any) -> list[tuple[str, Any]]:
 
 
 def whole(value: Any) -> Any:
-    """A tensor that FSDP2 has shared out over the processes, which must all call this, in one piece; anything else as it
-    is."""
+    """A tensor that FSDP2 has shared out over the processes, which must all call this, in one piece; anything else as
+    it is."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value

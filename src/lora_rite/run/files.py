@@ -142,9 +142,7 @@ def locked(folder: Path) -> Iterator[None]:
                 held.enter_context(_locked(folder))
         with together():
             if not (folder / LOCK).exists():
-                raise LoRARiteValueError(
-                    f"{folder} is another folder for some of the processes: --out must be on a disk that all machines share"
-                )
+                raise LoRARiteValueError(f"{folder} must be on a disk that all machines share: some do not see it")
         yield
 
 

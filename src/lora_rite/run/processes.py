@@ -1,5 +1,5 @@
-"""The processes of one run, as torchrun and ``accelerate launch`` start them: the first alone writes and speaks, and what
-one of them finds wrong, all raise. In one process, all of this does nothing."""
+"""The processes of one run, as torchrun and ``accelerate launch`` start them: the first alone writes and speaks, and
+what one of them finds wrong, all raise. In one process, all of this does nothing."""
 
 import os
 import pickle
@@ -32,7 +32,7 @@ _PATIENCE = timedelta(hours=2)
 
 
 def check_one(what: str) -> None:
-    """Raises LoRARiteValueError where the environment says that this process is one of several, or says so by halves."""
+    """Raises LoRARiteValueError where the environment says that this process is one of several, or half says so."""
     for key in SIZES:
         if (processes := os.environ.get(key, "1")) != "1":
             raise LoRARiteValueError(
@@ -49,7 +49,9 @@ def check_several() -> None:
         missing = [name for name in TOLD if name not in os.environ]
         if (processes := os.environ.get(key, "1")) != "1" and (missing or _told()[1] != int(processes)):
             without = f", without {', '.join(missing)}" if missing else ""
-            raise LoRARiteValueError(f"there are {processes} processes ({key}, as a launcher sets it){without}: {advice}")
+            raise LoRARiteValueError(
+                f"there are {processes} processes ({key}, as a launcher sets it){without}: {advice}"
+            )
     _check_halves("unset it, or start by torchrun or accelerate launch")
     for key, name in _OTHER.items():
         if _is_set(key):
@@ -64,11 +66,10 @@ def check_several() -> None:
 
 
 def _check_halves(advice: str) -> None:
-    missing = [key for key in TOLD if key not in os.environ]
+    missing = ", ".join(key for key in TOLD if key not in os.environ)
     if (rank := os.environ.get("LOCAL_RANK", "-1")) != "-1" and missing:
-        raise LoRARiteValueError(
-            f"LOCAL_RANK={rank} is set, as a launcher of several processes sets it, without {', '.join(missing)}: {advice}"
-        )
+        what = f"LOCAL_RANK={rank} is set, as a launcher of several processes sets it"
+        raise LoRARiteValueError(f"{what}, without {missing}: {advice}")
 
 
 def _is_set(key: str) -> bool:
@@ -223,7 +224,9 @@ def tells(error: Exception | str) -> bool:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Within, processes other than the first print nothing and warn of nothing."""
-    if _told()[1] > 1:  # that DDP has looked for parameters without a gradient, which torch says in each, where not loaded
+    if (
+        _told()[1] > 1
+    ):  # that DDP has looked for parameters without a gradient, which torch says in each, where not loaded
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if _told()[0] == 0:
         yield
@@ -231,6 +234,6 @@ def quiet() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         stack.enter_context(redirect_stdout(nowhere))
         yield

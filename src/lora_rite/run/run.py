@@ -259,7 +259,6 @@ def _agreed_state(trainer: Any) -> str:
     return states[0]
 
 
-
 def _trainer_state(checkpoint: Path) -> Any:
     from transformers import TrainerState
 
@@ -271,7 +270,9 @@ def crash_safe(trainer_class: type) -> type:
 
     class CrashSafeTrainer(sharded_checkpoints(trainer_class)):  # type: ignore[misc]
         run: Run
-        on_prepared: Callable[[], None] | None = None  # called before the first step, when the model is as it is trained
+        on_prepared: Callable[[], None] | None = (
+            None  # called before the first step, when the model is as it is trained
+        )
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             self.run.save(self, lambda: super(CrashSafeTrainer, self)._save_checkpoint(*args, **kwargs))

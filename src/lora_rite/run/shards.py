@@ -1,5 +1,5 @@
-"""Parameters and optimizer states that FSDP2 has shared out over the processes (DTensors): whole, and back. All processes
-must call these together. What is not shared out stays as it is."""
+"""Parameters and optimizer states that FSDP2 has shared out over the processes (DTensors): whole, and back. All
+processes must call these together. What is not shared out stays as it is."""
 
 import os
 from typing import Any
@@ -49,12 +49,14 @@ def sharded_checkpoints(trainer_class: type) -> type:
     class ShardedCheckpoints(trainer_class):  # type: ignore[misc, valid-type]
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             if not self.is_fsdp_enabled:
-                return super().save_model(output_dir, _internal_call)
+                super().save_model(output_dir, _internal_call)
+                return
             self._save(output_dir, state_dict={name: whole(p).detach().cpu() for name, p in trained(self.model)})
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
             if not self.is_fsdp_enabled:
-                return super()._save_optimizer_and_scheduler(output_dir)
+                super()._save_optimizer_and_scheduler(output_dir)
+                return
             import torch
             from torch.utils._pytree import tree_map
 
@@ -65,7 +67,8 @@ def sharded_checkpoints(trainer_class: type) -> type:
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             if not self.is_fsdp_enabled:
-                return super()._load_from_checkpoint(resume_from_checkpoint, model)
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
             from peft import get_peft_model_state_dict
             from safetensors.torch import load_file
 
@@ -75,7 +78,8 @@ def sharded_checkpoints(trainer_class: type) -> type:
 
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             if not self.is_fsdp_enabled or checkpoint is None:
-                return super()._load_optimizer_and_scheduler(checkpoint)
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
             import torch
 
             state, schedule = (
@@ -86,9 +90,8 @@ def sharded_checkpoints(trainer_class: type) -> type:
             ids = [i for group in state["param_groups"] for i in group["params"]]
             for p, i in zip(parameters, ids, strict=True):
                 of_one = state["state"].get(i, {})
-                for key, value in of_one.items():
-                    if getattr(value, "shape", None) == p.shape:  # moments; r×r matrices and counts are in all processes
-                        of_one[key] = shard_like(p, value)
+                moments = {key: value for key, value in of_one.items() if getattr(value, "shape", None) == p.shape}
+                of_one.update({key: shard_like(p, value) for key, value in moments.items()})
             self.optimizer.load_state_dict(state)
             self.lr_scheduler.load_state_dict(schedule)
 

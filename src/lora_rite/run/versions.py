@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .processes import count
+from .processes import count, sharded
 
 
 def versions(*more: str) -> dict[str, Any]:
@@ -55,7 +55,8 @@ def environment(versions: dict[str, Any]) -> dict[str, Any]:
     left_out = ("date", "machine", "processor", "git_commit")
     kept = {key: value for key, value in versions.items() if key not in left_out}
     code = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parents[1].rglob("*.py"))))
-    return {**kept, "code": code.hexdigest(), "cpu": torch.backends.cpu.get_cpu_capability(), "processes": count()}
+    processes = {"processes": count(), "sharded": sharded()}
+    return {**kept, "code": code.hexdigest(), "cpu": torch.backends.cpu.get_cpu_capability(), **processes}
 
 
 def _git_commit() -> str | None:
