@@ -158,7 +158,7 @@ def test_a_signal_to_one_stops_all_and_the_run_goes_on_bitwise(golden, data, tmp
             "result", 4, "cannot write the result .*quota", {}, "adapter written=EDQUOT", marks=pytest.mark.slow
         ),
         pytest.param(
-            "NaN", 3, "No adapter was written", {"optimizer": "adamw", "lr": 1e38}, {}, marks=pytest.mark.slow
+            "NaN", 3, "No adapter was written", {"optimizer": "adamw", "lr": 1e30}, {}, marks=pytest.mark.slow
         ),
     ],
 )
@@ -288,6 +288,121 @@ def test_launchers(launcher, data, golden, tmp_path):
     assert done.stderr.count("lora-rite train: error: ") == 1
 
 
+# ------------------------------------------------------------------------------------------------------------- FSDP2
+
+
+#: As ``accelerate launch --use_fsdp --fsdp_version 2`` sets it.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false",
+}  # fmt: skip
+
+
+def on_an_accelerator(rank):
+    """Accelerate shards on accelerators alone."""
+    from test_fsdp_trainers import as_on_an_accelerator
+
+    as_on_an_accelerator()
+
+
+def launch_sharded(data, out, **options):
+    done = launch(data, out, before=on_an_accelerator, variables=FSDP, **options)
+    assert [process.code for process in done] == [0, 0], done
+    return done
+
+
+@pytest.fixture(scope="module")
+def sharded(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sharded") / "run"
+    return out, launch_sharded(data, out)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_that_of_ddp(sharded, golden):
+    """Its adapter is whole, and PEFT loads it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lora_rite.finetune.models import TINY
+
+    out, done = sharded
+    assert "in 2 processes by FSDP2 on cpu" in done[0].stderr
+    assert_same_run(out, golden[0])
+    assert figures(out)["run"]["sharded"]
+    assert figures(out)["optimizer"]["report"]["pairs_preconditioned"] == 10
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY), out / "adapter").state_dict()
+    for name, value in adapter(out).items():
+        assert torch.equal(loaded[name.replace(".weight", ".default.weight")], value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["manifest.json renamed@2", "adapter written"], ids=["in training", "after it"])
+def test_a_killed_sharded_run_goes_on_bitwise(moment, sharded, data, tmp_path):
+    """Also where its last checkpoint was saved, and the adapter was not yet there."""
+    out = tmp_path / "run"
+    variables = {**FSDP, "LORA_RITE_FAILPOINT": moment}
+    killed = Launch(words(data, out), tmp_path / "log", before=on_an_accelerator, **variables)
+    killed.processes[0].join()
+    for process in killed.processes:
+        process.kill()
+    launch_sharded(data, out, resume=True)
+    assert ends_as(out, sharded[0])
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_in_one_process(sharded, golden, data, tmp_path):
+    """Its checkpoints are those of DDP."""
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(sharded[0], out)
+    shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+    (out / "result.json").unlink()
+    allowed = ["--allow_changed", "batch_size", "processes", "sharded"]
+    assert main([*words(data, out, batch_size=4, resume=True, no_progress=True), *allowed]) == 0
+    assert_same_run(out, golden[0])
+
+
+@pytest.mark.slow
+def test_a_sharded_run_of_other_kinds(data, tmp_path):
+    """DoRA's magnitudes and a whole module by AdamW, in bfloat16, with the adapter of the lowest held-out loss."""
+    options = {
+        "dora": True,
+        "modules_to_save": "lm_head",
+        "bf16": True,
+        "keep_best": True,
+        "gradient_checkpointing": True,
+    }
+    launch_sharded(data, tmp_path / "sharded", **options)
+    assert [done.code for done in launch(data, tmp_path / "ddp", **options)] == [0, 0]
+    assert_same_run(tmp_path / "sharded", tmp_path / "ddp", 2e-2)
+    assert adapter(tmp_path / "sharded").keys() == adapter(tmp_path / "ddp").keys()
+
+
+@pytest.mark.parametrize(
+    ("variables", "options", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, {}, "asks for FSDP1, which flattens factors: fsdp_version: 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "asks for fsdp_offload_params: "),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "by --gradient_checkpointing"),
+        ({}, {"load_in_4bit": True}, "--load_in_4bit: FSDP2 does not share out quantised weights"),
+        ({}, {}, "accelerate shards a model by FSDP2 on GPUs alone: launch without FSDP"),
+    ],
+)
+def test_what_of_fsdp_is_refused(variables, options, message, data, tmp_path, monkeypatch, capsys):
+    from accelerate.state import AcceleratorState
+
+    for key, value in {**FSDP, **variables}.items():
+        monkeypatch.setenv(key, value)
+    try:
+        assert main(words(data, tmp_path / "run", **options)) == 2
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("*.json"))
+
+
 # --------------------------------------------------------------------------------------------- without a second process
 
 
@@ -348,10 +463,3 @@ def test_an_error_that_cannot_be_sent_comes_as_its_text():
 
     sent = processes._portable(Odd("no such thing", 2))
     assert (str(sent), sent.exit_code) == ("no such thing", 7)
-
-
-def fsdp(rank):
-    """Accelerate shards on accelerators alone."""
-    from test_fsdp_trainers import as_on_an_accelerator
-
-    as_on_an_accelerator()
