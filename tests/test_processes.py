@@ -19,7 +19,7 @@ pytest.importorskip("jsonargparse")
 from launch import Launch
 from safetensors.torch import load_file
 from task_files import make_mt5
-from test_crash import ends_as
+from test_crash import ends_as, send_once
 from torch.utils.data import SequentialSampler
 
 from lora_rite.cli import main
@@ -418,6 +418,17 @@ def test_an_epoch_is_completed_by_a_row_without_loss(rows, multiple):
     assert len(order) < rows + multiple
     for index in order[rows:]:
         assert data[index] == {"input_ids": [0, 0], "labels": [IGNORED] * 2, "attention_mask": [1, 1]}
+
+
+def test_batches_by_length_of_a_resumed_run_are_those_of_the_whole_one(data, tmp_path, monkeypatch):
+    """In the second epoch, after dropout has drawn from torch's generator."""
+    options = {"group_by_length": True, "dropout": 0.1, "no_progress": True, "batch_size": 4, "eval_every": 0}
+    assert main(words(data, tmp_path / "whole", **options)) == 0
+    with monkeypatch.context() as patch:
+        send_once(patch, 5, signal.SIGTERM)
+        assert main(words(data, tmp_path / "run", **options)) == 143
+    assert main(words(data, tmp_path / "run", resume=True, **options)) == 0
+    assert ends_as(tmp_path / "run", tmp_path / "whole")
 
 
 def test_whether_a_model_divides_by_the_items_of_a_batch(tmp_path):

@@ -72,7 +72,7 @@ def _run(name: str, verb: Callable[..., int | None], options: dict[str, Any], de
     """Runs a verb; what it raises becomes a line and the exit code, unless in ``debug``."""
     try:
         if name != "train":
-            processes.check_one(f"lora-rite {name}")
+            processes.check_alone(f"lora-rite {name}")
         return verb(**options) or 0
     except KeyboardInterrupt:
         _tell("lora-rite: ", "interrupted")

@@ -29,7 +29,7 @@ class Completed(Sampler[int]):
 
     Args:
         sampler: of all rows.
-        multiple: windows in a batch of all processes.
+        multiple: windows in a batch of all processes; 1 of one, whose last batch is a smaller one.
         seed: of a sampler that draws from torch's generator, which dropout leaves in another state in each process, and
             which a resumed run does not have as it was at the beginning of the epoch.
     """
@@ -57,12 +57,11 @@ def shared_batches(trainer_class: type) -> type:
     class SharedBatches(trainer_class):  # type: ignore[misc, valid-type]
         def get_train_dataloader(self) -> Any:
             loader = super().get_train_dataloader()
-            if count() > 1:
-                sampler: Any = loader.get_sampler()
-                if self.args.train_sampling_strategy == "group_by_length":
-                    sampler.batch_size *= count()
-                batch = self.args.train_batch_size * count()
-                loader.set_sampler(Completed(sampler, batch, self.args.seed))
+            sampler: Any = loader.get_sampler()
+            if self.args.train_sampling_strategy == "group_by_length":
+                sampler.batch_size *= count()
+            multiple = self.args.train_batch_size * count() if count() > 1 else 1
+            loader.set_sampler(Completed(sampler, multiple, self.args.seed))
             return loader
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:

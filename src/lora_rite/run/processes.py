@@ -3,6 +3,7 @@ what one of them finds wrong, all raise. In one process, all of this does nothin
 
 import os
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -31,13 +32,18 @@ _OF_FSDP = {
 _PATIENCE = timedelta(hours=2)
 
 
-def check_one(what: str) -> None:
-    """Raises LoRARiteValueError where the environment says that this process is one of several, or half says so."""
+def check_alone(what: str) -> None:
+    """Raises LoRARiteValueError where the environment says that this process is one of several."""
     for key in SIZES:
         if (processes := os.environ.get(key, "1")) != "1":
             raise LoRARiteValueError(
                 f"{what} is one process, and there are {processes} ({key}, as a launcher sets it): start it without one"
             )
+
+
+def check_one(what: str) -> None:
+    """As :func:`check_alone`, for what trains; and where the environment half says so, as accelerate would believe."""
+    check_alone(what)
     _check_halves(f"unset it, {what} is one process")
 
 
@@ -114,8 +120,8 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Ends what :func:`join` has begun, at the end of a program."""
-    if count() > 1:
+    """Ends what :func:`join` or the Trainer has begun, at the end of a program."""
+    if "torch" in sys.modules and _of_group("get_world_size", 0):
         import torch.distributed as dist
 
         dist.destroy_process_group()
@@ -168,7 +174,7 @@ def highest(value: int) -> int:
     import torch.distributed as dist
     from accelerate import PartialState
 
-    found = torch.tensor(value, device=PartialState().device)
+    found = torch.tensor(value, device=PartialState(cpu=uses_cpu()).device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
 
