@@ -229,6 +229,8 @@ def test_other_batches_are_those_of_one_process_too(options, data, tmp_path):
 def test_an_encoder_decoder_whose_loss_is_the_mean_of_its_tokens(data, tmp_path):
     """T5 divides by the tokens of its own process; what a process counts for is its share of them."""
     options = {"model": make_mt5(tmp_path / "mt5"), "target_modules": "q,v"}
+    config = tmp_path / "mt5" / "config.json"
+    config.write_text(config.read_text().replace('"dropout_rate": 0.1', '"dropout_rate": 0.0'))
     assert [done.code for done in launch(data, tmp_path / "two", **options)] == [0, 0]
     assert main(words(data, tmp_path / "one", batch_size=4, no_progress=True, **options)) == 0
     assert_same_run(tmp_path / "two", tmp_path / "one")
@@ -249,16 +251,15 @@ def test_another_number_of_processes_is_said_and_goes_on(data, golden, tmp_path,
 
 
 @pytest.mark.slow
-def test_all_stop_early_and_keep_the_same_adapter(data, tmp_path):
-    """The held-out loss is shared out, and the same number in all."""
+def test_all_stop_early_and_keep_the_lowest_loss(data, tmp_path):
+    """The held-out loss is shared out, and the same number in all: where one went on, it would wait for the others."""
     options = {"lr": 0.3, "steps": 40, "early_stopping": 2, "eval_every": 1, "holdout": 0.5}
-    done = launch(data, tmp_path / "two", **options)
+    done = launch(data, tmp_path / "run", **options)
     assert [process.code for process in done] == [0, 0], done
-    assert main(words(data, tmp_path / "one", batch_size=4, no_progress=True, **options)) == 0
-    best = [figures(tmp_path / name)["best"] for name in ("two", "one")]
-    assert best[0] == pytest.approx(best[1], rel=1e-3)
-    assert best[0]["last_step"] < 40
-    assert_same_run(tmp_path / "two", tmp_path / "one", 1e-3)
+    result = figures(tmp_path / "run")
+    lowest = min(result["held_out_losses"], key=lambda entry: entry["held_out_loss"])
+    assert (result["best"]["step"], result["best"]["held_out_loss"]) == (lowest["step"], lowest["held_out_loss"])
+    assert result["best"]["last_step"] == lowest["step"] + 2 < 40
 
 
 @pytest.mark.slow
@@ -366,10 +367,10 @@ def test_a_sharded_run_goes_on_in_one_process(sharded, golden, data, tmp_path):
 
 @pytest.mark.slow
 def test_a_sharded_run_of_other_kinds(data, tmp_path):
-    """DoRA's magnitudes and a whole module by AdamW, in bfloat16, with the adapter of the lowest held-out loss."""
+    """DoRA's magnitudes and whole modules by AdamW, in bfloat16, with the adapter of the lowest held-out loss."""
     options = {
         "dora": True,
-        "modules_to_save": "lm_head",
+        "modules_to_save": "post_attention_layernorm",
         "bf16": True,
         "keep_best": True,
         "gradient_checkpointing": True,
@@ -387,6 +388,7 @@ def test_a_sharded_run_of_other_kinds(data, tmp_path):
         ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "asks for fsdp_offload_params: "),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "by --gradient_checkpointing"),
         ({}, {"load_in_4bit": True}, "--load_in_4bit: FSDP2 does not share out quantised weights"),
+        ({}, {"modules_to_save": "lm_head"}, "--modules_to_save: FSDP2 takes no copies beside tied embeddings"),
         ({}, {}, "accelerate shards a model by FSDP2 on GPUs alone: launch without FSDP"),
     ],
 )

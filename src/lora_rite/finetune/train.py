@@ -253,6 +253,8 @@ def _attach(options: SimpleNamespace, network: Any) -> Any:
     network = attach_adapter(network, adapter=options.adapter, **new)
     place_quantised(network)
     config = network.peft_config[network.active_adapter]
+    if processes.sharded() and config.modules_to_save and getattr(network.config, "tie_word_embeddings", False):
+        raise LoRARiteValueError("--modules_to_save: FSDP2 takes no copies beside tied embeddings; train by DDP")
     if options.optimizer in OURS and (config.modules_to_save or getattr(config, "use_dora", False)):
         options.optimizer_args = {"adamw_lr": DEFAULT_LR["adamw"], **(options.optimizer_args or {})}
     made = check_optimizer(network, options.optimizer, options.lr, options.weight_decay, options.optimizer_args)
@@ -305,8 +307,10 @@ def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
     )
 
-    trainer.model_accepts_loss_kwargs &= divides_by_items(network, collator, train.rows[0])
-    torch.manual_seed(options.seed + processes.rank())  # each process drops other inputs of its layers
+    if trainer.model_accepts_loss_kwargs:
+        trainer.model_accepts_loss_kwargs = divides_by_items(network, collator, train.rows[0])
+    if not is_main():  # each process drops other inputs of its layers
+        torch.manual_seed(options.seed + processes.rank())
 
     def measure() -> float:
         with evaluating(trainer.optimizer):

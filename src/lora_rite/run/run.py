@@ -197,13 +197,15 @@ class Run:
                 raise NonFiniteError(f"{name} contains NaN or Inf at step {step}: lower --lr")
         checkpoint = self.folder / f"checkpoint-{step}"
         saving = lambda: writing(checkpoint, f"the checkpoint of step {step}", self._where_to_go_on)
-        with together(), saving():
-            failpoint("checkpoint begins")
-            with evaluating(trainer.optimizer):
+        modes = two_modes(trainer.optimizer) is not None
+        training = {n: whole(p).detach().contiguous() for n, p in trained(trainer.model)} if modes else None
+        with evaluating(trainer.optimizer):
+            state = _agreed_state(
+                trainer
+            )  # before anything is written: it waits for all processes, and a disk may be full
+            with together(), saving():
+                failpoint("checkpoint begins")
                 write()
-                state = _agreed_state(trainer)
-            modes = two_modes(trainer.optimizer) is not None
-            training = {n: whole(p).detach().contiguous() for n, p in trained(trainer.model)} if modes else None
         with together(), saving():
             if is_main():
                 self._seal(checkpoint, state, training)

@@ -4,18 +4,19 @@ processes must call these together. What is not shared out stays as it is."""
 import os
 from typing import Any
 
+from ..optim.modes import without_accelerate
 from .digest import trained, whole
 
 ADAPTER, OPTIMIZER, SCHEDULER = "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"
 
 
-def shard_like(p: Any, value: Any) -> Any:
-    """A value that all processes have whole, shared out as the parameter is."""
+def shard_like(like: Any, value: Any) -> Any:
+    """A value that all processes have whole, shared out as another is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if not isinstance(p, DTensor):
+    if not isinstance(like, DTensor):
         return value
-    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def assign(p: Any, value: Any) -> None:
@@ -51,18 +52,21 @@ def sharded_checkpoints(trainer_class: type) -> type:
             if not self.is_fsdp_enabled:
                 super().save_model(output_dir, _internal_call)
                 return
-            self._save(output_dir, state_dict={name: whole(p).detach().cpu() for name, p in trained(self.model)})
+            from torch.utils._pytree import tree_map
+
+            adapter = {name: whole(p).detach().cpu() for name, p in trained(self.model)}
+            # Gathered before anything is written: else the others would wait here for one whose disk is full.
+            self.whole_state = tree_map(whole, self.optimizer.state_dict())
+            self._save(output_dir, state_dict=adapter)
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
             if not self.is_fsdp_enabled:
                 super()._save_optimizer_and_scheduler(output_dir)
                 return
             import torch
-            from torch.utils._pytree import tree_map
 
-            state = tree_map(whole, self.optimizer.state_dict())
             if self.args.should_save:
-                torch.save(state, os.path.join(output_dir, OPTIMIZER))
+                torch.save(self.whole_state, os.path.join(output_dir, OPTIMIZER))
                 torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -81,17 +85,18 @@ def sharded_checkpoints(trainer_class: type) -> type:
                 super()._load_optimizer_and_scheduler(checkpoint)
                 return
             import torch
+            from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
             state, schedule = (
                 torch.load(os.path.join(checkpoint, name), weights_only=True, map_location="cpu")
                 for name in (OPTIMIZER, SCHEDULER)
             )
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            ids = [i for group in state["param_groups"] for i in group["params"]]
-            for p, i in zip(parameters, ids, strict=True):
+            get_optimizer_state_dict(
+                self.model, without_accelerate(self.optimizer)
+            )  # makes a state, of a step by nothing
+            for i, like in self.optimizer.state_dict()["state"].items():
                 of_one = state["state"].get(i, {})
-                moments = {key: value for key, value in of_one.items() if getattr(value, "shape", None) == p.shape}
-                of_one.update({key: shard_like(p, value) for key, value in moments.items()})
+                of_one.update({key: shard_like(like[key], value) for key, value in of_one.items() if key in like})
             self.optimizer.load_state_dict(state)
             self.lr_scheduler.load_state_dict(schedule)
 
