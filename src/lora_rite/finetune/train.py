@@ -31,7 +31,7 @@ from .checks import (
 )  # fmt: skip
 from .header import announce, busy, describe, show
 from .labelled import predict_labelled
-from .load import attach_adapter, load_model, place_quantised, set_attention
+from .load import attach_adapter, check_sharded, load_model, place_quantised, set_attention
 from .memory import peak
 from .optimizers import check_optimizer
 from .plans import adapter_digest
@@ -253,8 +253,7 @@ def _attach(options: SimpleNamespace, network: Any) -> Any:
     network = attach_adapter(network, adapter=options.adapter, **new)
     place_quantised(network)
     config = network.peft_config[network.active_adapter]
-    if processes.sharded() and config.modules_to_save and getattr(network.config, "tie_word_embeddings", False):
-        raise LoRARiteValueError("--modules_to_save: FSDP2 takes no copies beside tied embeddings; train by DDP")
+    check_sharded(network)
     if options.optimizer in OURS and (config.modules_to_save or getattr(config, "use_dora", False)):
         options.optimizer_args = {"adamw_lr": DEFAULT_LR["adamw"], **(options.optimizer_args or {})}
     made = check_optimizer(network, options.optimizer, options.lr, options.weight_decay, options.optimizer_args)
