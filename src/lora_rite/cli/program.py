@@ -73,7 +73,7 @@ def _run(name: str, verb: Callable[..., int | None], options: dict[str, Any], de
     try:
         if name != "train":
             processes.check_alone(f"lora-rite {name}")
-        return verb(**options) or 0
+        code = verb(**options) or 0
     except KeyboardInterrupt:
         _tell("lora-rite: ", "interrupted")
         return 130
@@ -85,9 +85,11 @@ def _run(name: str, verb: Callable[..., int | None], options: dict[str, Any], de
         what = "" if isinstance(error, InterruptedRunError) else "error: "
         _tell(f"lora-rite {name}: {what}", error)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-        return WriteError.exit_code if full else getattr(error, "exit_code", 1)
-    finally:
-        processes.leave()
+        code = WriteError.exit_code if full else getattr(error, "exit_code", 1)
+        if not hasattr(error, "everywhere"):  # the others may be waiting for this process: it must not wait for them
+            return code
+    processes.leave()
+    return code
 
 
 def _tell(before: str, error: Exception | str) -> None:

@@ -1,7 +1,7 @@
 """transformers' Trainer as all runs set it up, and the figures that it gives."""
 
 from collections.abc import Callable
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import Any
 
 from ..errors import LoRARiteValueError, warn
@@ -127,6 +127,7 @@ def held_out_loss(
     encoder_decoder = model.config.is_encoder_decoder
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     mine = batches[rank() :: count()]
+    mine += batches[:1] * (len(batches[:: count()]) - len(mine))  # FSDP2 has all wait for all in each pass
     sums: list[tuple[float, int]] = []
     training = model.training
     model.eval()
@@ -136,7 +137,7 @@ def held_out_loss(
             tokens = label_count(part, encoder_decoder)
             sums.append((float(model(**batch).loss) * tokens, tokens))
     model.train(training)
-    in_order = [pair for pair in chain.from_iterable(zip_longest(*gather(sums))) if pair is not None]
+    in_order = list(chain.from_iterable(zip(*gather(sums), strict=True)))[: len(batches)]
     return sum(loss for loss, _ in in_order) / sum(tokens for _, tokens in in_order)
 
 

@@ -53,7 +53,7 @@ def check_several() -> None:
     advice = "start them by torchrun or accelerate launch"
     for key in SIZES:
         missing = [name for name in TOLD if name not in os.environ]
-        if (processes := os.environ.get(key, "1")) != "1" and (missing or _told()[1] != int(processes)):
+        if (processes := os.environ.get(key, "1")) != "1" and (missing or str(_told()[1]) != processes):
             without = f", without {', '.join(missing)}" if missing else ""
             raise LoRARiteValueError(
                 f"there are {processes} processes ({key}, as a launcher sets it){without}: {advice}"
@@ -107,8 +107,10 @@ def join() -> None:
     Raises:
         LoRARiteValueError: they cannot be on this kind of device.
     """
-    if sharded():  # else from_pretrained would load the weights in the first process alone, and all try the model
+    if sharded():
+        # Else from_pretrained would load the weights in the first process alone, and all processes try the model.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")  # else it is gathered as a whole
     _, size = _told()
     if size == 1 or count() > 1:
         return
@@ -230,11 +232,10 @@ def tells(error: Exception | str) -> bool:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Within, processes other than the first print nothing and warn of nothing."""
-    if (
-        _told()[1] > 1
-    ):  # that DDP has looked for parameters without a gradient, which torch says in each, where not loaded
+    rank, size = _told()
+    if size > 1:  # else each says that DDP looks for parameters without a gradient (torch reads this as it is imported)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if _told()[0] == 0:
+    if rank == 0:
         yield
         return
     with ExitStack() as stack:

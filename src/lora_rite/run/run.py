@@ -102,10 +102,10 @@ class Run:
                 trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             if count() > 1:
                 _agreed_state(trainer)
-            if received:
+            if number := highest(received[0] if received else 0):  # in one process it may have come after the last step
                 step = trainer.state.global_step
-                message = f"stopped by {received[0].name} after step {step}, which is saved; {RESUME}"
-                raise everywhere(InterruptedRunError(message, received[0]))
+                message = f"stopped by {signal.Signals(number).name} after step {step}, which is saved; {RESUME}"
+                raise everywhere(InterruptedRunError(message, number))
         except NonFiniteError as error:
             self.fail(str(error), trainer.state.global_step)
         except RuntimeError as error:
@@ -200,9 +200,7 @@ class Run:
         modes = two_modes(trainer.optimizer) is not None
         training = {n: whole(p).detach().contiguous() for n, p in trained(trainer.model)} if modes else None
         with evaluating(trainer.optimizer):
-            state = _agreed_state(
-                trainer
-            )  # before anything is written: it waits for all processes, and a disk may be full
+            state = _agreed_state(trainer)  # all wait here for all: a process whose disk is full must not be awaited
             with together(), saving():
                 failpoint("checkpoint begins")
                 write()
@@ -272,9 +270,7 @@ def crash_safe(trainer_class: type) -> type:
 
     class CrashSafeTrainer(sharded_checkpoints(trainer_class)):  # type: ignore[misc]
         run: Run
-        on_prepared: Callable[[], None] | None = (
-            None  # called before the first step, when the model is as it is trained
-        )
+        on_prepared: Callable[[], None] | None = None  # called before the first step, with the model shared out
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             self.run.save(self, lambda: super(CrashSafeTrainer, self)._save_checkpoint(*args, **kwargs))

@@ -91,9 +91,8 @@ def sharded_checkpoints(trainer_class: type) -> type:
                 torch.load(os.path.join(checkpoint, name), weights_only=True, map_location="cpu")
                 for name in (OPTIMIZER, SCHEDULER)
             )
-            get_optimizer_state_dict(
-                self.model, without_accelerate(self.optimizer)
-            )  # makes a state, of a step by nothing
+            # Has the optimizer make a state, by a step of nothing, that says how each of its tensors is shared out.
+            get_optimizer_state_dict(self.model, without_accelerate(self.optimizer))
             for i, like in self.optimizer.state_dict()["state"].items():
                 of_one = state["state"].get(i, {})
                 of_one.update({key: shard_like(like[key], value) for key, value in of_one.items() if key in like})
