@@ -222,7 +222,7 @@ def test_a_killed_run_goes_on_bitwise_with_dropout(size, data, tmp_path):
 def test_other_batches_are_those_of_one_process_too(options, data, tmp_path):
     assert [done.code for done in launch(data, tmp_path / "two", 3, batch_size=1, **options)] == [0] * 3
     assert main(words(data, tmp_path / "one", batch_size=3, no_progress=True, **options)) == 0
-    assert_same_run(tmp_path / "two", tmp_path / "one", 1e-2 if "bf16" in options else 1e-4)
+    assert_same_run(tmp_path / "two", tmp_path / "one", 1e-2 if "bf16" in options else 1e-3)
 
 
 @pytest.mark.slow
@@ -374,6 +374,7 @@ def test_a_sharded_run_of_other_kinds(data, tmp_path):
         "bf16": True,
         "keep_best": True,
         "gradient_checkpointing": True,
+        "holdout": 0.2,  # three batches
     }
     launch_sharded(data, tmp_path / "sharded", **options)
     assert [done.code for done in launch(data, tmp_path / "ddp", **options)] == [0, 0]
