@@ -149,7 +149,7 @@ def test_a_signal_to_one_stops_all_and_the_run_goes_on_bitwise(golden, data, tmp
 @pytest.mark.parametrize(
     ("fault", "code", "message", "options", "variables"),
     [
-        ("there", 2, "is not an empty folder", {}, {}),
+        pytest.param("there", 2, "is not an empty folder", {}, {}, marks=pytest.mark.slow),
         pytest.param("value", 2, "--lr must be a finite number", {"lr": -1}, {}, marks=pytest.mark.slow),
         pytest.param("word", 2, "no option --steps_", {"steps_": 1}, {}, marks=pytest.mark.slow),
         pytest.param("in use", 5, "is in use by another process", {}, {}, marks=pytest.mark.slow),
