@@ -6,16 +6,17 @@ from typing import Any
 
 from ..optim.modes import without_accelerate
 from .digest import trained, whole
+from .processes import sharded
 
 ADAPTER, OPTIMIZER, SCHEDULER = "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"
 
 
 def shard_like(like: Any, value: Any) -> Any:
     """A value that all processes have whole, shared out as another is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(like, DTensor):
+    if not hasattr(like, "full_tensor"):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -29,9 +30,10 @@ def assign(p: Any, value: Any) -> None:
 
 def unshard_trained(model: Any) -> None:
     """Puts the trained parameters whole, on the CPU, in their places: the model can be saved then, and not be run."""
+    if not sharded():
+        return
     import torch
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
     modules = list(model.modules())
     for module in modules:
@@ -39,7 +41,7 @@ def unshard_trained(model: Any) -> None:
             module.reshard()
     for module in modules:
         for name, p in list(module.named_parameters(recurse=False)):
-            if p.requires_grad and isinstance(p, DTensor):
+            if p.requires_grad and hasattr(p, "full_tensor"):
                 module._parameters[name] = torch.nn.Parameter(whole(p).cpu())
 
 
