@@ -24,7 +24,7 @@ PINNED = {
     "openbookqa": ("53ad6eb3ac09b8edb006ebed", "c023fb92c778c098ebab2ecc"),
     "natural_instructions": ("f26c08ec6a0d353ae6856957", "41f49ffc5602fa21c2852d92"),
     "packing": ("8470d722875a1aae8809047e", "9c9b2805f958574055945483"),
-    "group_by_length": ("0da27f56d3ef5159f35cd4f1", "315024bbf21ef14d743055b4"),
+    "group_by_length": ("0da27f56d3ef5159f35cd4f1", "f92454eafbba8e6b14f727cc"),
     "encoder-decoder": ("cc06182cb7b1bed40dba0ea7", "5be51ef500f12d78f58edf21"),
 }
 

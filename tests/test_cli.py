@@ -209,10 +209,10 @@ def test_errors_are_one_line_that_names_the_option(words, message, data, tmp_pat
     assert error.splitlines()[-1].startswith("lora-rite train: error: ")
 
 
-def test_several_processes_are_refused_before_anything_is_written(data, tmp_path, capsys, monkeypatch):
+def test_processes_of_no_launcher_are_refused_before_anything_is_written(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", "--data", str(data), "--out", str(tmp_path / "run")]) == 2
-    assert "lora-rite train is one process, and there are 2" in capsys.readouterr().err
+    assert "there are 2 processes (WORLD_SIZE, as a launcher sets it), without RANK, " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,7 @@
 """What ``lora-rite train`` says: before it begins, while it runs, and at its end."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ import torch
 
 from lora_rite.cli import main
 from lora_rite.finetune import train as train_module
-from lora_rite.finetune.header import advice, summary
+from lora_rite.finetune.header import advice, announce, summary
 from lora_rite.finetune.load import attach_adapter, load_model
 from lora_rite.finetune.memory import optimizer_state
 from lora_rite.plan.pairs import Shape
@@ -153,3 +154,10 @@ def test_results_of_before_have_a_summary():
         "seconds": {"training": 1.0, "step": 1.0, "optimizer_step": 0.1, "optimizer_share": 0.1},
     }  # fmt: skip
     assert "held-out loss 2.0000 → 1.0000" in summary(result)
+
+
+def test_gpus_that_are_left_idle_are_said(monkeypatch):
+    """One process takes one of them; a launcher's takes each its own."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.warns(UserWarning, match="one of 4 GPUs is used: torchrun --nproc_per_node 4 -m lora_rite train"):
+        announce(SimpleNamespace(model="tiny", out="run"))

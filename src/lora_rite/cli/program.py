@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import InterruptedRunError, LoRARiteError, LoRARiteValueError, WriteError
+from ..run import processes
 from ..run.output import flush, tolerant_output
 
 #: The exit code where whoever read the output has gone: that of SIGPIPE.
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of ``lora-rite``. Returns the exit code: 0, 2 for wrong usage, 3 where an audit does not pass,
     128 + n for signal n, 141 where whoever read the output has gone, and 1 or the code of the error's class
     (:mod:`lora_rite.errors`) otherwise."""
-    with tolerant_output():
+    with tolerant_output(), processes.quiet():
         try:
             code = _main(argv)
         except SystemExit:  # of --help
@@ -56,7 +57,7 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         verb, options = CommandLine(VERBS, GROUPS).parse(sys.argv[1:] if argv is None else argv)
     except LoRARiteValueError as error:
-        print(f"lora-rite: error: {error}", file=sys.stderr)
+        _tell("lora-rite: error: ", error)
         return 2
     debug = options.pop("debug")
     with warnings.catch_warnings():
@@ -70,9 +71,11 @@ def _main(argv: Sequence[str] | None) -> int:
 def _run(name: str, verb: Callable[..., int | None], options: dict[str, Any], debug: bool) -> int:
     """Runs a verb; what it raises becomes a line and the exit code, unless in ``debug``."""
     try:
-        return verb(**options) or 0
+        if name != "train":
+            processes.check_alone(f"lora-rite {name}")
+        code = verb(**options) or 0
     except KeyboardInterrupt:
-        print("lora-rite: interrupted", file=sys.stderr)
+        _tell("lora-rite: ", "interrupted")
         return 130
     except (LoRARiteError, OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
@@ -80,6 +83,16 @@ def _run(name: str, verb: Callable[..., int | None], options: dict[str, Any], de
         if debug:
             raise
         what = "" if isinstance(error, InterruptedRunError) else "error: "
-        print(f"lora-rite {name}: {what}{error}", file=sys.stderr)
+        _tell(f"lora-rite {name}: {what}", error)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-        return WriteError.exit_code if full else getattr(error, "exit_code", 1)
+        code = WriteError.exit_code if full else getattr(error, "exit_code", 1)
+        if not hasattr(error, "everywhere"):  # the others may be waiting for this process: it must not wait for them
+            return code
+    processes.leave()
+    return code
+
+
+def _tell(before: str, error: Exception | str) -> None:
+    """Prints an error, in one of the processes that have it."""
+    if processes.tells(error):
+        print(f"{before}{error}", file=sys.stderr)

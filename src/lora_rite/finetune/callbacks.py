@@ -9,10 +9,12 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from ..optim.modes import evaluating
-from ..run.digest import trained
+from ..run.digest import trained, whole
 
 #: The times of the steps in the Trainer's ``state.stateful_callbacks``.
 CLOCK = "Clock"
+#: There, the held-out ``loss`` before the first step, where it could be measured in training alone.
+BEFORE = "Before"
 #: There, the lowest held-out loss: its ``step``, the ``loss``, and how many were measured ``since``.
 LOWEST = "Lowest"
 
@@ -103,4 +105,4 @@ def has_stopped(state: Any, patience: int) -> bool:
 
 def copies(model: Any) -> dict[str, Any]:
     """Copies of the trained parameters on the CPU, by name."""
-    return {name: p.detach().cpu().contiguous().clone() for name, p in trained(model)}
+    return {name: whole(p).detach().cpu().contiguous().clone() for name, p in trained(model)}

@@ -1,7 +1,6 @@
-"""What is wrong with a run's options, its folder or its processes, before anything is written."""
+"""What is wrong with a run's options or its folder, before anything is written."""
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from ..inputs import blame, suffix
 from ..options import LR
 from ..run.checkpoints import checkpoints
 from ..run.files import LOCK, read_json
+from ..run.processes import sharded
 from ..run.settings import PLACES, RESULT, changes, read_settings, refuse_changes
 from .load import module_names
 from .optimizers import find_optimizer
@@ -93,6 +93,8 @@ def _check_together(options: SimpleNamespace) -> None:
         raise LoRARiteValueError("--dtype float16 trains on a GPU alone; a CPU has float32 and bfloat16")
     if bits is not None and suffix(options.model) == ".gguf":
         raise LoRARiteValueError(f"--load_in_{bits}bit: a GGUF file is dequantised as it is loaded")
+    if bits is not None and sharded():
+        raise LoRARiteValueError(f"--load_in_{bits}bit: FSDP2 does not share out quantised weights; train them by DDP")
     if options.packing and options.attn_implementation == "flash_attention_2":
         raise LoRARiteValueError(
             "--packing keeps examples apart by a mask, which flash_attention_2 does not take: --attn_implementation "
@@ -137,25 +139,6 @@ def _in_order(value: Any) -> Any:
     return sorted(names) if isinstance(names, list) else names
 
 
-def check_processes() -> None:
-    """Raises LoRARiteValueError where the environment says that this process is one of several, as accelerate (so the
-    Trainer) reads it, or says so by halves."""
-    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun, mpirun, srun
-    for key in sizes:
-        if (processes := os.environ.get(key, "1")) != "1":
-            raise LoRARiteValueError(
-                f"lora-rite train is one process, and there are {processes} ({key}, as a launcher sets it): on several "
-                "GPUs use a script of the Trainer or of Accelerate (docs/scaling.md), or compare --devices, a run on "
-                "each"
-            )
-    missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
-    if (rank := os.environ.get("LOCAL_RANK", "-1")) != "-1" and missing:
-        raise LoRARiteValueError(
-            f"LOCAL_RANK={rank} is set, as a launcher of several processes sets it, without {', '.join(missing)}: "
-            "unset it, lora-rite train is one process"
-        )
-
-
 def _check_reporter(report_to: str) -> None:
     from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
@@ -166,7 +149,6 @@ def _check_reporter(report_to: str) -> None:
 
 
 def _check_ranges(settings: dict[str, Any]) -> None:
-    check_processes()
     least = {
         "rank": 1,
         "steps": 1,

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import LoRARiteValueError
 from ..inputs import blame
 from ..optim.modes import evaluating
-from .checks import check_processes
+from ..run.processes import check_one
 from .data import Example, read_examples
 from .load import attach_adapter
 from .models import refuse_adapter
@@ -86,7 +86,7 @@ def train_choices(
     from .. import LoRARiteCallback
 
     logging.disable_progress_bar()
-    check_processes()
+    check_one("train_choices")
     with blame(f"scheduler {scheduler}"):
         check_schedule(scheduler, scheduler_args, lr, steps, warmup)
     questions, held_out = (_questions(path) for path in (data, validation))

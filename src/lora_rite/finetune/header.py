@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..errors import warn
 from ..run.console import number
+from ..run.processes import count, sharded
 from ..run.versions import chip
 from .memory import count_text, estimate, size_text
 from .publish import next_commands
@@ -25,8 +27,13 @@ def announce(options: Any) -> None:
     import torch
 
     device = torch.accelerator.current_accelerator(check_available=True)
-    where = f"{'cpu' if device is None else device.type} ({chip()})"
-    _console().print(f"lora-rite train: {options.model} on {where}, into {options.out}", markup=False)
+    where = f"on {'cpu' if device is None else device.type} ({chip()})"
+    if count() > 1:
+        where = f"in {count()} processes{' by FSDP2' if sharded() else ''} {where}"
+    elif torch.cuda.device_count() > 1:
+        gpus = torch.cuda.device_count()
+        warn(f"one of {gpus} GPUs is used: torchrun --nproc_per_node {gpus} -m lora_rite train … uses all")
+    _console().print(f"lora-rite train: {options.model} {where}, into {options.out}", markup=False)
 
 
 @contextmanager
@@ -61,14 +68,17 @@ def describe(
     whole = network.num_parameters() if hasattr(network, "num_parameters") else sum(p.numel() for p in parameters)
     longest = max(len(row["input_ids"]) for row in train.rows)
     pairing = find_pairs(network)
-    of_a_step = options.batch_size * options.accumulation
+    of_a_step = options.batch_size * options.accumulation * count()
     return {
         "device": "cpu" if device is None else device.type,
         "chip": chip(),
         "dtype": str(dtype).removeprefix("torch."),
         "quantised_bits": options.bits,
         "attention": network.config._attn_implementation,
+        "processes": count(),
+        "sharded": sharded(),
         "steps": options.steps,
+        "windows_per_step": of_a_step,
         "epochs": options.steps * of_a_step / len(train.rows),
         "examples": {name: len(part) for name, part in examples.parts._asdict().items()},
         "windows": {"train": len(train.rows), "held_out": len(held_out.rows)},
@@ -116,9 +126,11 @@ def show(run: dict[str, Any], options: Any, held_out: int) -> None:
         f"held out: {number(windows['held_out'], 'window')}{some}, {loss['held_out']:,} tokens with loss",
     )
     clip = "" if run["max_grad_norm"] == 0 else f", gradients clipped to norm {run['max_grad_norm']:g}"
+    accumulated = f" × {options.accumulation}" if options.accumulation > 1 else ""
+    shares = f", {run['processes']} processes × {options.batch_size}{accumulated}" if run["processes"] > 1 else ""
     grid.add_row(
         "training",
-        f"{number(options.steps, 'step')} of {number(options.batch_size * options.accumulation, 'window')} "
+        f"{number(options.steps, 'step')} of {number(run['windows_per_step'], 'window')}{shares} "
         f"({run['epochs']:.2f} epochs) by {options.optimizer}, lr {options.lr:g}{clip}",
     )
     outside = run["trained_outside_pairs"]
@@ -128,7 +140,8 @@ def show(run: dict[str, Any], options: Any, held_out: int) -> None:
     trained = f"{run['trained']:,} trained parameters ({run['trained_share']:.2%})"
     grid.add_row("adapter", f"{trained} in {number(run['pairs'], 'pair')}{others}")
     known = (f"{key} {size_text(size)}" for key, size in memory.items() if key != "estimated" and size is not None)
-    grid.add_row("memory", f"about {size_text(memory['estimated'])}: {', '.join(known)}")
+    each = " in each process" if run["processes"] > 1 else ""
+    grid.add_row("memory", f"about {size_text(memory['estimated'])}{each}: {', '.join(known)}")
     _console().print(grid)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame
+from ..run.processes import sharded
 from .gguf import load_gguf
 from .models import fused_experts, locate, refuse_adapter
 from .untrusted import check_adapter
@@ -123,6 +124,17 @@ def place_quantised(network: Any) -> None:
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None and getattr(network, "quantization_method", None) is not None:
         network.to(torch.device(device.type, torch.accelerator.current_device_index()))
+
+
+def check_sharded(network: Any) -> None:
+    """Raises LoRARiteValueError where ``accelerate launch`` asks for FSDP2, which cannot share out the model."""
+    names: dict[int, list[str]] = {}
+    for name, p in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    tied = [name for same in names.values() if len(same) > 1 for name in same if ".original_module." in name]
+    if sharded() and tied:
+        module = tied[0].partition(".original_module.")[0]
+        raise LoRARiteValueError(f"--modules_to_save: FSDP2 takes no copy of {module}, which is tied; train by DDP")
 
 
 def attach_adapter(

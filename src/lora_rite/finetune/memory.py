@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..run.processes import count, highest, sharded
 from .optimizers import create_optimizer
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ def activations(
 
 
 def estimate(network: Any, options: Any, longest: int, bytes_each: int) -> dict[str, int | None]:
-    """What a run takes on its device, in bytes: ``weights``, ``adapter`` (what is trained, and its gradients),
-    ``optimizer`` (None where it cannot be told), ``activations`` (roughly; None for a model whose config does not
-    tell), and ``estimated``, the sum of what is known.
+    """What each process of a run takes on its device, in bytes: ``weights``, ``adapter`` (what is trained, and its
+    gradients), ``optimizer`` (None where it cannot be told), ``activations`` (roughly; None for a model whose config
+    does not tell), and ``estimated``, the sum of what is known.
 
     Args:
         network: the model with its adapter.
@@ -86,8 +87,9 @@ def estimate(network: Any, options: Any, longest: int, bytes_each: int) -> dict[
     shapes = Counter(pair.shape for pair in pairing.pairs)
     parameters = list(network.parameters())
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    parts_of_all = count() if sharded() else 1
     parts: dict[str, int | None] = {
-        "weights": sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
+        "weights": sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad) // parts_of_all,
         "adapter": 2 * trained,
     }
     try:
@@ -105,8 +107,12 @@ def estimate(network: Any, options: Any, longest: int, bytes_each: int) -> dict[
 
 
 def peak() -> int | None:
-    """The largest number of bytes so far: of tensors on the GPU, or of this process where it has none; None where the
-    system does not tell."""
+    """The largest number of bytes so far in any process of the run: of tensors on the GPU, or of the process where it
+    has none; None where the system does not tell."""
+    return highest(_peak()) or None
+
+
+def _peak() -> int:
     import torch
 
     if torch.cuda.is_available():
@@ -115,7 +121,7 @@ def peak() -> int | None:
         import resource
         import sys
     except ImportError:
-        return None
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -9,10 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 from ..inputs import blame
 from ..optim.modes import evaluating
-from ..run import checkpoints, digest
+from ..run import checkpoints, digest, processes
 from ..run.files import locked
+from ..run.processes import gather, is_main, on_main, together
 from ..run.run import Run, crash_safe
+from ..run.shards import unshard_trained
 from ..run.versions import versions
+from .batches import Rows, divides_by_items, shared_batches
 from .chats import set_chat_template
 from .checks import (
     DEFAULT_LR,
@@ -27,7 +30,7 @@ from .checks import (
 )  # fmt: skip
 from .header import announce, busy, describe, show
 from .labelled import predict_labelled
-from .load import attach_adapter, load_model, place_quantised, set_attention
+from .load import attach_adapter, check_sharded, load_model, place_quantised, set_attention
 from .memory import peak
 from .optimizers import check_optimizer
 from .plans import adapter_digest
@@ -112,7 +115,7 @@ def train(
             by itself, 0.
         steps: optimizer steps; by default 200.
         epochs: instead of steps, how often to go through the data.
-        batch_size: windows in a batch, on each device.
+        batch_size: windows in a batch of each process; a step takes so many times the processes and the accumulation.
         accumulation: batches in a step.
         max_length: tokens in a window, at most the model's positions; for an encoder-decoder model, of a prompt and of
             a completion, each.
@@ -143,30 +146,48 @@ def train(
         progress: say what is run, show bars, and print held-out losses as they come.
     """
     options = SimpleNamespace(**locals())
-    if push_to_hub is not None:
-        check_push("--push_to_hub", push_to_hub)
+    processes.check_several()
+    with processes.quiet():
+        processes.join()
+        return _train_and_push(options)
+
+
+def _train_and_push(options: SimpleNamespace) -> dict[str, Any]:
+    """:func:`train` with its options in one place, in one of the processes of a run."""
+    if not is_main():
+        from transformers.utils import logging
+
+        options.progress = False
+        logging.set_verbosity_error()
+    if options.push_to_hub is not None:
+        on_main(lambda: check_push("--push_to_hub", options.push_to_hub))
     result = _train(options)
-    if push_to_hub is not None and not preview:
-        print(push(out, push_to_hub))
+    if options.push_to_hub is not None and not options.preview:
+        print(on_main(lambda: push(options.out, options.push_to_hub)))
     return result
 
 
 def _train(options: SimpleNamespace) -> dict[str, Any]:
-    """:func:`train` with its options in one place."""
-    settings = check_options(options)
-    if options.progress and not options.preview:
-        announce(options)
-    examples = read(options)
+    with together():
+        settings = check_options(options)
+        if options.progress and not options.preview:
+            announce(options)
+        examples = read(options)
     if options.preview:
         where = options.model, options.max_length, options.chat_template, options.trust_remote_code
-        show_examples(options.preview, examples.parts.train, *where)
+        on_main(lambda: show_examples(options.preview, examples.parts.train, *where))
         return {}
-    if (finished := finished_result(options.out, settings, options.resume, options.allow_changed)) is not None:
-        return finished
-    prepared = _prepare(options, examples)
+    finished = lambda: on_main(lambda: finished_result(options.out, settings, options.resume, options.allow_changed))
+    if (result := finished()) is not None:
+        return result
+    with together():
+        prepared = _prepare(options, examples)
+    if len({tuple(inputs.items()) for inputs in gather(prepared.inputs)}) > 1:
+        message = "the processes have read different data or weights: the files must be the same on all machines"
+        raise processes.everywhere(LoRARiteValueError(message))
     with locked(options.out):
-        if (finished := finished_result(options.out, settings, options.resume, options.allow_changed)) is not None:
-            return finished  # by the process that had the lock before
+        if (result := finished()) is not None:
+            return result  # by the process that had the lock before
         return _run(options, settings, examples, prepared)
 
 
@@ -214,7 +235,7 @@ def _load(options: SimpleNamespace, examples: Examples) -> tuple[Any, Any, Windo
     if options.group_by_length:
         held_out.rows.sort(key=lambda row: len(row["input_ids"]))
     if options.epochs is not None:
-        batches = math.ceil(len(train.rows) / options.batch_size)
+        batches = math.ceil(len(train.rows) / (options.batch_size * processes.count()))
         options.steps = math.ceil(options.epochs * math.ceil(batches / options.accumulation))
         check_steps(options, options.steps)
     return network, tokenizer, train, held_out, there
@@ -231,6 +252,7 @@ def _attach(options: SimpleNamespace, network: Any) -> Any:
     network = attach_adapter(network, adapter=options.adapter, **new)
     place_quantised(network)
     config = network.peft_config[network.active_adapter]
+    check_sharded(network)
     if options.optimizer in OURS and (config.modules_to_save or getattr(config, "use_dora", False)):
         options.optimizer_args = {"adamw_lr": DEFAULT_LR["adamw"], **(options.optimizer_args or {})}
     made = check_optimizer(network, options.optimizer, options.lr, options.weight_decay, options.optimizer_args)
@@ -267,11 +289,11 @@ def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
     with locked(options.out):
         pass  # the Trainer makes folders: from here on, the folder is known as one of ours
     trainer, is_lora_rite = make_trainer(
-        crash_safe(Trainer),
+        crash_safe(shared_batches(Trainer)),
         network,
         options,
         collator,
-        train.rows,
+        Rows(train.rows),
         gradient_accumulation_steps=options.accumulation,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -282,6 +304,11 @@ def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
         report_to=options.report_to,
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
     )
+
+    if trainer.model_accepts_loss_kwargs:
+        trainer.model_accepts_loss_kwargs = divides_by_items(network, collator, train.rows[0])
+    if not is_main():  # each process drops other inputs of its layers
+        torch.manual_seed(options.seed + processes.rank())
 
     def measure() -> float:
         with evaluating(trainer.optimizer):
@@ -303,16 +330,19 @@ def _begin_and_train(
     options: SimpleNamespace, settings: dict[str, Any], prepared: _Prepared
 ) -> tuple[Run, float, float]:
     """Begins or resumes the run and trains. Returns it with the held-out losses before and after."""
-    from .callbacks import has_stopped
+    from .callbacks import BEFORE, has_stopped
 
     trainer, measure = prepared.trainer, prepared.measure
     if options.save_every:
-        checkpoints.check_space(options.out, trainer.model)
-    allowed = [*(options.allow_changed or []), *raised_steps(options.out, settings)]
+        on_main(lambda: checkpoints.check_space(options.out, trainer.model))
+    allowed = [*(options.allow_changed or []), *on_main(lambda: raised_steps(options.out, settings))]
     run = Run(options.out, settings, prepared.inputs, versions(), allowed)
     run.begin(options.resume)
-    before = measure()
+    if processes.sharded():  # before it is shared out, the model may not fit
+        trainer.on_prepared = lambda: trainer.state.stateful_callbacks.update({BEFORE: {"loss": measure()}})
+    before = None if processes.sharded() else measure()
     run.train(trainer, options.steps, lambda state: has_stopped(state, options.early_stopping))
+    before = trainer.state.stateful_callbacks[BEFORE]["loss"] if before is None else before
     measured = log_entries(trainer.state.log_history, "held_out_loss")[-1:]
     there = measured and measured[0]["step"] == trainer.state.global_step
     after = measured[0]["held_out_loss"] if there else measure()
@@ -361,6 +391,7 @@ def _run(options: SimpleNamespace, settings: dict[str, Any], examples: Examples,
         "versions": versions(),
     }
     with evaluating(trainer.optimizer):
+        unshard_trained(network)
         run.restore_best(network)
         run.finish(lambda folder: export(folder, network, prepared.tokenizer, result), result)
     return result

@@ -1,11 +1,14 @@
 """transformers' Trainer as all runs set it up, and the figures that it gives."""
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..errors import LoRARiteValueError, warn
 from ..inputs import blame
 from ..optim.modes import without_accelerate
+from ..run.processes import count, gather, rank, sharded, uses_cpu
 from .optimizers import OptimizerFactory, option
 from .windows import label_count
 
@@ -46,6 +49,8 @@ def make_trainer(
         train_dataset=rows,
         optimizer_cls_and_kwargs=(OptimizerFactory, kwargs),
     )
+    if sharded() and not trainer.accelerator.is_fsdp2:
+        raise LoRARiteValueError("accelerate shards a model by FSDP2 on GPUs alone: launch without FSDP")
     with blame(option(options.optimizer, options.optimizer_args)):
         is_lora_rite = isinstance(trainer.create_optimizer(), LoRARite)
     given = MAX_GRAD_NORM if options.max_grad_norm is None else options.max_grad_norm
@@ -58,7 +63,7 @@ def _arguments(options: Any, more: dict[str, Any]) -> Any:
     from transformers import TrainingArguments
 
     with blame("the Trainer's arguments"):  # what options are to blame for was found before
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(options.out / "checkpoints"),
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size,
@@ -67,14 +72,25 @@ def _arguments(options: Any, more: dict[str, Any]) -> Any:
             lr_scheduler_type=options.scheduler,
             lr_scheduler_kwargs=options.scheduler_args or {},
             warmup_steps=round(options.warmup * options.steps),
-            use_cpu=not torch.accelerator.is_available(),
+            use_cpu=uses_cpu(),
             seed=options.seed,
+            data_seed=options.seed,
+            # Experts without a token have no gradient in one process and one in another. And with this, DDP does not
+            # sort its buckets anew after the first step, so that a resumed run adds in the order of the whole one.
+            ddp_find_unused_parameters=True,
             logging_steps=options.log_every,
             logging_nan_inf_filter=False,
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
             **more,
         )
+    ours = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
+    if arguments.mixed_precision != ours:
+        warn(f"mixed_precision: {arguments.mixed_precision} of accelerate's config is not used: --dtype says what is")
+        arguments.mixed_precision = ours
+    if arguments.n_gpu > 1:  # else the Trainer would have DataParallel make batches so many times as large
+        arguments._n_gpu = 1
+    return arguments
 
 
 def add_callbacks(
@@ -109,27 +125,30 @@ def add_callbacks(
 def held_out_loss(
     model: Any, rows: list[dict[str, list[int]]], collator: Any, batch_size: int, *, progress: bool = False
 ) -> float:
-    """Mean cross-entropy in nat over all tokens that carry loss (each token counts the same)."""
+    """Mean cross-entropy in nat over all tokens that carry loss (each token counts the same). Several processes share
+    the batches, and all of them return the mean over all, added in the order in which one process adds it."""
     import torch
     from tqdm.auto import tqdm
 
-    total, tokens = 0.0, 0
     encoder_decoder = model.config.is_encoder_decoder
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    mine = batches[rank() :: count()]
+    mine += batches[:1] * (len(batches[:: count()]) - len(mine))  # FSDP2 has all wait for all in each pass
+    sums: list[tuple[float, int]] = []
     training = model.training
     model.eval()
     # The Trainer leaves its autocast on a model that it has trained: without ours, one that it has not trained yet, or
     # that is evaluated alone, would give another loss (by 5e-4 of it on the embedded model in bfloat16).
     low = model.dtype in (torch.bfloat16, torch.float16)
-    with torch.inference_mode(), torch.autocast(model.device.type, model.dtype if low else None, enabled=low):
-        batches = range(0, len(rows), batch_size)
-        for i in tqdm(batches, desc="measuring the held-out loss", leave=False, disable=not progress):
-            part = rows[i : i + batch_size]
+    cast = torch.autocast(model.device.type, model.dtype if low else None, enabled=low)
+    with torch.no_grad(), cast:  # FSDP2 cannot train on with what it has gathered in inference mode
+        for part in tqdm(mine, desc="measuring the held-out loss", leave=False, disable=not progress):
             batch = collator([dict(row) for row in part]).to(model.device)
-            count = label_count(part, encoder_decoder)
-            total += float(model(**batch).loss) * count
-            tokens += count
+            tokens = label_count(part, encoder_decoder)
+            sums.append((float(model(**batch).loss) * tokens, tokens))
     model.train(training)
-    return total / tokens
+    in_order = list(chain.from_iterable(zip(*gather(sums), strict=True)))[: len(batches)]
+    return sum(loss for loss, _ in in_order) / sum(tokens for _, tokens in in_order)
 
 
 def seconds(state: Any) -> dict[str, float | None]:

@@ -19,7 +19,7 @@ def digest_tensors(named: Iterable[tuple[str, Any]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(whole(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -48,3 +48,9 @@ def digest_state(model: Any, optimizer: Any) -> str:
 
 def trained(model: Any) -> list[tuple[str, Any]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def whole(value: Any) -> Any:
+    """A tensor that FSDP2 has shared out over the processes, which must all call this, in one piece; anything else as
+    it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -6,13 +6,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import FolderInUseError, LoRARiteValueError, WriteError
 from ..inputs import one_line, parse_json, suffix
 from .failpoints import failpoint
+from .processes import is_main, together
 
 LOCK = ".lock"
 
@@ -127,12 +128,26 @@ def writing(path: Path, what: str, advice: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder and holds its lock, which the system takes back from a process that dies.
+    """Makes the folder and holds its lock, which the system takes back from a process that dies. Of the processes of a
+    run, the first one holds it for all.
 
     Raises:
         FolderInUseError: another process has it.
         WriteError: the folder cannot be made or written.
+        LoRARiteValueError: it is not one folder for all processes.
     """
+    with ExitStack() as held:
+        with together():
+            if is_main():
+                held.enter_context(_locked(folder))
+        with together():
+            if not (folder / LOCK).exists():
+                raise LoRARiteValueError(f"{folder} must be on a disk that all machines share: some do not see it")
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     path = folder / LOCK

@@ -11,10 +11,12 @@ from typing import Any
 
 from ..errors import CheckpointError, InterruptedRunError, LoRARiteError, NonFiniteError, warn
 from .checkpoints import BEST, TRAINING, clear, newest_verified, read_manifest, rotate, seal, step_of
-from .digest import digest_state, trained
+from .digest import digest_state, trained, whole
 from .failpoints import failpoint
 from .files import write_folder, write_json, writing
+from .processes import count, everywhere, gather, highest, is_main, on_main, together
 from .settings import FAILED, PARTS, PLACES, RESULT, RESUME, SETTINGS, changes, read_settings, refuse_changes
+from .shards import assign, sharded_checkpoints
 from .versions import environment
 
 
@@ -48,6 +50,10 @@ class Run:
 
     def begin(self, resume: bool) -> None:
         """Writes ``settings.json``; where the run is resumed, checks it and chooses the checkpoint to go on from."""
+        on_main(lambda: self._begin(resume))
+        self.record, self.checkpoint, self.last_saved = gather((self.record, self.checkpoint, self.last_saved))[0]
+
+    def _begin(self, resume: bool) -> None:
         stored = read_settings(self.out) if resume else None
         if stored is None:
             write_json(self.out / SETTINGS, self.record)
@@ -94,11 +100,12 @@ class Run:
             with _stop_after_step(trainer) as received:
                 trainer.add_callback(self._checks(trainer))
                 trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-            if received:
+            if count() > 1:
+                _agreed_state(trainer)
+            if number := highest(received[0] if received else 0):  # in one process it may have come after the last step
                 step = trainer.state.global_step
-                raise InterruptedRunError(
-                    f"stopped by {received[0].name} after step {step}, which is saved; {RESUME}", received[0]
-                )
+                message = f"stopped by {signal.Signals(number).name} after step {step}, which is saved; {RESUME}"
+                raise everywhere(InterruptedRunError(message, number))
         except NonFiniteError as error:
             self.fail(str(error), trainer.state.global_step)
         except RuntimeError as error:
@@ -111,8 +118,9 @@ class Run:
         """Records that the run has failed, exports nothing, and raises NonFiniteError."""
         message = f"{reason.rstrip('.')}. No adapter was written; {self._where_to_go_on()}"
         record = {"status": "failed", "error": reason, "step": step, "last_checkpoint": self.last_saved}
-        write_json(self.out / FAILED, {**record, **self.record})
-        raise NonFiniteError(message)
+        if is_main():
+            write_json(self.out / FAILED, {**record, **self.record})
+        raise everywhere(NonFiniteError(message))
 
     def _where_to_go_on(self) -> str:
         if self.last_saved is None:
@@ -122,30 +130,30 @@ class Run:
     def _load(self, trainer: Any, steps: int) -> None:
         """The state after the last step, of a run that was killed after it had saved that."""
         folder = str(self.checkpoint)
-        trainer._load_from_checkpoint(folder)
-        trainer.create_scheduler(num_training_steps=steps)
-        trainer._load_optimizer_and_scheduler(folder)
         trainer.state = _trainer_state(Path(folder))
+        if not trainer.is_fsdp_enabled:  # as Trainer.train does: else it is loaded after it is shared out
+            trainer._load_from_checkpoint(folder)
+        trainer._prepare_for_training(steps, trainer.get_train_dataloader(), folder)
         self._go_on(trainer)
 
     def _go_on(self, trainer: Any) -> None:
         """Checks that adapter and optimizer in memory are those that were saved (nothing was silently left out in
         loading), and has an optimizer with two modes train where it did."""
-        import torch
         from safetensors.torch import load_file
 
         from ..optim.modes import two_modes
 
         if self.checkpoint is None:
             return
-        if digest_state(trainer.model, trainer.optimizer) != read_manifest(self.checkpoint)["state"]:
-            raise CheckpointError(f"{self.checkpoint} does not give back the adapter and the optimizer that were saved")
+        with together():
+            if digest_state(trainer.model, trainer.optimizer) != read_manifest(self.checkpoint)["state"]:
+                message = f"{self.checkpoint} does not give back the adapter and the optimizer that were saved"
+                raise CheckpointError(message)
         if (saved := self.checkpoint / TRAINING).is_file():
             two_modes(trainer.optimizer).train()
             values = load_file(saved)
-            with torch.no_grad():
-                for name, p in trained(trainer.model):
-                    p.copy_(values[name])
+            for name, p in trained(trainer.model):
+                assign(p, values[name])
         if (saved := self.checkpoint / BEST).is_file():
             self.best = load_file(saved)
 
@@ -181,45 +189,74 @@ class Run:
             NonFiniteError: the adapter is not finite; nothing is written.
             WriteError: it cannot be written; what was written of it is removed.
         """
-        from safetensors.torch import save_file
-
         from ..optim.modes import evaluating, two_modes
 
         step = trainer.state.global_step
         for name, p in trained(trainer.model):
-            if not p.isfinite().all():
+            if not whole(p).isfinite().all():
                 raise NonFiniteError(f"{name} contains NaN or Inf at step {step}: lower --lr")
         checkpoint = self.folder / f"checkpoint-{step}"
-        with writing(checkpoint, f"the checkpoint of step {step}", self._where_to_go_on):
-            failpoint("checkpoint begins")
-            with evaluating(trainer.optimizer):
+        saving = lambda: writing(checkpoint, f"the checkpoint of step {step}", self._where_to_go_on)
+        modes = two_modes(trainer.optimizer) is not None
+        training = {n: whole(p).detach().contiguous() for n, p in trained(trainer.model)} if modes else None
+        with evaluating(trainer.optimizer):
+            state = _agreed_state(trainer)  # all wait here for all: a process whose disk is full must not be awaited
+            with together(), saving():
+                failpoint("checkpoint begins")
                 write()
-                state = digest_state(trainer.model, trainer.optimizer)
-            if two_modes(trainer.optimizer) is not None:
-                training = {name: p.detach().contiguous() for name, p in trained(trainer.model)}
-                save_file(training, checkpoint / TRAINING)
-            if self.best is not None:
-                save_file(self.best, checkpoint / BEST)
-            failpoint("checkpoint written")
-            seal(checkpoint, self.record["id"], state)
+        with together(), saving():
+            if is_main():
+                self._seal(checkpoint, state, training)
         self.last_saved = step
-        rotate(self.folder, self.record["id"])
+        on_main(lambda: rotate(self.folder, self.record["id"]))
+
+    def _seal(self, checkpoint: Path, state: str, training: dict[str, Any] | None) -> None:
+        """Adds to a checkpoint of the Trainer's what it has not, and seals it."""
+        from safetensors.torch import save_file
+
+        if training is not None:
+            save_file(training, checkpoint / TRAINING)
+        if self.best is not None:
+            save_file(self.best, checkpoint / BEST)
+        failpoint("checkpoint written")
+        seal(checkpoint, self.record["id"], state)
 
     def restore_best(self, model: Any) -> None:
         """Gives the trained parameters the values at the lowest held-out loss, where the run has kept them."""
-        import torch
-
         if self.best is not None:
-            with torch.no_grad():
-                for name, p in trained(model):
-                    p.copy_(self.best[name])
+            for name, p in trained(model):
+                assign(p, self.best[name])
 
     def finish(self, export: Callable[[Path], None], result: dict[str, Any]) -> None:
         """Writes the adapter, then the result: a run with ``result.json`` is finished."""
-        with writing(self.out / ".adapter.tmp", "the result", self._where_to_go_on):
-            write_folder(self.out / "adapter", export)
-            write_json(self.out / RESULT, result)
-        (self.out / FAILED).unlink(missing_ok=True)
+
+        def write() -> None:
+            with writing(self.out / ".adapter.tmp", "the result", self._where_to_go_on):
+                write_folder(self.out / "adapter", export)
+                write_json(self.out / RESULT, result)
+            (self.out / FAILED).unlink(missing_ok=True)
+
+        on_main(write)
+
+
+#: How far adapters of the processes may be from the first one's, by their norm: chips that differ round differently.
+_DRIFT = 1e-2
+
+
+def _agreed_state(trainer: Any) -> str:
+    """The digest of adapter and optimizer in the first process, when all have the same.
+
+    Raises:
+        LoRARiteError: the adapters have drifted apart.
+    """
+    states = gather(digest_state(trainer.model, trainer.optimizer))
+    if len(set(states)) > 1:
+        adapters = gather([whole(p).detach().cpu() for _, p in trained(trainer.model)])
+        norms = [sum(float((p - q).norm() ** 2) for p, q in zip(a, adapters[0], strict=True)) for a in adapters]
+        if max(norms) > _DRIFT**2 * sum(float(p.norm() ** 2) for p in adapters[0]):
+            what = f"after step {trainer.state.global_step} the processes have adapters that differ"
+            raise everywhere(LoRARiteError(f"{what}: the optimizer draws random numbers; train with one process"))
+    return states[0]
 
 
 def _trainer_state(checkpoint: Path) -> Any:
@@ -229,29 +266,38 @@ def _trainer_state(checkpoint: Path) -> Any:
 
 
 def crash_safe(trainer_class: type) -> type:
-    """A class of transformers' Trainer whose checkpoints are sealed by its ``run``."""
+    """A class of transformers' Trainer whose checkpoints are sealed by its ``run``, also under FSDP2."""
 
-    class CrashSafeTrainer(trainer_class):  # type: ignore[misc, valid-type]
+    class CrashSafeTrainer(sharded_checkpoints(trainer_class)):  # type: ignore[misc]
         run: Run
+        on_prepared: Callable[[], None] | None = None  # called before the first step, with the model shared out
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             self.run.save(self, lambda: super(CrashSafeTrainer, self)._save_checkpoint(*args, **kwargs))
+
+        def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+            prepared = super()._prepare_for_training(*args, **kwargs)
+            if self.state.global_step == 0 and self.on_prepared is not None:
+                self.on_prepared()
+            return prepared
 
     return CrashSafeTrainer
 
 
 @contextmanager
 def _stop_after_step(trainer: Any) -> Iterator[list[signal.Signals]]:
-    """SIGINT, SIGTERM and SIGHUP make the Trainer save and stop after the present step. The second one acts at once.
+    """SIGINT, SIGTERM and SIGHUP make the Trainer save and stop after the present step, in all processes the same one.
+    The second one acts at once.
 
-    Yields the list of signals received. Signals that this process ignores (nohup) stay ignored."""
+    Yields the list of signals received, in any process. Signals that this process ignores (nohup) stay ignored."""
     from transformers import TrainerCallback
 
     received: list[signal.Signals] = []
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if received:
+            if number := highest(received[0] if received else 0):
+                received[:] = [signal.Signals(number)]
                 control.should_save = control.should_training_stop = True
 
     trainer.add_callback(Stop())
@@ -266,7 +312,8 @@ def _stop_after_step(trainer: Any) -> Iterator[list[signal.Signals]]:
         received.append(signal.Signals(number))
         restore()
         message = f"lora-rite: {received[0].name}: finishing the step and saving it; once more stops at once\n"
-        os.write(2, message.encode())  # print() is not safe here
+        if is_main():
+            os.write(2, message.encode())  # print() is not safe here
 
     if threading.current_thread() is not threading.main_thread():
         yield received

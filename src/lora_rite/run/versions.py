@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .processes import count, sharded
+
 
 def versions(*more: str) -> dict[str, Any]:
     """Versions (of ``more`` packages too), machine and the commit of this package's source (None outside a checkout,
@@ -46,13 +48,15 @@ def processor() -> str:
 
 
 def environment(versions: dict[str, Any]) -> dict[str, Any]:
-    """What bitwise equality needs to stay the same: versions, this package's code, device, instruction set, threads."""
+    """What bitwise equality needs to stay the same: versions, this package's code, device, instruction set, threads,
+    processes."""
     import torch
 
     left_out = ("date", "machine", "processor", "git_commit")
     kept = {key: value for key, value in versions.items() if key not in left_out}
     code = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parents[1].rglob("*.py"))))
-    return {**kept, "code": code.hexdigest(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    processes = {"processes": count(), "sharded": sharded()}
+    return {**kept, "code": code.hexdigest(), "cpu": torch.backends.cpu.get_cpu_capability(), **processes}
 
 
 def _git_commit() -> str | None:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
-from ..finetune.checks import check_processes, weights_of
+from ..finetune.checks import weights_of
 from ..finetune.data import Sample
 from ..finetune.load import load_model
 from ..finetune.optimizers import check_optimizer
 from ..finetune.train import train
 from ..run.files import LOCK, read_json, write_json
+from ..run.processes import check_one
 from .data import missing_files, read_new_data, write_data
 from .plan import duration, print_plan
 from .recipe import SPLITS, Recipe, in_words_of_a_study, load_recipe
@@ -103,7 +104,7 @@ def compare(
 def _check_before(study: Study, recipe: Path, data_dir: Path | None, devices: list[int] | None) -> None:
     """Checks packages, devices, optimizers and evaluations: what is missing must not be found out after hours."""
     require_packages()
-    check_processes()
+    check_one("lora-rite compare")
     check_devices(devices or [])
     decay = max(study.train_options(task).get("weight_decay", 0.0) for task in study.recipe.tasks)
     for name, contender in study.recipe.optimizers.items():
