@@ -1,0 +1,309 @@
+"""LoRARite under DeepSpeed's ZeRO, which flattens the factors and shares out the pieces."""
+
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoRARiteTypeError, LoRARiteValueError, warn
+from ..optim.adamw import adamw_step
+from ..optim.optimizer import LoRARite, state_bytes
+
+#: Where a group's checkpoint keeps what DeepSpeed cannot share out: all of LoRARite's state but the first moments.
+KEPT_WHOLE = "lora_rite"
+#: How DeepSpeed's tools call the moments of Adam, and look for them. The first one of factors is LoRARite's.
+FIRST, SECOND = "exp_avg", "exp_avg_sq"
+
+
+class Piece(NamedTuple):
+    """What this process has of a parameter: ``numel`` elements, from ``start`` on in the parameter (flattened) and from
+    ``offset`` on in the flat tensor of its group; ``of`` is the number of that flat tensor."""
+
+    start: int
+    offset: int
+    numel: int
+    of: int
+
+
+class ZeroLoRARite(torch.optim.Optimizer):
+    """LoRARite for a model that DeepSpeed trains by ZeRO, stage 1, 2 or 3::
+
+        optimizer = ZeroLoRARite(create_lora_rite(model, lr=5e-4))
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    :class:`lora_rite.LoRARiteFactory` does that by itself, where Accelerate, and so a Trainer, is set to DeepSpeed.
+
+    The model, its gradients and their reduction are DeepSpeed's, as are the float32 factors, of which each process has
+    a piece. In a step the gradients are put together by one all-reduce, every process makes the whole step on float32
+    copies of the factors, and writes its piece back. So each process holds the factors and LoRARite's state as a whole
+    (under DDP it does too): a thousandth of a model. Other trainable parameters stay shared out: AdamW is elementwise.
+
+    Checkpoints are DeepSpeed's. The first moments are shared out in them as Adam's are, so that they can be made
+    universal (``ds_to_universal.py``), to go on with another number of processes.
+
+    Args:
+        optimizer: of :func:`lora_rite.create_lora_rite` or :class:`LoRARite`, before its first step. It goes on as
+            ``.optimizer``, with float32 copies of the factors as its parameters.
+
+    Raises:
+        LoRARiteTypeError: ``optimizer`` is none.
+        LoRARiteValueError: it has made a step; from ``step()``, DeepSpeed's configuration does not fit, or what was
+            loaded is not LoRARite's.
+    """
+
+    def __init__(self, optimizer: LoRARite):
+        if not isinstance(optimizer, LoRARite):
+            raise LoRARiteTypeError(f"optimizer is a {type(optimizer).__name__}, not a LoRARite")
+        if optimizer.state:
+            raise LoRARiteValueError("this LoRARite has a state: wrap it before its first step, then load checkpoints")
+        lora, others = ([g for g in optimizer.param_groups if g["kind"] == kind] for kind in ("lora", "adamw"))
+        self.optimizer, self._others = optimizer, [{k: v for k, v in g.items() if k != "params"} for g in others]
+        factors = [p for group in lora for p in group["params"]]
+        self._lrs = [float(group["lr"]) for group in lora]
+        self._other_parameters = [p for group in others for p in group["params"]]
+        self._built = False
+        shared_out = [{"params": [p for p in factors if p.requires_grad], "lr": self._lrs[0]}]
+        shared_out += [{"params": group["params"], "lr": float(group["lr"])} for group in others]
+        super().__init__([{**group, "number": i} for i, group in enumerate(shared_out)], {"lr": self._lrs[0]})
+        self._built = True
+        #: Of each factor, trained or frozen, the model's parameter and the float32 copy that is stepped.
+        self._copies = [(p, nn.Parameter(p.detach().float().clone(), p.requires_grad)) for p in factors]
+        copies = iter(copy for _, copy in self._copies)
+        for group in lora:
+            group["params"] = [next(copies) for _ in group["params"]]
+            group["initial_lr"] = float(group["lr"])  # what callbacks compare, as the scheduler is the outer one's
+        optimizer.param_groups[:] = lora
+        self._written: Tensor | None = None  # this process's piece of the factors as the last step left it
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises LoRARiteTypeError: groups are added to the LoRARite, before it is wrapped."""
+        if getattr(self, "_built", False):
+            raise LoRARiteTypeError("add the group to the LoRARite, before ZeroLoRARite wraps it")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        """One step, of the groups that DeepSpeed presents: with stages 1 and 2, it calls once for each group."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for position, group in enumerate(self.param_groups):
+            # A universal checkpoint gives all groups the keys of the first one, so the position counts where it can.
+            number = position if len(self.param_groups) > len(self._others) else group["number"]
+            for flat in group["params"]:
+                if number == 0:
+                    self._step_factors(group, flat)
+                else:
+                    self._step_others(group, flat, self._others[number - 1])
+        return loss
+
+    def report(self) -> dict[str, Any]:
+        """As :meth:`LoRARite.report`; ``state_bytes`` are those of this process."""
+        figures = self.optimizer.report()
+        others = {"other_parameters": len(self._other_parameters)}
+        return figures | others | {"state_bytes": figures["state_bytes"] + state_bytes(self)}
+
+    # ------------------------------------------------------------------------------------------------- factors
+
+    def _step_factors(self, group: dict[str, Any], flat: Tensor) -> None:
+        pieces = self._pieces(flat)
+        device = self._move_copies()
+        trained = [(p, copy) for p, copy in self._copies if p.requires_grad]
+        loaded = group.pop(KEPT_WHOLE, None)
+        changed = torch.ones(()) if self._written is None else (flat != self._written).any()
+        sizes = [copy.numel() for _, copy in trained]
+        gradients = torch.zeros(sum(sizes) + 1, device=device)  # and a flag of whether a piece was changed
+        gradients[-1] = changed
+        *views, flag = gradients.split([*sizes, 1])
+        _scatter(views, pieces, flat.grad)
+        self._total(gradients)
+        norms = torch.stack([*torch._foreach_norm(views, torch.inf), flag.squeeze()]).tolist()
+        if norms.pop() or loaded is not None:
+            self._gather_factors(pieces, flat, device)
+        if loaded is not None:
+            self._load(loaded, pieces, self.state.pop(flat, {}), flat)
+        missing = self._without_gradient(norms)
+        for (_, copy), view in zip(trained, views, strict=True):
+            copy.grad = None if id(copy) in missing else view.view(copy.shape)
+        for own, lr in zip(self.optimizer.param_groups, self._lrs, strict=True):
+            own["lr"] = float(group["lr"]) * (lr / self._lrs[0] if self._lrs[0] else 1)
+        self.optimizer.step()
+        for (_, copy), piece in zip(trained, pieces, strict=True):
+            copy.grad = None
+            if piece:
+                new = copy.view(-1)[piece.start : piece.start + piece.numel]
+                flat[piece.offset : piece.offset + piece.numel].copy_(new)
+        self._written = flat.detach().clone()
+
+    def _without_gradient(self, norms: list[float]) -> set[int]:
+        """The ids of copies whose pairs have had no gradient: DeepSpeed makes it zero, for both factors of a pair."""
+        trained = [copy for p, copy in self._copies if p.requires_grad]
+        zero = {id(copy) for copy, norm in zip(trained, norms, strict=True) if norm == 0}
+        copies = [copy for _, copy in self._copies]
+        pairs = zip(copies[::2], copies[1::2], strict=True)
+        return {id(p) for pair in pairs for p in pair if all(id(q) in zero for q in pair if q.requires_grad)}
+
+    def _gather_factors(self, pieces: list[Piece | None], flat: Tensor, device: torch.device) -> None:
+        """Puts the float32 factors together, and takes the frozen ones from the model."""
+        trained = [copy for p, copy in self._copies if p.requires_grad]
+        for copy, value in zip(trained, self._whole(pieces, flat, device), strict=True):
+            copy.copy_(value.view(copy.shape))
+        frozen = [(p, copy) for p, copy in self._copies if not p.requires_grad]
+        with gathered(p for p, _ in frozen):
+            for p, copy in frozen:
+                copy.copy_(p)
+
+    def _load(self, loaded: dict[str, Any], pieces: list[Piece | None], state: dict[str, Any], flat: Tensor) -> None:
+        """Gives LoRARite the state of a checkpoint, whose first moments are in pieces."""
+        whole = {**loaded, "state": {i: dict(own) for i, own in loaded["state"].items()}}
+        if whole["state"]:
+            moments = iter(self._whole(pieces, state[FIRST], flat.device))
+            for i, (p, copy) in enumerate(self._copies):
+                moment = next(moments).view(copy.shape) if p.requires_grad else None
+                if i in whole["state"]:
+                    whole["state"][i]["first_moment"] = moment
+        self.optimizer.load_state_dict(whole)
+
+    def _whole(self, pieces: list[Piece | None], flat: Tensor, device: torch.device) -> list[Tensor]:
+        """The trained factors, or what is shared out as they are, flattened: from the pieces of all processes."""
+        sizes = [copy.numel() for p, copy in self._copies if p.requires_grad]
+        values = torch.zeros(sum(sizes), device=self._device())
+        views = list(values.split(sizes))
+        _scatter(views, pieces, flat)
+        self._total(values)
+        return views
+
+    # -------------------------------------------------------------------------------------------------- others
+
+    def _step_others(self, group: dict[str, Any], flat: Tensor, options: dict[str, Any]) -> None:
+        finite = torch.isfinite(flat.grad).all().logical_not().to(self._device(), torch.float32)  # type: ignore[arg-type]
+        self._total(finite)
+        if finite:
+            warn("non-finite gradient of parameters that are no factors: AdamW's step skipped")
+            return
+        adamw_step({**options, "lr": group["lr"], "params": [flat]}, self.state, 0, None)
+
+    # --------------------------------------------------------------------------------------------- checkpoints
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """For DeepSpeed's checkpoints: of the factors, this process's piece of the first moments and all other state,
+        and AdamW's pieces."""
+        packed = super().state_dict()
+        own = packed["param_groups"][0]
+        if KEPT_WHOLE in own:  # loaded, and no step made since
+            return packed
+        inner = self.optimizer.state_dict()
+        if inner["state"]:
+            flat = self.param_groups[0]["params"][0]
+            first = torch.zeros_like(flat)
+            moments = [inner["state"][i]["first_moment"] for i, (p, _) in enumerate(self._copies) if p.requires_grad]
+            for moment, piece in zip(moments, self._pieces(flat), strict=True):
+                if piece:
+                    part = moment.reshape(-1)[piece.start : piece.start + piece.numel]
+                    first[piece.offset : piece.offset + piece.numel].copy_(part)
+            steps = max(int(state["step"].max()) for state in inner["state"].values())
+            packed["state"][0] = {"step": steps, FIRST: first, SECOND: torch.zeros_like(flat)}
+        without = {i: {k: v for k, v in s.items() if k != "first_moment"} for i, s in inner["state"].items()}
+        own[KEPT_WHOLE] = {**inner, "state": without}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` gave to this process; the first moments are put together in the next step.
+
+        Raises:
+            LoRARiteValueError: it is of another optimizer; from the next step, of other factors.
+        """
+        if KEPT_WHOLE not in state_dict["param_groups"][0]:
+            raise LoRARiteValueError(
+                "not a state of ZeroLoRARite. A run of another optimizer, or without ZeRO, cannot go on with it; load "
+                "the weights alone (load_checkpoint(…, load_optimizer_states=False))"
+            )
+        super().load_state_dict(state_dict)
+
+    # ------------------------------------------------------------------------------------------- DeepSpeed's layout
+
+    def _pieces(self, flat: Tensor) -> list[Piece | None]:
+        """Of each trained factor, what of it is in ``flat``; None where that is another process's."""
+        trained = [p for p, _ in self._copies if p.requires_grad]
+        if not all(hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping") for p in trained):
+            raise LoRARiteValueError(
+                "ZeroLoRARite is for DeepSpeed's ZeRO, stages 1 to 3, which has not taken over these parameters: "
+                "elsewhere (stage 0, DDP, FSDP2), use the LoRARite as it is"
+            )
+        pieces = [_piece(p) for p in trained]
+        if len({piece.of for piece in pieces if piece}) > 1:
+            raise LoRARiteValueError(
+                "zero_optimization.sub_group_size cuts the factors into several groups, which would be stepped one "
+                f"after the other: raise it above {flat.numel()}, or leave it out"
+            )
+        return pieces
+
+    def _total(self, t: Tensor) -> None:
+        """Sums over the processes among which the factors are shared out, in place."""
+        from deepspeed import comm
+
+        p = next(p for p, _ in self._copies if p.requires_grad)
+        comm.all_reduce(t, group=p.ds_process_group if hasattr(p, "ds_process_group") else p._dp_group)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def _device() -> torch.device:
+        """Where collectives and steps take place, also where DeepSpeed keeps its pieces on the CPU."""
+        from deepspeed.accelerator import get_accelerator
+
+        return torch.device(get_accelerator().current_device_name())
+
+    def _move_copies(self) -> torch.device:
+        device = self._device()
+        for _, copy in self._copies:
+            if copy.device != device:
+                copy.data = copy.data.to(device)
+        return device
+
+
+def _piece(p: Any) -> Piece | None:
+    """This process's part of a parameter that ZeRO has taken over."""
+    if hasattr(p, "_z3_optimizer"):
+        from deepspeed import comm
+
+        of, offset, size = p._z3_optimizer.grad_position[p._z3_optimizer.get_param_id(p)]
+        start = size * comm.get_rank(group=p.ds_process_group)
+        numel = min(size, p.ds_numel - start)  # the last pieces are padded
+        return Piece(start, offset, numel, of) if numel > 0 else None
+    if p._hp_mapping is None:
+        return None
+    own, flat = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+    return Piece(own.start, flat.start, own.numel, p._hp_mapping.param_group_index)
+
+
+def _scatter(views: Iterable[Tensor], pieces: list[Piece | None], flat: Any) -> None:
+    """Copies this process's pieces of ``flat`` to their places in the flattened factors."""
+    for view, piece in zip(views, pieces, strict=True):
+        if piece:
+            view[piece.start : piece.start + piece.numel].copy_(flat[piece.offset : piece.offset + piece.numel])
+
+
+def gathered(params: Iterable[Any]) -> AbstractContextManager[Any]:
+    """Within, those of the parameters that ZeRO's stage 3 has cut are whole."""
+    if not (cut := [p for p in params if hasattr(p, "ds_id")]):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(cut)
+
+
+def prepare_accelerate() -> bool:
+    """Whether Accelerate, and so a Trainer, is set to ZeRO (stages 1 to 3). With ``offload_optimizer`` it is told to
+    keep the optimizer: it would exchange it for DeepSpeedCPUAdam, without a word."""
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.AcceleratorState._shared_state:
+        return False
+    plugin = getattr(state.AcceleratorState(), "deepspeed_plugin", None)
+    if plugin is None or not plugin.deepspeed_config.get("zero_optimization", {}).get("stage"):
+        return False
+    plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+    return True
