@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..errors import LoRARiteTypeError, LoRARiteValueError, warn
 from ..optim.adamw import adamw_step
 from ..optim.optimizer import LoRARite, state_bytes
+from ..plan.factors import partner_of
+from ..plan.names import plain_names
 
 #: Where a group's checkpoint keeps what DeepSpeed cannot share out: all of LoRARite's state but the first moments.
 KEPT_WHOLE = "lora_rite"
@@ -287,6 +289,13 @@ def _scatter(views: Iterable[Tensor], pieces: list[Piece | None], flat: Any) -> 
             view[piece.start : piece.start + piece.numel].copy_(flat[piece.offset : piece.offset + piece.numel])
 
 
+def whole_factors(model: nn.Module) -> AbstractContextManager[Any]:
+    """Within, the factors and all other trainable parameters are whole, where ZeRO's stage 3 has cut them already."""
+    named = dict(model.named_parameters())
+    plain = plain_names(list(named))
+    return gathered(p for p, name in zip(named.values(), plain, strict=True) if p.requires_grad or partner_of(name))
+
+
 def gathered(params: Iterable[Any]) -> AbstractContextManager[Any]:
     """Within, those of the parameters that ZeRO's stage 3 has cut are whole."""
     if not (cut := [p for p in params if hasattr(p, "ds_id")]):
@@ -296,7 +305,7 @@ def gathered(params: Iterable[Any]) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(cut)
 
 
-def prepare_accelerate() -> bool:
+def zero_by_accelerate() -> bool:
     """Whether Accelerate, and so a Trainer, is set to ZeRO (stages 1 to 3). With ``offload_optimizer`` it is told to
     keep the optimizer: it would exchange it for DeepSpeedCPUAdam, without a word."""
     state = sys.modules.get("accelerate.state")
