@@ -4,6 +4,8 @@
 
 import json
 import os
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,15 @@ class Run:
         self.engine.save_checkpoint(folder, client_state={"universal_checkpoint_info": {}})
 
 
+@contextmanager
+def patched_argv(arguments):
+    before, sys.argv = sys.argv, ["tool", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
 def one_process(steps, make=network, options=None, lr=LR):
     """What the runs must give: the joined batches."""
     model = make()
@@ -156,6 +167,33 @@ def check_zero_resumes_bitwise(size, folder):
         end.engine.load_checkpoint(path + "_2")
         assert all(map(torch.equal, end.advance(range(2, 4)), results))
         assert end.optimizer.report()["steps"] == 4
+
+
+def check_zero_goes_on_with_another_number_of_processes(size, folder):
+    """Two processes save, DeepSpeed's tool makes the checkpoint universal, one process goes on from it: the parameters
+    are those of the run that did not stop, and the state is that of its fourth step."""
+    from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
+
+    for number, zero in enumerate(STAGES):
+        path = os.path.join(folder, f"universal_{number}")
+        expected = Path(path, "expected.pt")
+        if size == 2:
+            run = Run(dict(zero))
+            run.advance(range(2))
+            run.save(os.path.join(path, "pieces"))
+            results = run.advance(range(2, 4))
+            if dist.get_rank() == 0:
+                torch.save(results, expected)
+                convert = ["--input_folder", os.path.join(path, "pieces", "global_step2"), "--output_folder"]
+                convert += [os.path.join(path, "universal", "step2"), "--num_extract_workers", "1"]
+                with patched_argv([*convert, "--num_merge_workers", "1"]):
+                    main(parse_arguments())
+            dist.barrier()
+        else:
+            run = Run(dict(zero), checkpoint={"load_universal": True})
+            run.engine.load_checkpoint(os.path.join(path, "universal"), tag="step2")
+            assert_close(run.advance(range(2, 4)), torch.load(expected))
+            assert run.optimizer.report()["steps"] == 4
 
 
 CHECKS = checks_of(globals())
