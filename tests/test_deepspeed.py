@@ -31,7 +31,8 @@ LR = 1e-2
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 #: ZeRO's options of each kind of run. Without a threshold stage 3 keeps such small parameters whole.
 CUT = {"stage": 3, "stage3_param_persistence_threshold": 0}
-STAGES = [{"stage": 1}, {"stage": 2}, {"stage": 3}, CUT, {"stage": 2, **OFFLOAD}, CUT | OFFLOAD]
+ROUND_ROBIN = {"stage": 2, "round_robin_gradients": True}
+STAGES = [{"stage": 1}, {"stage": 2}, {"stage": 3}, CUT, {"stage": 2, **OFFLOAD}, CUT | OFFLOAD, ROUND_ROBIN]
 
 
 def before():

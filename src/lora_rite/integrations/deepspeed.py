@@ -231,13 +231,15 @@ class ZeroLoRARite(torch.optim.Optimizer):
 
     def _pieces(self, flat: Tensor) -> list[Piece | None]:
         """Of each trained factor, what of it is in ``flat``; None where that is another process's."""
-        trained = [p for p, _ in self._copies if p.requires_grad]
-        if not all(hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping") for p in trained):
+        trained: list[Any] = [p for p, _ in self._copies if p.requires_grad]
+        if not all(hasattr(p, "_z3_optimizer") or hasattr(p, "_dp_group") for p in trained):
             raise LoRARiteValueError(
                 "ZeroLoRARite is for DeepSpeed's ZeRO, stages 1 to 3, which has not taken over these parameters: "
                 "elsewhere (stage 0, DDP, FSDP2), use the LoRARite as it is"
             )
-        pieces = [_piece(p) for p in trained]
+        if not hasattr(trained[0], "_z3_optimizer"):
+            return _cut_together(trained, flat)
+        pieces = [_cut_alone(p) for p in trained]
         if len({piece.of for piece in pieces if piece}) > 1:
             raise LoRARiteValueError(
                 "zero_optimization.sub_group_size cuts the factors into several groups, which would be stepped one "
@@ -267,19 +269,31 @@ class ZeroLoRARite(torch.optim.Optimizer):
         return device
 
 
-def _piece(p: Any) -> Piece | None:
-    """This process's part of a parameter that ZeRO has taken over."""
-    if hasattr(p, "_z3_optimizer"):
-        from deepspeed import comm
+def _cut_alone(p: Any) -> Piece | None:
+    """Of stage 3, which cuts each parameter for itself."""
+    from deepspeed import comm
 
-        of, offset, size = p._z3_optimizer.grad_position[p._z3_optimizer.get_param_id(p)]
-        start = size * comm.get_rank(group=p.ds_process_group)
-        numel = min(size, p.ds_numel - start)  # the last pieces are padded
-        return Piece(start, offset, numel, of) if numel > 0 else None
-    if p._hp_mapping is None:
-        return None
-    own, flat = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
-    return Piece(own.start, flat.start, own.numel, p._hp_mapping.param_group_index)
+    of, offset, size = p._z3_optimizer.grad_position[p._z3_optimizer.get_param_id(p)]
+    start = size * comm.get_rank(group=p.ds_process_group)
+    numel = min(size, p.ds_numel - start)  # the last pieces are padded
+    return Piece(start, offset, numel, of) if numel > 0 else None
+
+
+def _cut_together(params: list[Any], flat: Tensor) -> list[Piece | None]:
+    """Of stages 1 and 2, which lay the parameters one after the other and cut the whole. Where each lies is read off
+    its memory: DeepSpeed's own account (``_hp_mapping``) is wrong with ``round_robin_gradients``."""
+    from deepspeed import comm
+
+    if len({p.untyped_storage().data_ptr() for p in params}) > 1:
+        raise LoRARiteValueError("the factors are not in one flat tensor, as DeepSpeed's ZeRO has them: not supported")
+    first = min(p.storage_offset() for p in params)
+    begin = comm.get_rank(group=params[0]._dp_group) * flat.numel()
+    pieces: list[Piece | None] = []
+    for p in params:
+        place = p.storage_offset() - first
+        low, high = max(place, begin), min(place + p.numel(), begin + flat.numel())
+        pieces.append(Piece(low - place, low - begin, high - low, 0) if low < high else None)
+    return pieces
 
 
 def _scatter(views: Iterable[Tensor], pieces: list[Piece | None], flat: Any) -> None:
