@@ -22,7 +22,15 @@ pytest.importorskip("transformers")
 import deepspeed
 from test_hf import network, rows, trainer
 
-from lora_rite import LoRARite, LoRARiteTypeError, LoRARiteValueError, ZeroLoRARite, create_lora_rite, find_pairs
+from lora_rite import (
+    LoRARite,
+    LoRARiteCallback,
+    LoRARiteFactory,
+    LoRARiteValueError,
+    ZeroLoRARite,
+    create_lora_rite,
+    find_pairs,
+)
 from lora_rite.integrations.peft import unwrap
 
 pytestmark = pytest.mark.slow
@@ -75,7 +83,7 @@ def assert_close(got, expected, tolerance=1e-4):
 class Run:
     """The engine of a LoRA model with LoRARite as its client optimizer."""
 
-    def __init__(self, zero, make=network, lr=LR, options=None, wrap=ZeroLoRARite, **config):
+    def __init__(self, zero, make=network, options=None, wrap=ZeroLoRARite, schedule=None, **config):
         n = dist.get_world_size()
         config |= {
             "train_micro_batch_size_per_gpu": 8 // n // config.get("gradient_accumulation_steps", 1),
@@ -84,8 +92,11 @@ class Run:
             "zero_force_ds_cpu_optimizer": False,
         }
         self.model = make()
-        self.optimizer = wrap(create_lora_rite(self.model, lr=lr, **(options or {})))
-        self.engine = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=config)[0]
+        self.optimizer = wrap(create_lora_rite(self.model, lr=LR, **(options or {})))
+        scheduler = schedule and schedule(self.optimizer)
+        self.engine = deepspeed.initialize(
+            model=self.model, optimizer=self.optimizer, config=config, lr_scheduler=scheduler
+        )[0]
 
     def advance(self, steps, pairs=PAIRS):
         for t in steps:
@@ -109,10 +120,10 @@ def patched_argv(arguments):
         sys.argv = before
 
 
-def one_process(steps, make=network, options=None, lr=LR):
+def one_process(steps, make=network):
     """What the runs must give: the joined batches."""
     model = make()
-    optimizer = create_lora_rite(model, lr=lr, **(options or {}))
+    optimizer = create_lora_rite(model, lr=LR)
     for t in range(steps):
         optimizer.zero_grad()
         model(input_ids=batch_of(t), labels=batch_of(t)).loss.backward()
@@ -195,6 +206,213 @@ def check_zero_goes_on_with_another_number_of_processes(size, folder):
             run.engine.load_checkpoint(os.path.join(path, "universal"), tag="step2")
             assert_close(run.advance(range(2, 4)), torch.load(expected))
             assert run.optimizer.report()["steps"] == 4
+
+
+def check_zero_in_bfloat16_keeps_float32_factors(size, folder):
+    """The model's bfloat16 factors are the float32 ones, rounded; also by DeepSpeed's BF16_Optimizer, the last one."""
+    float32, _ = one_process(4)
+    zeros = [({"stage": 1}, {}), ({"stage": 2}, {}), (dict(CUT), {}), ({"stage": 1}, {"grad_accum_dtype": "fp32"})]
+    for zero, data_types in zeros:
+        run = Run(zero, bf16={"enabled": True}, data_types=data_types)
+        rounded = run.advance(range(4))
+        copies = [p for p in run.optimizer.optimizer.param_groups[0]["params"]]
+        assert all(map(torch.equal, (copy.bfloat16().float() for copy in copies), rounded))
+        assert any(not torch.equal(copy.bfloat16().float(), copy) for copy in copies)
+        assert_close(rounded, float32, 0.1)
+    assert type(run.engine.optimizer).__name__ == "BF16_Optimizer"
+
+
+def with_frozen_a():
+    model = network()
+    for pair in find_pairs(model).pairs:
+        pair.a.requires_grad_(False)
+    return model
+
+
+def check_zero_with_one_frozen_factor(size, folder):
+    expected, _ = one_process(3, with_frozen_a)
+    frozen = [pair.a.detach().clone() for pair in find_pairs(with_frozen_a()).pairs]
+    for number, zero in enumerate(STAGES):
+        run = Run(dict(zero), with_frozen_a)
+        run.advance(range(2))
+        path = os.path.join(folder, f"frozen_{number}_of_{size}")
+        run.save(path)
+        assert_close(run.advance(range(2, 3)), expected)
+        assert all(map(torch.equal, whole(p for n, p in run.model.named_parameters() if "lora_A" in n), frozen))
+        other = Run(dict(zero), with_frozen_a)
+        other.engine.load_checkpoint(path)
+        assert all(map(torch.equal, other.advance(range(2, 3)), trained(run.model)))
+
+
+def mixed():
+    """Groups of several ranks and scalings, and DoRA's magnitudes, for AdamW."""
+    return network(rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 12}, use_dora=True)
+
+
+def check_zero_with_several_groups_and_a_schedule(size, folder):
+    """Parameters that are no factors stay shared out; schedules reach all groups; a run resumes bitwise."""
+    options = {"adamw_lr": 3e-3, "adamw_weight_decay": 0.1}
+
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
+
+    model = mixed()
+    reference = create_lora_rite(model, lr=LR, **options)
+    assert len(reference.param_groups) > 3
+    scheduler = schedule(reference)
+    for t in range(4):
+        reference.zero_grad()
+        model(input_ids=batch_of(t), labels=batch_of(t)).loss.backward()
+        reference.step()
+        scheduler.step()
+    expected = trained(model)
+    for number, zero in enumerate(STAGES):
+        path = os.path.join(folder, f"mixed_{number}_of_{size}")
+        run = Run(dict(zero), mixed, options=options, schedule=schedule)
+        run.advance(range(2))
+        run.save(path)
+        results = run.advance(range(2, 4))
+        assert_close(results, expected)
+        report = run.optimizer.report()
+        assert report["other_parameters"] == PAIRS == reference.report()["other_parameters"]
+        assert [g["lr"] for g in run.optimizer.optimizer.param_groups] == pytest.approx([LR / 4] * (len(reference.param_groups) - 1))
+        if size == 1:
+            assert report["state_bytes"] == pytest.approx(reference.report()["state_bytes"], rel=0.01)
+        other = Run(dict(zero), mixed, options=options, schedule=schedule)
+        other.engine.load_checkpoint(path)
+        assert all(map(torch.equal, other.advance(range(2, 4)), results))
+
+
+def with_two_adapters():
+    model = network()
+    model.add_adapter("idle", model.peft_config["default"])
+    for p in find_pairs((n, p) for n, p in model.named_parameters() if "idle" in n).frozen:
+        model.get_parameter(p).requires_grad_(True)
+    return model
+
+
+def check_zero_passes_over_pairs_without_gradients(size, folder):
+    """They stay bitwise as they are, though DeepSpeed gives them gradients of zero."""
+    names = [name for name, p in with_two_adapters().named_parameters() if p.requires_grad]
+    start, (expected, _) = trained(with_two_adapters()), one_process(3, with_two_adapters)
+    assert len(names) == 4 * PAIRS
+    for zero in STAGES:
+        run = Run(dict(zero), with_two_adapters)
+        got = run.advance(range(3))
+        assert run.optimizer.report()["pairs"] == 2 * PAIRS
+        assert_close([x for n, x in zip(names, got) if "idle" not in n], [x for n, x in zip(names, expected) if "idle" not in n])
+        assert all(torch.equal(x, y) for n, x, y in zip(names, got, start) if "idle" in n)
+
+
+def check_a_gradient_that_is_not_finite_skips_the_step_everywhere(size, folder):
+    for zero in ({"stage": 2}, dict(CUT)):
+        run = Run(zero, mixed, options={"adamw_lr": 1e-3}, bf16={"enabled": True})
+        before = run.advance(range(1))
+        loss = run.engine(input_ids=mine(1), labels=mine(1)).loss
+        run.engine.backward(loss * (torch.nan if dist.get_rank() == 0 else 1))
+        run.engine.step()
+        assert all(map(torch.equal, trained(run.model), before))
+        after = run.advance(range(1, 2))
+        assert not any(map(torch.equal, after, before)) and all(x.isfinite().all() for x in after)
+        assert run.optimizer.report()["steps"] == 2
+
+
+def check_zero_refuses_what_it_cannot_do(size, folder):
+    for stage in (1, 2, 3):
+        with pytest.raises(LoRARiteValueError, match=r"DeepSpeed ZeRO flattens and splits them.*ZeroLoRARite"):
+            Run({"stage": stage}, wrap=lambda optimizer: optimizer).advance(range(1))
+    with pytest.raises(LoRARiteValueError, match="stages 1 to 3, which has not taken over"):
+        Run({"stage": 0}).advance(range(1))
+    with pytest.raises(LoRARiteValueError, match="sub_group_size"):
+        Run({"stage": 3, "sub_group_size": 100}).advance(range(1))
+    run = Run({"stage": 2})
+    with pytest.raises(LoRARiteValueError, match="not a state of ZeroLoRARite"):
+        run.optimizer.load_state_dict(torch.optim.AdamW(run.model.parameters()).state_dict())
+    other = Run({"stage": 2})
+    other.advance(range(1))
+    state = other.optimizer.state_dict()
+    names = state["param_groups"][0]["lora_rite"]["param_groups"][0]["param_names"]
+    names[0] = names[0].replace("layers.0", "layers.7")
+    run.optimizer.load_state_dict(state)
+    with pytest.raises(LoRARiteValueError, match="the state is of other parameters"):
+        run.advance(range(1))
+
+
+#: DeepSpeed's configurations as LLaMA-Factory 0.9 has them in examples/deepspeed.
+COMMON = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,
+    "fp16": {
+        "enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
+        "min_loss_scale": 1,
+    },
+    "bf16": {"enabled": "auto"},
+}  # fmt: skip
+Z2 = {
+    "stage": 2, "allgather_partitions": True, "allgather_bucket_size": 5e8, "overlap_comm": False,
+    "reduce_scatter": True, "reduce_bucket_size": 5e8, "contiguous_gradients": True, "round_robin_gradients": True,
+}  # fmt: skip
+Z3 = {
+    "stage": 3, "overlap_comm": False, "contiguous_gradients": True, "sub_group_size": 1e9,
+    "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+    "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
+    "stage3_gather_16bit_weights_on_model_save": True,
+}  # fmt: skip
+PINNED = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+PINNED_BOTH = PINNED | {"offload_param": {"device": "cpu", "pin_memory": True}}
+
+
+def check_trainer_with_the_configurations_of_llama_factory(size, folder):
+    """W as of the same run under DDP; a resumed run ends bitwise where the whole one does."""
+    arguments = {"per_device_train_batch_size": 8 // size, "save_steps": 3, "seed": 1}
+    ddp = trainer(os.path.join(folder, f"ddp_{size}"), steps=5, model=network(), **arguments)
+    ddp.train()
+    for number, zero in enumerate((Z2, Z3, Z2 | PINNED, Z3 | PINNED_BOTH)):
+        path = os.path.join(folder, f"trainer_{number}_of_{size}")
+        results = []
+        for resume in (None, os.path.join(path, "checkpoint-3")):
+            before()
+            options = arguments | {"use_cpu": False, "deepspeed": json.loads(json.dumps({**COMMON, "zero_optimization": zero}))}
+            run = trainer(path, steps=5, model=network(), callbacks=[LoRARiteCallback()], **options)
+            run.train(resume_from_checkpoint=resume)
+            assert isinstance(unwrap(run.optimizer), LoRARite)
+            report = unwrap(run.optimizer).report()
+            assert (report["steps"], report["pairs_preconditioned"]) == (5, PAIRS)
+            assert "lora_rite/update_norm" in run.state.log_history[0]
+            results.append(trained(run.model))
+        assert all(map(torch.equal, *results))
+        assert_close(results[0], trained(ddp.model))
+
+
+def check_accelerate(size, folder):
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    expected, _ = one_process(4)
+    for stage in (2, 3):
+        before()
+        config = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 8 // size}
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        model = network()
+        model, optimizer = accelerator.prepare(model, LoRARiteFactory()(model, lr=LR))
+        path = os.path.join(folder, f"accelerate_{stage}_of_{size}")
+
+        def advance(steps):
+            for t in steps:
+                accelerator.backward(model(input_ids=mine(t), labels=mine(t)).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            return trained(model)
+
+        advance(range(2))
+        accelerator.save_state(path)
+        results = advance(range(2, 4))
+        assert_close(results, expected)
+        if stage == 2:  # (stage 3 loads into new engines alone)
+            accelerator.load_state(path)
+            assert all(map(torch.equal, advance(range(2, 4)), results))
 
 
 CHECKS = checks_of(globals())

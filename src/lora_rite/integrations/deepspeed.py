@@ -323,7 +323,7 @@ def zero_by_accelerate() -> bool:
     """Whether Accelerate, and so a Trainer, is set to ZeRO (stages 1 to 3). With ``offload_optimizer`` it is told to
     keep the optimizer: it would exchange it for DeepSpeedCPUAdam, without a word."""
     state = sys.modules.get("accelerate.state")
-    if state is None or not state.AcceleratorState._shared_state:
+    if state is None or not state.is_initialized():
         return False
     plugin = getattr(state.AcceleratorState(), "deepspeed_plugin", None)
     if plugin is None or not plugin.deepspeed_config.get("zero_optimization", {}).get("stage"):
