@@ -1,11 +1,15 @@
-"""DeepSpeed in two processes and in one. It is not among the project's requirements: for these tests,
-`pip install deepspeed`, and `DS_ACCELERATOR=cpu` where it does not see by itself that there is no GPU.
+"""DeepSpeed in two processes and in one, on gloo. It is not among the project's requirements: for these tests,
+`pip install deepspeed`, which compiles a part of itself when it is used first.
+
+Accelerate takes DeepSpeed on GPUs and the like alone; with ``cpu=True`` it trains by DDP. So :func:`as_on_a_gpu` tells
+it otherwise; all the rest is the installed code.
 """
 
 import json
 import os
 import sys
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ import torch.distributed as dist
 from problems import relative
 from worlds import assert_passed, checks_of, outcomes
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -52,6 +57,21 @@ def before():
     AcceleratorState._reset_state(reset_partial_state=True)
     for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
         del os.environ[key]
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    as_on_a_gpu()
+
+
+@cache
+def as_on_a_gpu():
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    original = PartialState._prepare_backend
+
+    def prepare_backend(self, cpu=False, *args):
+        return original(self, cpu, *args) if cpu else ("gloo", DistributedType.MULTI_GPU)
+
+    PartialState._prepare_backend = prepare_backend
 
 
 def batch_of(t, part=slice(None)):
