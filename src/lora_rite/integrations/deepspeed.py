@@ -1,11 +1,13 @@
 """LoRARite under DeepSpeed's ZeRO, which flattens the factors and shares out the pieces."""
 
+import importlib
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import LoRARiteTypeError, LoRARiteValueError, warn
@@ -249,17 +251,13 @@ class ZeroLoRARite(torch.optim.Optimizer):
 
     def _total(self, t: Tensor) -> None:
         """Sums over the processes among which the factors are shared out, in place."""
-        from deepspeed import comm
-
-        p = next(p for p, _ in self._copies if p.requires_grad)
-        comm.all_reduce(t, group=p.ds_process_group if hasattr(p, "ds_process_group") else p._dp_group)  # type: ignore[attr-defined]
+        p: Any = next(p for p, _ in self._copies if p.requires_grad)
+        dist.all_reduce(t, group=p.ds_process_group if hasattr(p, "ds_process_group") else p._dp_group)
 
     @staticmethod
     def _device() -> torch.device:
         """Where collectives and steps take place, also where DeepSpeed keeps its pieces on the CPU."""
-        from deepspeed.accelerator import get_accelerator
-
-        return torch.device(get_accelerator().current_device_name())
+        return torch.device(_deepspeed().get_accelerator().current_device_name())
 
     def _move_copies(self) -> torch.device:
         device = self._device()
@@ -271,10 +269,8 @@ class ZeroLoRARite(torch.optim.Optimizer):
 
 def _cut_alone(p: Any) -> Piece | None:
     """Of stage 3, which cuts each parameter for itself."""
-    from deepspeed import comm
-
     of, offset, size = p._z3_optimizer.grad_position[p._z3_optimizer.get_param_id(p)]
-    start = size * comm.get_rank(group=p.ds_process_group)
+    start = size * dist.get_rank(group=p.ds_process_group)
     numel = min(size, p.ds_numel - start)  # the last pieces are padded
     return Piece(start, offset, numel, of) if numel > 0 else None
 
@@ -282,12 +278,10 @@ def _cut_alone(p: Any) -> Piece | None:
 def _cut_together(params: list[Any], flat: Tensor) -> list[Piece | None]:
     """Of stages 1 and 2, which lay the parameters one after the other and cut the whole. Where each lies is read off
     its memory: DeepSpeed's own account (``_hp_mapping``) is wrong with ``round_robin_gradients``."""
-    from deepspeed import comm
-
     if len({p.untyped_storage().data_ptr() for p in params}) > 1:
         raise LoRARiteValueError("the factors are not in one flat tensor, as DeepSpeed's ZeRO has them: not supported")
     first = min(p.storage_offset() for p in params)
-    begin = comm.get_rank(group=params[0]._dp_group) * flat.numel()
+    begin = dist.get_rank(group=params[0]._dp_group) * flat.numel()
     pieces: list[Piece | None] = []
     for p in params:
         place = p.storage_offset() - first
@@ -314,19 +308,24 @@ def gathered(params: Iterable[Any]) -> AbstractContextManager[Any]:
     """Within, those of the parameters that ZeRO's stage 3 has cut are whole."""
     if not (cut := [p for p in params if hasattr(p, "ds_id")]):
         return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(cut)
+    return _deepspeed().zero.GatheredParameters(cut)
 
 
-def zero_by_accelerate() -> bool:
-    """Whether Accelerate, and so a Trainer, is set to ZeRO (stages 1 to 3). With ``offload_optimizer`` it is told to
-    keep the optimizer: it would exchange it for DeepSpeedCPUAdam, without a word."""
+def _deepspeed() -> Any:
+    return importlib.import_module("deepspeed")
+
+
+def zero_by_accelerate() -> float | None:
+    """None unless Accelerate, and so a Trainer, is set to ZeRO (stages 1 to 3); else the norm to which DeepSpeed is to
+    clip raw gradients, 0 where it does not. With ``offload_optimizer``, Accelerate is told to keep the optimizer: it
+    would exchange it for DeepSpeedCPUAdam, without a word."""
     state = sys.modules.get("accelerate.state")
     if state is None or not state.is_initialized():
-        return False
+        return None
     plugin = getattr(state.AcceleratorState(), "deepspeed_plugin", None)
     if plugin is None or not plugin.deepspeed_config.get("zero_optimization", {}).get("stage"):
-        return False
+        return None
     plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
-    return True
+    default = _deepspeed().runtime.constants.GRADIENT_CLIPPING_DEFAULT  # 0 in old versions, 1 in new ones
+    clip = plugin.deepspeed_config.get("gradient_clipping", default)
+    return 0.0 if clip == "auto" else float(clip)  # (a Trainer has put max_grad_norm in the place of "auto")

@@ -65,9 +65,7 @@ class LoRARiteFactory:
     Where Accelerate is set to DeepSpeed's ZeRO, the optimizer is a :class:`lora_rite.ZeroLoRARite`.
     """
 
-    def __call__(
-        self, model: nn.Module, training_args: Any = None, **kwargs: Any
-    ) -> LoRARite | ZeroLoRARite:
+    def __call__(self, model: nn.Module, training_args: Any = None, **kwargs: Any) -> LoRARite | ZeroLoRARite:
         if "lr" not in kwargs:
             if training_args is None:
                 raise LoRARiteValueError(
@@ -76,8 +74,10 @@ class LoRARiteFactory:
             kwargs["lr"] = training_args.learning_rate
         if clip := getattr(training_args, "max_grad_norm", None):
             warn(f"max_grad_norm={clip} {RAW_CLIPPING}: set max_grad_norm=0")
-        if not zero_by_accelerate():
+        if (clip := zero_by_accelerate()) is None:
             return create_lora_rite(model, **kwargs)
+        if clip:
+            warn(f"DeepSpeed's gradient_clipping={clip} {RAW_CLIPPING}: set it, and max_grad_norm, to 0")
         with whole_factors(model):
             return ZeroLoRARite(create_lora_rite(model, **kwargs))
 
