@@ -205,14 +205,15 @@ def check_zero_resumes_bitwise(size, folder):
 
 def check_zero_goes_on_with_another_number_of_processes(size, folder):
     """Two processes save, DeepSpeed's tool makes the checkpoint universal, one process goes on from it: the parameters
-    are those of the run that did not stop, and the state is that of its fourth step."""
+    are those of the run that did not stop. With ``round_robin_gradients`` the tool mixes up parameters: an error."""
     from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
 
+    options = {"adamw_lr": 3e-3}
     for number, zero in enumerate(STAGES):
         path = os.path.join(folder, f"universal_{number}")
         expected = Path(path, "expected.pt")
         if size == 2:
-            run = Run(dict(zero))
+            run = Run(dict(zero), mixed, options=options)
             run.advance(range(2))
             run.save(os.path.join(path, "pieces"))
             results = run.advance(range(2, 4))
@@ -223,11 +224,15 @@ def check_zero_goes_on_with_another_number_of_processes(size, folder):
                 with patched_argv([*convert, "--num_merge_workers", "1"]):
                     main(parse_arguments())
             dist.barrier()
-        else:
-            run = Run(dict(zero), checkpoint={"load_universal": True})
-            run.engine.load_checkpoint(os.path.join(path, "universal"), tag="step2")
-            assert_close(run.advance(range(2, 4)), torch.load(expected))
-            assert run.optimizer.report()["steps"] == 4
+            continue
+        run = Run(dict(zero), mixed, options=options, checkpoint={"load_universal": True})
+        run.engine.load_checkpoint(os.path.join(path, "universal"), tag="step2")
+        if zero == ROUND_ROBIN:
+            with pytest.raises(LoRARiteValueError, match="round_robin_gradients"):
+                run.advance(range(2, 4))
+            continue
+        assert_close(run.advance(range(2, 4)), torch.load(expected))
+        assert run.optimizer.report()["steps"] == 4
 
 
 def check_zero_in_bfloat16_keeps_float32_factors(size, folder):
@@ -336,7 +341,7 @@ def check_a_gradient_that_is_not_finite_skips_the_step_everywhere(size, folder):
         run.engine.step()
         assert all(map(torch.equal, trained(run.model), before))
         after = run.advance(range(1, 2))
-        assert not any(map(torch.equal, after, before))
+        assert not all(map(torch.equal, after, before))
         assert all(x.isfinite().all() for x in after)
         assert run.optimizer.report()["steps"] == 2
 
@@ -355,7 +360,7 @@ def check_zero_refuses_what_it_cannot_do(size, folder):
     other = Run({"stage": 2})
     other.advance(range(1))
     state = other.optimizer.state_dict()
-    names = state["param_groups"][0]["lora_rite"]["param_groups"][0]["param_names"]
+    names = state["param_groups"][0]["lora_rite"]["optimizer"]["param_groups"][0]["param_names"]
     names[0] = names[0].replace("layers.0", "layers.7")
     run.optimizer.load_state_dict(state)
     with pytest.raises(LoRARiteValueError, match="the state is of other parameters"):
@@ -424,6 +429,8 @@ def check_accelerate(size, folder):
         accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
         model = network()
         start = whole(model.parameters())
+        for value in start:  # as DeepSpeed does: zero.Init makes processes draw unlike numbers
+            dist.broadcast(value, 0)
         assert all(hasattr(p, "ds_id") for p in model.parameters() if not p.requires_grad) == (stage == 3)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -448,10 +455,10 @@ def check_accelerate(size, folder):
 
 
 def check_zero_with_an_adapter_that_was_cut_before(size, folder):
-    """The adapter is made within zero.Init: the factory makes its factors whole, to see what they are."""
+    """The factory makes its factors whole, to see what they are."""
     config = {"train_micro_batch_size_per_gpu": 8 // size, "zero_optimization": CUT, "gradient_clipping": 0.0}
-    with deepspeed.zero.Init(config_dict_or_path=config):
-        model = network()
+    model = network()
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
     assert all(p.numel() == 0 for p in model.parameters())
     with pytest.raises(LoRARiteValueError, match=r"within deepspeed\.zero\.GatheredParameters"):
         create_lora_rite(model, lr=LR)
@@ -461,7 +468,7 @@ def check_zero_with_an_adapter_that_was_cut_before(size, folder):
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     engine.backward(engine(input_ids=mine(0), labels=mine(0)).loss)
     engine.step()
-    assert optimizer.report()["pairs_preconditioned"] == PAIRS
+    assert_close(trained(model), one_process(1)[0])
 
 
 CHECKS = checks_of(globals())

@@ -81,6 +81,9 @@ class ZeroLoRARite(torch.optim.Optimizer):
             group["initial_lr"] = float(group["lr"])  # what callbacks compare, as the scheduler is the outer one's
         optimizer.param_groups[:] = lora
         self._written: Tensor | None = None  # this process's piece of the factors as the last step left it
+        self._restored = (
+            False  # whether load_state_dict was called since the last step: a universal checkpoint does not
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises LoRARiteTypeError: groups are added to the LoRARite, before it is wrapped."""
@@ -96,13 +99,14 @@ class ZeroLoRARite(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for position, group in enumerate(self.param_groups):
-            # A universal checkpoint gives all groups the keys of the first one, so the position counts where it can.
-            number = position if len(self.param_groups) > len(self._others) else group["number"]
+            if len(self.param_groups) > len(self._others) and group["number"] != position:
+                # From a universal checkpoint, stage 3 gives all groups what the first one had.
+                group.update(number=position, lr=group.pop(KEPT_WHOLE)["lrs"][position])
             for flat in group["params"]:
-                if number == 0:
+                if group["number"] == 0:
                     self._step_factors(group, flat)
                 else:
-                    self._step_others(group, flat, self._others[number - 1])
+                    self._step_others(group, flat, self._others[group["number"] - 1])
         return loss
 
     def report(self) -> dict[str, Any]:
@@ -163,7 +167,13 @@ class ZeroLoRARite(torch.optim.Optimizer):
 
     def _load(self, loaded: dict[str, Any], pieces: list[Piece | None], state: dict[str, Any], flat: Tensor) -> None:
         """Gives LoRARite the state of a checkpoint, whose first moments are in pieces."""
-        whole = {**loaded, "state": {i: dict(own) for i, own in loaded["state"].items()}}
+        if not (self._restored or loaded["located"]):
+            raise LoRARiteValueError(
+                "this universal checkpoint is of a run with round_robin_gradients, where DeepSpeed's converter mixes "
+                "up the parameters: go on with as many processes as saved it, or save without round_robin_gradients"
+            )
+        self._restored = False
+        whole = {**loaded["optimizer"], "state": {i: dict(own) for i, own in loaded["optimizer"]["state"].items()}}
         if whole["state"]:
             moments = iter(self._whole(pieces, state[FIRST], flat.device))
             for i, (p, copy) in enumerate(self._copies):
@@ -201,19 +211,24 @@ class ZeroLoRARite(torch.optim.Optimizer):
         own = packed["param_groups"][0]
         if KEPT_WHOLE in own:  # loaded, and no step made since
             return packed
-        inner = self.optimizer.state_dict()
+        inner, located = self.optimizer.state_dict(), True
         if inner["state"]:
             flat = self.param_groups[0]["params"][0]
-            first = torch.zeros_like(flat)
-            moments = [inner["state"][i]["first_moment"] for i, (p, _) in enumerate(self._copies) if p.requires_grad]
-            for moment, piece in zip(moments, self._pieces(flat), strict=True):
+            first, pieces = torch.zeros_like(flat), self._pieces(flat)
+            trained = [(i, p) for i, (p, _) in enumerate(self._copies) if p.requires_grad]
+            for (i, _), piece in zip(trained, pieces, strict=True):
                 if piece:
-                    part = moment.reshape(-1)[piece.start : piece.start + piece.numel]
+                    part = inner["state"][i]["first_moment"].reshape(-1)[piece.start : piece.start + piece.numel]
                     first[piece.offset : piece.offset + piece.numel].copy_(part)
-            steps = max(int(state["step"].max()) for state in inner["state"].values())
-            packed["state"][0] = {"step": steps, FIRST: first, SECOND: torch.zeros_like(flat)}
+            located = all(_is_located(p, piece) for (_, p), piece in zip(trained, pieces, strict=True))
+            steps = max(float(state["step"].max()) for state in inner["state"].values())
+            packed["state"][0] = {"step": torch.tensor(steps), FIRST: first, SECOND: torch.zeros_like(flat)}
         without = {i: {k: v for k, v in s.items() if k != "first_moment"} for i, s in inner["state"].items()}
-        own[KEPT_WHOLE] = {**inner, "state": without}
+        own[KEPT_WHOLE] = {
+            "optimizer": {**inner, "state": without},
+            "lrs": [group["lr"] for group in self.param_groups],
+            "located": located,
+        }
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -228,6 +243,7 @@ class ZeroLoRARite(torch.optim.Optimizer):
                 "the weights alone (load_checkpoint(…, load_optimizer_states=False))"
             )
         super().load_state_dict(state_dict)
+        self._restored = True
 
     # ------------------------------------------------------------------------------------------- DeepSpeed's layout
 
@@ -288,6 +304,16 @@ def _cut_together(params: list[Any], flat: Tensor) -> list[Piece | None]:
         low, high = max(place, begin), min(place + p.numel(), begin + flat.numel())
         pieces.append(Piece(low - place, low - begin, high - low, 0) if low < high else None)
     return pieces
+
+
+def _is_located(p: Any, piece: Piece | None) -> bool:
+    """Whether DeepSpeed's tools, which go by its own account, find the piece where it is."""
+    if hasattr(p, "_z3_optimizer"):
+        return True
+    told = p._hp_mapping
+    if told is None or piece is None:
+        return told is piece
+    return (told.lp_fragment_address.start, told.hp_fragment_address.start, told.lp_fragment_address.numel) == piece[:3]
 
 
 def _scatter(views: Iterable[Tensor], pieces: list[Piece | None], flat: Any) -> None:
