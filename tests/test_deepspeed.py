@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import warnings
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -128,16 +127,15 @@ class Run:
             assert self.optimizer.report()["pairs_preconditioned"] == pairs
         return trained(self.model)
 
-    def save(self, folder):
-        # universal checkpoints want this note of the layout, which is that of no tensor parallelism
-        self.engine.save_checkpoint(folder, client_state={"universal_checkpoint_info": {}})
 
+def make_universal(pieces, universal):
+    """As the command line ``python -m deepspeed.checkpoint.ds_to_universal`` does."""
+    from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
 
-@contextmanager
-def patched_argv(arguments):
-    before, sys.argv = sys.argv, ["tool", *arguments]
+    options = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
+    before, sys.argv = sys.argv, ["tool", "--input_folder", pieces, "--output_folder", universal, *options]
     try:
-        yield
+        main(parse_arguments())
     finally:
         sys.argv = before
 
@@ -188,15 +186,15 @@ def check_zero_resumes_bitwise(size, folder):
     for number, zero in enumerate(STAGES):
         path = os.path.join(folder, f"resume_{number}_of_{size}")
         first = Run(dict(zero))
-        first.save(path + "_0")
+        first.engine.save_checkpoint(path + "_0")
         results = first.advance(range(4))
         start = Run(dict(zero), lambda: network(lora_alpha=4))
         start.engine.load_checkpoint(path + "_0")
         start.advance(range(2))
-        start.save(path + "_1")
+        start.engine.save_checkpoint(path + "_1")
         middle = Run(dict(zero))
         middle.engine.load_checkpoint(path + "_1")
-        middle.save(path + "_2")
+        middle.engine.save_checkpoint(path + "_2")
         end = Run(dict(zero))
         end.engine.load_checkpoint(path + "_2")
         assert all(map(torch.equal, end.advance(range(2, 4)), results))
@@ -206,8 +204,6 @@ def check_zero_resumes_bitwise(size, folder):
 def check_zero_goes_on_with_another_number_of_processes(size, folder):
     """Two processes save, DeepSpeed's tool makes the checkpoint universal, one process goes on from it: the parameters
     are those of the run that did not stop. With ``round_robin_gradients`` the tool mixes up parameters: an error."""
-    from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
-
     options = {"adamw_lr": 3e-3}
     for number, zero in enumerate(STAGES):
         path = os.path.join(folder, f"universal_{number}")
@@ -215,14 +211,11 @@ def check_zero_goes_on_with_another_number_of_processes(size, folder):
         if size == 2:
             run = Run(dict(zero), mixed, options=options)
             run.advance(range(2))
-            run.save(os.path.join(path, "pieces"))
+            run.engine.save_checkpoint(os.path.join(path, "pieces"))
             results = run.advance(range(2, 4))
             if dist.get_rank() == 0:
                 torch.save(results, expected)
-                convert = ["--input_folder", os.path.join(path, "pieces", "global_step2"), "--output_folder"]
-                convert += [os.path.join(path, "universal", "step2"), "--num_extract_workers", "1"]
-                with patched_argv([*convert, "--num_merge_workers", "1"]):
-                    main(parse_arguments())
+                make_universal(os.path.join(path, "pieces", "global_step2"), os.path.join(path, "universal", "step2"))
             dist.barrier()
             continue
         run = Run(dict(zero), mixed, options=options, checkpoint={"load_universal": True})
@@ -263,7 +256,7 @@ def check_zero_with_one_frozen_factor(size, folder):
         run = Run(dict(zero), with_frozen_a)
         run.advance(range(2))
         path = os.path.join(folder, f"frozen_{number}_of_{size}")
-        run.save(path)
+        run.engine.save_checkpoint(path)
         assert_close(run.advance(range(2, 3)), expected)
         assert all(map(torch.equal, whole(p for n, p in run.model.named_parameters() if "lora_A" in n), frozen))
         other = Run(dict(zero), with_frozen_a)
@@ -298,7 +291,7 @@ def check_zero_with_several_groups_and_a_schedule(size, folder):
         path = os.path.join(folder, f"mixed_{number}_of_{size}")
         run = Run(dict(zero), mixed, options=options, schedule=schedule)
         run.advance(range(2))
-        run.save(path)
+        run.engine.save_checkpoint(path)
         results = run.advance(range(2, 4))
         assert_close(results, expected)
         report = run.optimizer.report()
@@ -324,9 +317,15 @@ def check_zero_passes_over_pairs_without_gradients(size, folder):
     names = [name for name, p in with_two_adapters().named_parameters() if p.requires_grad]
     start, (expected, _) = trained(with_two_adapters()), one_process(3, with_two_adapters)
     assert len(names) == 4 * PAIRS
-    for zero in STAGES:
+    for number, zero in enumerate(STAGES):
         run = Run(dict(zero), with_two_adapters)
-        got = run.advance(range(3))
+        run.advance(range(2))
+        path = os.path.join(folder, f"idle_{number}_of_{size}")
+        run.engine.save_checkpoint(path)
+        got = run.advance(range(2, 3))
+        other = Run(dict(zero), with_two_adapters)
+        other.engine.load_checkpoint(path)
+        assert all(map(torch.equal, other.advance(range(2, 3)), got))
         assert run.optimizer.report()["pairs"] == 2 * PAIRS
         for name, x, y, before in zip(names, got, expected, start, strict=True):
             assert torch.equal(x, before) if "idle" in name else relative(x, y) < 1e-4
@@ -334,7 +333,7 @@ def check_zero_passes_over_pairs_without_gradients(size, folder):
 
 def check_a_gradient_that_is_not_finite_skips_the_step_everywhere(size, folder):
     """DeepSpeed looks for one, and where it is told not to, LoRARite does."""
-    for zero, looks in (({"stage": 2}, True), ({"stage": 2}, False), (CUT, False)):
+    for zero, looks in (({"stage": 2}, True), ({"stage": 2}, False), (CUT, True)):
         bf16 = {"enabled": True, "check_grad_overflow": looks}
         run = Run(dict(zero), mixed, options={"adamw_lr": 1e-3}, bf16=bf16)
         before = run.advance(range(1))
@@ -417,6 +416,29 @@ def check_trainer_with_the_configurations_of_llama_factory(size, folder):
             results.append(trained(run.model))
         assert all(map(torch.equal, *results))
         assert_close(results[0], trained(ddp.model))
+
+
+def check_trainer_goes_on_with_another_number_of_processes(size, folder):
+    """Two processes save, one goes on, by the universal checkpoint that DeepSpeed's tool has made of it."""
+    arguments = {"save_steps": 3, "seed": 1, "use_cpu": False, "per_device_train_batch_size": 8 // size}
+    for number, zero in enumerate(({**Z2, "round_robin_gradients": False}, Z3)):
+        before()
+        config = json.loads(
+            json.dumps({**COMMON, "zero_optimization": zero, "checkpoint": {"load_universal": size == 1}})
+        )
+        path = os.path.join(folder, f"trainer_universal_{number}")
+        checkpoint = os.path.join(path, "checkpoint-3")
+        run = trainer(path, steps=5, model=network(), deepspeed=config, **arguments)
+        run.train(resume_from_checkpoint=checkpoint if size == 1 else None)
+        results, expected = trained(run.model), Path(path, "expected.pt")
+        if size == 2 and dist.get_rank() == 0:
+            torch.save(results, expected)
+            pieces = os.path.join(checkpoint, "global_step3")
+            make_universal(pieces, pieces + "_universal")
+        elif size == 1:
+            assert unwrap(run.optimizer).report()["steps"] == 5
+            assert_close(results, torch.load(expected))
+        dist.barrier()
 
 
 def check_accelerate(size, folder):

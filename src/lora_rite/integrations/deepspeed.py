@@ -73,17 +73,17 @@ class ZeroLoRARite(torch.optim.Optimizer):
         shared_out += [{"params": group["params"], "lr": float(group["lr"])} for group in others]
         super().__init__([{**group, "number": i} for i, group in enumerate(shared_out)], {"lr": self._lrs[0]})
         self._built = True
-        #: Of each factor, trained or frozen, the model's parameter and the float32 copy that is stepped.
+        #: Of each factor, the model's parameter and the float32 copy that is stepped.
         self._copies = [(p, nn.Parameter(p.detach().float().clone(), p.requires_grad)) for p in factors]
+        #: Those that DeepSpeed shares out. PEFT may freeze an adapter meanwhile, so it is settled here.
+        self._trained: list[tuple[Any, nn.Parameter]] = [(p, copy) for p, copy in self._copies if p.requires_grad]
         copies = iter(copy for _, copy in self._copies)
         for group in lora:
             group["params"] = [next(copies) for _ in group["params"]]
             group["initial_lr"] = float(group["lr"])  # what callbacks compare, as the scheduler is the outer one's
         optimizer.param_groups[:] = lora
         self._written: Tensor | None = None  # this process's piece of the factors as the last step left it
-        self._restored = (
-            False  # whether load_state_dict was called since the last step: a universal checkpoint does not
-        )
+        self._restored = False  # by load_state_dict, which DeepSpeed does not call for a universal checkpoint
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises LoRARiteTypeError: groups are added to the LoRARite, before it is wrapped."""
@@ -119,53 +119,43 @@ class ZeroLoRARite(torch.optim.Optimizer):
 
     def _step_factors(self, group: dict[str, Any], flat: Tensor) -> None:
         pieces = self._pieces(flat)
-        device = self._move_copies()
-        trained = [(p, copy) for p, copy in self._copies if p.requires_grad]
+        self._move_copies()
         loaded = group.pop(KEPT_WHOLE, None)
         changed = torch.ones(()) if self._written is None else (flat != self._written).any()
-        sizes = [copy.numel() for _, copy in trained]
-        gradients = torch.zeros(sum(sizes) + 1, device=device)  # and a flag of whether a piece was changed
-        gradients[-1] = changed
-        *views, flag = gradients.split([*sizes, 1])
-        _scatter(views, pieces, flat.grad)
-        self._total(gradients)
-        norms = torch.stack([*torch._foreach_norm(views, torch.inf), flag.squeeze()]).tolist()
+        *gradients, changed = self._put_together(pieces, flat.grad, changed)
+        norms = torch.stack([*torch._foreach_norm(gradients, torch.inf), changed.squeeze()]).tolist()
         if norms.pop() or loaded is not None:
-            self._gather_factors(pieces, flat, device)
+            self._gather_factors(pieces, flat)
         if loaded is not None:
-            self._load(loaded, pieces, self.state.pop(flat, {}), flat)
+            self._load(loaded, pieces, self.state.pop(flat, {}))
         missing = self._without_gradient(norms)
-        for (_, copy), view in zip(trained, views, strict=True):
-            copy.grad = None if id(copy) in missing else view.view(copy.shape)
+        for (_, copy), gradient in zip(self._trained, gradients, strict=True):
+            copy.grad = None if id(copy) in missing else gradient.view(copy.shape)
         for own, lr in zip(self.optimizer.param_groups, self._lrs, strict=True):
             own["lr"] = float(group["lr"]) * (lr / self._lrs[0] if self._lrs[0] else 1)
         self.optimizer.step()
-        for (_, copy), piece in zip(trained, pieces, strict=True):
+        for (_, copy), piece in zip(self._trained, pieces, strict=True):
             copy.grad = None
-            if piece:
-                new = copy.view(-1)[piece.start : piece.start + piece.numel]
-                flat[piece.offset : piece.offset + piece.numel].copy_(new)
+            _write(flat, piece, copy)
         self._written = flat.detach().clone()
 
     def _without_gradient(self, norms: list[float]) -> set[int]:
         """The ids of copies whose pairs have had no gradient: DeepSpeed makes it zero, for both factors of a pair."""
-        trained = [copy for p, copy in self._copies if p.requires_grad]
-        zero = {id(copy) for copy, norm in zip(trained, norms, strict=True) if norm == 0}
+        zero = {id(copy) for (_, copy), norm in zip(self._trained, norms, strict=True) if norm == 0}
         copies = [copy for _, copy in self._copies]
         pairs = zip(copies[::2], copies[1::2], strict=True)
         return {id(p) for pair in pairs for p in pair if all(id(q) in zero for q in pair if q.requires_grad)}
 
-    def _gather_factors(self, pieces: list[Piece | None], flat: Tensor, device: torch.device) -> None:
+    def _gather_factors(self, pieces: list[Piece | None], flat: Tensor) -> None:
         """Puts the float32 factors together, and takes the frozen ones from the model."""
-        trained = [copy for p, copy in self._copies if p.requires_grad]
-        for copy, value in zip(trained, self._whole(pieces, flat, device), strict=True):
+        for (_, copy), value in zip(self._trained, self._put_together(pieces, flat), strict=False):
             copy.copy_(value.view(copy.shape))
-        frozen = [(p, copy) for p, copy in self._copies if not p.requires_grad]
+        frozen = [(p, copy) for p, copy in self._copies if not copy.requires_grad]
         with gathered(p for p, _ in frozen):
             for p, copy in frozen:
                 copy.copy_(p)
 
-    def _load(self, loaded: dict[str, Any], pieces: list[Piece | None], state: dict[str, Any], flat: Tensor) -> None:
+    def _load(self, loaded: dict[str, Any], pieces: list[Piece | None], state: dict[str, Any]) -> None:
         """Gives LoRARite the state of a checkpoint, whose first moments are in pieces."""
         if not (self._restored or loaded["located"]):
             raise LoRARiteValueError(
@@ -175,28 +165,34 @@ class ZeroLoRARite(torch.optim.Optimizer):
         self._restored = False
         whole = {**loaded["optimizer"], "state": {i: dict(own) for i, own in loaded["optimizer"]["state"].items()}}
         if whole["state"]:
-            moments = iter(self._whole(pieces, state[FIRST], flat.device))
-            for i, (p, copy) in enumerate(self._copies):
-                moment = next(moments).view(copy.shape) if p.requires_grad else None
+            moments = dict(
+                zip((id(c) for _, c in self._trained), self._put_together(pieces, state[FIRST]), strict=False)
+            )
+            for i, (_, copy) in enumerate(self._copies):
                 if i in whole["state"]:
-                    whole["state"][i]["first_moment"] = moment
+                    whole["state"][i]["first_moment"] = moments[id(copy)].view(copy.shape)
         self.optimizer.load_state_dict(whole)
 
-    def _whole(self, pieces: list[Piece | None], flat: Tensor, device: torch.device) -> list[Tensor]:
-        """The trained factors, or what is shared out as they are, flattened: from the pieces of all processes."""
-        sizes = [copy.numel() for p, copy in self._copies if p.requires_grad]
-        values = torch.zeros(sum(sizes), device=self._device())
-        views = list(values.split(sizes))
-        _scatter(views, pieces, flat)
+    def _put_together(self, pieces: list[Piece | None], flat: Any, flag: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The trained factors, or what is shared out as they are, flattened; and the sum of the processes' flags."""
+        sizes = [copy.numel() for _, copy in self._trained]
+        values = torch.zeros(sum(sizes) + 1, device=self._device())
+        if flag is not None:
+            values[-1] = flag
+        views = values.split([*sizes, 1])
+        for view, piece in zip(views, pieces, strict=False):
+            if piece:
+                own = flat[piece.offset : piece.offset + piece.numel]
+                view[piece.start : piece.start + piece.numel].copy_(own)
         self._total(values)
         return views
 
     # -------------------------------------------------------------------------------------------------- others
 
     def _step_others(self, group: dict[str, Any], flat: Tensor, options: dict[str, Any]) -> None:
-        finite = torch.isfinite(flat.grad).all().logical_not().to(self._device(), torch.float32)  # type: ignore[arg-type]
-        self._total(finite)
-        if finite:
+        broken = torch.isfinite(flat.grad).all().logical_not().to(self._device(), torch.float32)  # type: ignore[arg-type]
+        self._total(broken)
+        if broken:
             warn("non-finite gradient of parameters that are no factors: AdamW's step skipped")
             return
         adamw_step({**options, "lr": group["lr"], "params": [flat]}, self.state, 0, None)
@@ -215,12 +211,10 @@ class ZeroLoRARite(torch.optim.Optimizer):
         if inner["state"]:
             flat = self.param_groups[0]["params"][0]
             first, pieces = torch.zeros_like(flat), self._pieces(flat)
-            trained = [(i, p) for i, (p, _) in enumerate(self._copies) if p.requires_grad]
-            for (i, _), piece in zip(trained, pieces, strict=True):
-                if piece:
-                    part = inner["state"][i]["first_moment"].reshape(-1)[piece.start : piece.start + piece.numel]
-                    first[piece.offset : piece.offset + piece.numel].copy_(part)
-            located = all(_is_located(p, piece) for (_, p), piece in zip(trained, pieces, strict=True))
+            moments = {id(c): inner["state"].get(i, {}).get("first_moment") for i, (_, c) in enumerate(self._copies)}
+            for (_, copy), piece in zip(self._trained, pieces, strict=True):
+                _write(first, piece, moments[id(copy)])
+            located = all(_is_located(p, piece) for (p, _), piece in zip(self._trained, pieces, strict=True))
             steps = max(float(state["step"].max()) for state in inner["state"].values())
             packed["state"][0] = {"step": torch.tensor(steps), FIRST: first, SECOND: torch.zeros_like(flat)}
         without = {i: {k: v for k, v in s.items() if k != "first_moment"} for i, s in inner["state"].items()}
@@ -249,7 +243,7 @@ class ZeroLoRARite(torch.optim.Optimizer):
 
     def _pieces(self, flat: Tensor) -> list[Piece | None]:
         """Of each trained factor, what of it is in ``flat``; None where that is another process's."""
-        trained: list[Any] = [p for p, _ in self._copies if p.requires_grad]
+        trained = [p for p, _ in self._trained]
         if not all(hasattr(p, "_z3_optimizer") or hasattr(p, "_dp_group") for p in trained):
             raise LoRARiteValueError(
                 "ZeroLoRARite is for DeepSpeed's ZeRO, stages 1 to 3, which has not taken over these parameters: "
@@ -267,7 +261,7 @@ class ZeroLoRARite(torch.optim.Optimizer):
 
     def _total(self, t: Tensor) -> None:
         """Sums over the processes among which the factors are shared out, in place."""
-        p: Any = next(p for p, _ in self._copies if p.requires_grad)
+        p = self._trained[0][0]
         dist.all_reduce(t, group=p.ds_process_group if hasattr(p, "ds_process_group") else p._dp_group)
 
     @staticmethod
@@ -275,12 +269,10 @@ class ZeroLoRARite(torch.optim.Optimizer):
         """Where collectives and steps take place, also where DeepSpeed keeps its pieces on the CPU."""
         return torch.device(_deepspeed().get_accelerator().current_device_name())
 
-    def _move_copies(self) -> torch.device:
-        device = self._device()
+    def _move_copies(self) -> None:
         for _, copy in self._copies:
-            if copy.device != device:
+            if copy.device != (device := self._device()):
                 copy.data = copy.data.to(device)
-        return device
 
 
 def _cut_alone(p: Any) -> Piece | None:
@@ -316,11 +308,11 @@ def _is_located(p: Any, piece: Piece | None) -> bool:
     return (told.lp_fragment_address.start, told.hp_fragment_address.start, told.lp_fragment_address.numel) == piece[:3]
 
 
-def _scatter(views: Iterable[Tensor], pieces: list[Piece | None], flat: Any) -> None:
-    """Copies this process's pieces of ``flat`` to their places in the flattened factors."""
-    for view, piece in zip(views, pieces, strict=True):
-        if piece:
-            view[piece.start : piece.start + piece.numel].copy_(flat[piece.offset : piece.offset + piece.numel])
+def _write(flat: Tensor, piece: Piece | None, whole: Tensor | None) -> None:
+    """Copies this process's piece of a parameter, where there is one, to its place in ``flat``."""
+    if piece and whole is not None:
+        own = whole.reshape(-1)[piece.start : piece.start + piece.numel]
+        flat[piece.offset : piece.offset + piece.numel].copy_(own)
 
 
 def whole_factors(model: nn.Module) -> AbstractContextManager[Any]:
