@@ -48,6 +48,9 @@ CUT = {"stage": 3, "stage3_param_persistence_threshold": 0}
 ROUND_ROBIN = {"stage": 2, "round_robin_gradients": True}
 STAGES = [{"stage": 1}, {"stage": 2}, {"stage": 3}, CUT, {"stage": 2, **OFFLOAD}, CUT | OFFLOAD, ROUND_ROBIN]
 
+#: Where the layout matters and little else does.
+LAYOUTS = [ROUND_ROBIN, CUT | OFFLOAD]
+
 
 def before():
     """Forgets the last check's state and settings."""
@@ -205,7 +208,7 @@ def check_zero_goes_on_with_another_number_of_processes(size, folder):
     """Two processes save, DeepSpeed's tool makes the checkpoint universal, one process goes on from it: the parameters
     are those of the run that did not stop. With ``round_robin_gradients`` the tool mixes up parameters: an error."""
     options = {"adamw_lr": 3e-3}
-    for number, zero in enumerate(STAGES):
+    for number, zero in enumerate(({"stage": 1}, {"stage": 2}, CUT, ROUND_ROBIN)):
         path = os.path.join(folder, f"universal_{number}")
         expected = Path(path, "expected.pt")
         if size == 2:
@@ -252,7 +255,7 @@ def with_frozen_a():
 def check_zero_with_one_frozen_factor(size, folder):
     expected, _ = one_process(3, with_frozen_a)
     frozen = [pair.a.detach().clone() for pair in find_pairs(with_frozen_a()).pairs]
-    for number, zero in enumerate(STAGES):
+    for number, zero in enumerate(LAYOUTS):
         run = Run(dict(zero), with_frozen_a)
         run.advance(range(2))
         path = os.path.join(folder, f"frozen_{number}_of_{size}")
@@ -287,7 +290,7 @@ def check_zero_with_several_groups_and_a_schedule(size, folder):
         reference.step()
         scheduler.step()
     expected = trained(model)
-    for number, zero in enumerate(STAGES):
+    for number, zero in enumerate(LAYOUTS):
         path = os.path.join(folder, f"mixed_{number}_of_{size}")
         run = Run(dict(zero), mixed, options=options, schedule=schedule)
         run.advance(range(2))
@@ -317,7 +320,7 @@ def check_zero_passes_over_pairs_without_gradients(size, folder):
     names = [name for name, p in with_two_adapters().named_parameters() if p.requires_grad]
     start, (expected, _) = trained(with_two_adapters()), one_process(3, with_two_adapters)
     assert len(names) == 4 * PAIRS
-    for number, zero in enumerate(STAGES):
+    for number, zero in enumerate(LAYOUTS):
         run = Run(dict(zero), with_two_adapters)
         run.advance(range(2))
         path = os.path.join(folder, f"idle_{number}_of_{size}")
