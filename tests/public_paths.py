@@ -19,7 +19,7 @@ PATHS = {
             "lora_rite:LoRARite", "lora_rite:PUBLISHED", "lora_rite:find_pairs", "lora_rite:param_groups",
             "lora_rite:create_lora_rite", "lora_rite:LoRARiteFactory", "lora_rite:layer_report", "lora_rite:audit",
             "lora_rite:LoRARiteError", "lora_rite:LoRARiteTypeError", "lora_rite:LoRARiteValueError",
-            "lora_rite:NonFiniteError", "lora_rite.errors:LoRARiteError",
+            "lora_rite:NonFiniteError", "lora_rite:ZeroLoRARite", "lora_rite.errors:LoRARiteError",
             "lora_rite.optimizer:LoRARite", "lora_rite.optimizer:state_bytes",
             "lora_rite.pairs:find_pairs", "lora_rite.pairs:param_groups", "lora_rite.pairs:Shape",
             "lora_rite.hf:create_lora_rite", "lora_rite.hf:LoRARiteFactory", "lora_rite.hf:unwrap",

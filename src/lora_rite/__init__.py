@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .errors import LoRARiteError, LoRARiteTypeError, LoRARiteValueError, NonFiniteError
+    from .integrations.deepspeed import ZeroLoRARite
     from .integrations.peft import LoRARiteFactory, create_lora_rite
     from .integrations.transformers import LoRARiteCallback
     from .invariance.audit import audit
@@ -23,6 +24,7 @@ _HOME = {
     "param_groups": "plan.pairs",
     "create_lora_rite": "integrations.peft",
     "LoRARiteFactory": "integrations.peft",
+    "ZeroLoRARite": "integrations.deepspeed",
     "layer_report": "optim.report",
     "LoRARiteCallback": "integrations.transformers",
     "audit": "invariance.audit",
@@ -41,6 +43,7 @@ __all__ = [
     "LoRARiteTypeError",
     "LoRARiteValueError",
     "NonFiniteError",
+    "ZeroLoRARite",
     "audit",
     "create_lora_rite",
     "find_pairs",

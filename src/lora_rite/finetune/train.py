@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
+from ..errors import LoRARiteValueError
 from ..inputs import blame
 from ..optim.modes import evaluating
 from ..run import checkpoints, digest, processes

@@ -9,6 +9,7 @@ from ..optim.optimizer import LoRARite
 from ..options import LR
 from ..plan.factors import NO_FACTOR
 from ..plan.pairs import find_pairs, param_groups
+from .deepspeed import ZeroLoRARite, whole_factors, zero_by_accelerate
 
 #: Keys of ``report()`` that the callbacks log.
 FIGURES = ("damped_share", "sigma_over_delta", "clip_rate", "gradient_norm", "update_norm", "skipped")
@@ -61,9 +62,11 @@ class LoRARiteFactory:
     Trainers that also pass their training arguments (axolotl) give ``training_args.learning_rate`` where ``lr`` is not
     among the keyword arguments; those arguments are then checked for ``max_grad_norm`` as :class:`LoRARiteCallback`
     does.
+
+    Where Accelerate is set to DeepSpeed's ZeRO, the optimizer is a :class:`lora_rite.ZeroLoRARite`.
     """
 
-    def __call__(self, model: nn.Module, training_args: Any = None, **kwargs: Any) -> LoRARite:
+    def __call__(self, model: nn.Module, training_args: Any = None, **kwargs: Any) -> LoRARite | ZeroLoRARite:
         if "lr" not in kwargs:
             if training_args is None:
                 raise LoRARiteValueError(
@@ -72,7 +75,12 @@ class LoRARiteFactory:
             kwargs["lr"] = training_args.learning_rate
         if clip := getattr(training_args, "max_grad_norm", None):
             warn(f"max_grad_norm={clip} {RAW_CLIPPING}: set max_grad_norm=0")
-        return create_lora_rite(model, **kwargs)
+        if (clip := zero_by_accelerate()) is None:
+            return create_lora_rite(model, **kwargs)
+        if clip:
+            warn(f"DeepSpeed's gradient_clipping={clip} {RAW_CLIPPING}: set it, and max_grad_norm, to 0")
+        with whole_factors(model):
+            return ZeroLoRARite(create_lora_rite(model, **kwargs))
 
 
 def unwrap(optimizer: Any) -> Any:

@@ -32,7 +32,7 @@ def alike(
         if group["kind"] == "lora" and (len(params) != len(named) or len(params) % 2):
             raise LoRARiteValueError(
                 f"group {number} holds {len(params)} parameters instead of its factors A, B, A, B, …: DeepSpeed "
-                "ZeRO flattens and splits them. Use DeepSpeed's stage 0, DDP or FSDP2"
+                "ZeRO flattens and splits them. Hand DeepSpeed lora_rite.ZeroLoRARite(optimizer) instead"
             )
         together: dict[Any, list[FactorPair]] = {}
         for k in range(0, len(params) if group["kind"] == "lora" else 0, 2):

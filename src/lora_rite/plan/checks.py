@@ -27,7 +27,8 @@ def check_pair(a: Tensor, b: Tensor, a_name: str, b_name: str, blocks: int = 1, 
         if p.ndim < 2 or p.numel() == 0:
             raise LoRARiteValueError(
                 f"{name} has shape {tuple(p.shape)}; a factor is a non-empty matrix or convolution (FSDP1 and "
-                "DeepSpeed ZeRO flatten and split them: use FSDP2, or DeepSpeed's stage 0)"
+                "DeepSpeed ZeRO flatten and split them: use FSDP2, and with ZeRO make the optimizer before DeepSpeed "
+                "takes the model, or within deepspeed.zero.GatheredParameters)"
             )
     rank = a.shape[0] // blocks
     if (
