@@ -12,6 +12,7 @@ uninterrupted one's. Prints a row of the page's table. Exit code 1 where any of 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from datetime import date
-from importlib.metadata import distributions
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +79,8 @@ report_to: none
         packages=("ms-swift", "torch==2.13.0", "torchvision==0.28.0"),
         words="--model model --model_type llama --template default --tuner_type lora --target_modules all-linear "
         "--dataset questions.json --max_steps 10 --save_steps 5 --logging_steps 1 --per_device_train_batch_size 4 "
-        "--split_dataset_ratio 0 --torch_dtype float32 --add_version false --report_to none --output_dir {out}",
+        "--gradient_accumulation_steps 1 --split_dataset_ratio 0 --torch_dtype float32 --add_version false "
+        "--report_to none --output_dir {out}",
         resume="--resume_from_checkpoint whole/checkpoint-5",
     ),
     "axolotl": Trainer(
@@ -277,11 +279,10 @@ def try_inside(trainer: Trainer) -> None:
     run(trainer, "resumed", trainer.resume)
     apart = difference(["whole", "resumed"])
     resumed = "bitwise" if apart == 0 else f"apart by {apart:.0e}"
-    installed = {distribution.metadata["Name"]: distribution.version for distribution in distributions()}
-    name, *others = (trainer.packages[0], "torch", "transformers", "peft", "trl")
-    beside = ", ".join(f"{other} {installed[other]}" for other in others if other in installed)
+    others = [name for name in ("torch", "transformers", "peft", "trl") if importlib.util.find_spec(name)]
+    beside = ", ".join(f"{name} {version(name)}" for name in others)
     result = f"{PAIRS} pairs in {STEPS} steps; resumed {resumed}"
-    print(f"| {trainer.section} {installed[name]} | {beside} | {date.today()} | {result} |")
+    print(f"| {trainer.section} {version(trainer.packages[0])} | {beside} | {date.today()} | {result} |")
 
 
 def main() -> None:
