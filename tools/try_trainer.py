@@ -105,6 +105,10 @@ gradient_accumulation_steps: 1
 lr_scheduler: cosine
 attn_implementation: sdpa
 bf16: false
+lora_mlp_kernel: false
+lora_qkv_kernel: false
+lora_o_kernel: false
+lora_embedding_kernel: false
 """,
     ),
     "unsloth": Trainer(
@@ -262,6 +266,8 @@ def run(trainer: Trainer, out: str, further: str = "") -> None:
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "WANDB_DISABLED": "true",
+        "DO_NOT_TRACK": "1",
+        "AXOLOTL_DO_NOT_TRACK": "1",
     }
     with open(f"{out}.log", "w", encoding="utf-8") as log:
         done = subprocess.run(words, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
