@@ -119,10 +119,10 @@ lora_embedding_kernel: false
     ),
     "torchtune": Trainer(
         section="torchtune",
-        packages=("torchtune", "torch==2.13.0", "torchao", "transformers"),
+        packages=("torchtune", "torch==2.13.0", "torchao==0.10.0", "transformers"),
         words="output_dir={out}",
-        resume="resume_from_checkpoint=True checkpointer.recipe_checkpoint=whole/recipe_state/recipe_state.pt "
-        "checkpointer.adapter_checkpoint=whole/epoch_1/adapter_model.pt",
+        resume="resume_from_checkpoint=True checkpointer.recipe_checkpoint=../whole/recipe_state/recipe_state.pt "
+        "checkpointer.adapter_checkpoint=../whole/epoch_1/adapter_model.pt",
         config="""\
 model:
   _component_: torchtune.models.llama3.lora_llama3
