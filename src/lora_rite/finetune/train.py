@@ -16,7 +16,6 @@ from ..run.processes import gather, is_main, on_main, together
 from ..run.run import Run, crash_safe
 from ..run.shards import unshard_trained
 from ..run.versions import versions
-from .batches import Rows, divides_by_items, shared_batches
 from .chats import set_chat_template
 from .checks import (
     DEFAULT_LR,
@@ -32,14 +31,14 @@ from .checks import (
 from .header import announce, busy, describe, show
 from .labelled import predict_labelled
 from .load import attach_adapter, check_sharded, load_model, place_quantised, set_attention
-from .memory import peak
 from .optimizers import check_optimizer
+from .outcome import outcome
 from .plans import adapter_digest
 from .preview import describe_windows, show_examples
 from .publish import check_push, export, push
 from .reading import Examples, read, say
-from .trainer import add_callbacks, describe_optimizer, held_out_loss, log_entries, make_trainer, seconds
-from .windows import IGNORED, Windows, label_count
+from .trainer import add_callbacks, held_out_loss, log_entries, make_trainer
+from .windows import IGNORED, Windows
 
 
 def train(
@@ -274,6 +273,7 @@ def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
     from transformers import DataCollatorForSeq2Seq, Trainer
 
     from .. import LoRARiteCallback
+    from .batches import Rows, divides_by_items, shared_batches
 
     network, tokenizer, train, held_out, there = _load(options, examples)
     dtype = network.dtype
@@ -357,7 +357,7 @@ def _run(options: SimpleNamespace, settings: dict[str, Any], examples: Examples,
     from .callbacks import LOWEST
 
     run, before, last = _begin_and_train(options, settings, prepared)
-    trainer, train, held_out = prepared.trainer, prepared.train, prepared.held_out
+    trainer = prepared.trainer
     network, state = trainer.model, trainer.state
     best = None
     if run.best is not None:
@@ -366,29 +366,12 @@ def _run(options: SimpleNamespace, settings: dict[str, Any], examples: Examples,
             run.best, lowest = None, {"loss": last, "step": state.global_step}
         best = {"step": lowest["step"], "held_out_loss": lowest["loss"], "last": last, "last_step": state.global_step}
     after = last if best is None else best["held_out_loss"]
-    cut = {"train": train.cut, "held_out": held_out.cut}
-    dropped = {"train": train.dropped, "held_out": held_out.dropped}
     result = {
         "settings": {**settings, "steps": options.steps},
-        "run": {**prepared.run, "memory": {**prepared.run["memory"], "peak": peak()}, "steps_done": state.global_step},
-        "data": examples.sources,
         "inputs": prepared.inputs,
         "changes": run.record["changes"],
-        "held_out": {
-            "before": before,
-            "after": after,
-            "tokens": label_count(held_out.rows, network.config.is_encoder_decoder),
-            "examples_in_training_data": examples.contaminated,
-        },
+        **outcome(trainer, prepared.train, prepared.held_out, examples, prepared.run, before, after),
         **({} if best is None else {"best": best}),
-        "perplexity": {"before": _perplexity(before), "after": _perplexity(after)},
-        "losses": log_entries(state.log_history, "loss", "learning_rate"),
-        "held_out_losses": log_entries(state.log_history, "held_out_loss"),
-        "log": state.log_history,
-        "seconds": seconds(state),
-        "optimizer": describe_optimizer(trainer.optimizer),
-        "windows": prepared.run["windows"],
-        "examples": {**prepared.run["examples"], "cut": cut, "dropped": dropped},
         "versions": versions(),
     }
     with evaluating(trainer.optimizer):
@@ -396,7 +379,3 @@ def _run(options: SimpleNamespace, settings: dict[str, Any], examples: Examples,
         run.restore_best(network)
         run.finish(lambda folder: export(folder, network, prepared.tokenizer, result), result)
     return result
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf  # beyond the largest float
