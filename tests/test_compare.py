@@ -164,6 +164,16 @@ def test_runs_of_a_sweep_measure_no_curve(recipe, tmp_path, fake_train):
     assert len(fake_train.calls) == done
 
 
+def test_an_evaluation_has_the_weights_of_the_run(recipe, tmp_path):
+    """Also quantised ones: in others, the adapter would not be judged as it was trained."""
+    weights = {"model": "tiny", "dtype": "bfloat16", "load_in_4bit": True, "trust_remote_code": True}
+    more = ", ".join(f"{key}: {str(value).lower()}" for key, value in weights.items())
+    text = RECIPE.replace("steps: 2,", f"steps: 2, {more},")
+    study = Study(load_recipe(recipe(text)))
+    options = study.evaluation(Trial("sums", 2, "AdamW", 0.01, 0, "test"), tmp_path, None)
+    assert {key: options.get(key) for key in weights} == weights
+
+
 def test_the_grid_grows_no_further_than_told_and_one_rate_needs_no_sweep(recipe):
     study = Study(load_recipe(recipe()))
     losses = play(study, lambda r: r.lr)

@@ -178,7 +178,8 @@ class Study:
     def evaluation(self, run: Trial, out: Path, data_dir: Path | None) -> dict[str, Any]:
         """The options of ``lora-rite eval`` for a final run."""
         options = self.options(run, out)
-        shared = ("model", "batch_size", "max_length", "bf16", "trust_remote_code")
+        weights = ("model", "bf16", "dtype", "load_in_4bit", "load_in_8bit", "trust_remote_code")
+        shared = (*weights, "batch_size", "max_length")
         return {
             "tasks": self.recipe.tasks[run.task].evaluate if run.split == "test" and not run.steps else [],
             "adapter": out / run.folder / "adapter",
