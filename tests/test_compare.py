@@ -166,7 +166,7 @@ def test_runs_of_a_sweep_measure_no_curve(recipe, tmp_path, fake_train):
 
 def test_an_evaluation_has_the_weights_of_the_run(recipe, tmp_path):
     """Also quantised ones: in others, the adapter would not be judged as it was trained."""
-    weights = {"model": "tiny", "dtype": "bfloat16", "load_in_4bit": True, "trust_remote_code": True}
+    weights = {"model": "tiny", "dtype": "bfloat16", "load_in_4bit": True}
     more = ", ".join(f"{key}: {str(value).lower()}" for key, value in weights.items())
     text = RECIPE.replace("steps: 2,", f"steps: 2, {more},")
     study = Study(load_recipe(recipe(text)))
