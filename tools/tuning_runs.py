@@ -1,19 +1,13 @@
 """What LoRARite's figures look like in a good run and in bad ones: the pictures and numbers of docs/tuning.md.
 
-Runs that differ in lr alone (rank 16, 200 steps, seed 0, the C++ headers of torch): three of the demo's setting, half a
-minute to two minutes each on one core, which go to benchmarks/results/tuning.json and docs/tuning.png; or four of Gemma
-3 270M, five minutes each, one of them with the good lr and unclipped (after tools/fetch_model.py and
-prune_vocabulary.py, as recipes/real/gemma3-270m-first.yaml says):
-
-    python tools/tuning_runs.py
-    python tools/tuning_runs.py gemma
+Three runs of the demo's setting (the embedded model learns C++, rank 16, 200 steps, seed 0) that differ in lr alone:
+half a minute to two minutes each on one core. Writes benchmarks/results/tuning.json and docs/tuning.png.
 """
 
 import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -21,50 +15,25 @@ import matplotlib.pyplot as plt
 from lora_rite.finetune.train import train
 from lora_rite.run.files import write_json
 from lora_rite.run.versions import versions
-from lora_rite.study.demo import EVAL_EVERY, write_data
-from lora_rite.study.demo import SETTINGS as DEMO
+from lora_rite.study.demo import EVAL_EVERY, SETTINGS, write_data
 
 ROOT = Path(__file__).parents[1]
-
-
-class Setting(NamedTuple):
-    """What the runs share, over the demo's settings; and of each its lr and arguments of the optimizer."""
-
-    shared: dict[str, Any]
-    runs: dict[str, tuple[float, dict[str, Any]]]
-
-
-SETTINGS = {
-    "tiny": Setting(
-        {"eval_every": EVAL_EVERY},
-        {"good": (2e-2, {}), "too low": (1e-3, {}), "too high": (8e-2, {})},
-    ),
-    "gemma": Setting(
-        {"model": "models/gemma3-270m-cpp", "bf16": True, "batch_size": 4, "eval_every": 50, "eval_limit": 64},
-        {
-            "good": (2e-3, {}),
-            "too low": (1e-4, {}),
-            "too high": (3.2e-2, {}),
-            "unclipped": (2e-3, {"clip_unmagnified_grad": None}),
-        },
-    ),
-}
+RUNS = {"good": 2e-2, "too low": 1e-3, "too high": 8e-2}
 #: Of a run: keys of the log. Of a layer: means over all layers of one kind.
 FIGURES = ("damped_share", "sigma_over_delta", "clip_rate", "gradient_norm", "update_norm", "skipped")
 LAYER_FIGURES = ("damped_share", "sigma_over_delta", "update_norm", "product_norm")
 
 
-def run(shared: dict[str, Any], lr: float, arguments: dict[str, Any], data: Path, out: Path) -> dict:
+def run(lr: float, data: Path, out: Path) -> dict:
     result = train(
-        data=data / "train.jsonl", validation=data / "validation.jsonl", out=out, lr=lr, optimizer_args=arguments,
-        layers_every=10, progress=False, **{**DEMO, **shared},
+        data=data / "train.jsonl", validation=data / "validation.jsonl", out=out, lr=lr, eval_every=EVAL_EVERY,
+        layers_every=10, progress=False, **SETTINGS,
     )  # fmt: skip
     log = [entry for entry in result["log"] if "lora_rite/update_norm" in entry]
     figures = {key: [entry.get(f"lora_rite/{key}") for entry in log] for key in FIGURES}
     lines = (out / "layers.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "lr": lr,
-        "optimizer_args": arguments,
         "loss": [entry["loss"] for entry in log],
         "held_out": result["held_out_losses"],
         "after": result["held_out"]["after"],
@@ -108,20 +77,16 @@ def draw(runs: dict[str, dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", choices=SETTINGS, nargs="?", default="tiny")
-    setting = parser.parse_args().setting
-    shared, wanted = SETTINGS[setting]
-    runs: dict[str, dict] = {}
-    name = "tuning" if setting == "tiny" else f"tuning-{setting}"
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "tuning.json")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "tuning.png")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder) / "data")
-        for label, (lr, arguments) in wanted.items():
-            runs[label] = run(shared, lr, arguments, Path(folder) / "data", Path(folder) / label)
-            print(f"{label}: lr {lr:g}, held-out loss {runs[label]['after']:.3f}", flush=True)
-    write_json(
-        ROOT / f"benchmarks/results/{name}.json", {"data": data, "shared": shared, "runs": runs, "versions": versions()}
-    )
-    draw(runs, ROOT / f"docs/{name}.png")
+        runs = {name: run(lr, Path(folder) / "data", Path(folder) / name) for name, lr in RUNS.items()}
+    write_json(options.out, {"data": data, "runs": runs, "versions": versions()})
+    draw(runs, options.picture)
+    for name, result in runs.items():
+        print(f"{name}: lr {result['lr']:g}, held-out loss {result['after']:.3f}")
 
 
 if __name__ == "__main__":
