@@ -147,22 +147,22 @@ def test_a_signal_to_one_stops_all_and_the_run_goes_on_bitwise(golden, data, tmp
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "message", "options", "variables"),
+    ("fault", "code", "message", "options", "failpoint"),
     [
-        pytest.param("there", 2, "is not an empty folder", {}, {}, marks=pytest.mark.slow),
-        pytest.param("value", 2, "--lr must be a finite number", {"lr": -1}, {}, marks=pytest.mark.slow),
-        pytest.param("word", 2, "no option --steps_", {"steps_": 1}, {}, marks=pytest.mark.slow),
-        pytest.param("in use", 5, "is in use by another process", {}, {}, marks=pytest.mark.slow),
+        pytest.param("there", 2, "is not an empty folder", {}, "", marks=pytest.mark.slow),
+        pytest.param("value", 2, "--lr must be a finite number", {"lr": -1}, "", marks=pytest.mark.slow),
+        pytest.param("word", 2, "no option --steps_", {"steps_": 1}, "", marks=pytest.mark.slow),
+        pytest.param("in use", 5, "is in use by another process", {}, "", marks=pytest.mark.slow),
         ("full", 4, "cannot write the checkpoint of step 2 .*No space left", {}, "manifest.json written=ENOSPC"),
         pytest.param(
             "result", 4, "cannot write the result .*quota", {}, "adapter written=EDQUOT", marks=pytest.mark.slow
         ),
         pytest.param(
-            "NaN", 3, "No adapter was written", {"optimizer": "adamw", "lr": 1e30}, {}, marks=pytest.mark.slow
+            "NaN", 3, "No adapter was written", {"optimizer": "adamw", "lr": 1e30}, "", marks=pytest.mark.slow
         ),
     ],
 )
-def test_errors_are_told_once_and_end_all(fault, code, message, options, variables, golden, data, tmp_path):
+def test_errors_are_told_once_and_end_all(fault, code, message, options, failpoint, golden, data, tmp_path):
     """Also where the first process alone can see what is wrong, as that the disk is full."""
     from filelock import FileLock
 
@@ -173,7 +173,7 @@ def test_errors_are_told_once_and_end_all(fault, code, message, options, variabl
         lock.acquire()
         (out / ".lock").write_text("1\n")
     log = tmp_path / "log"
-    done = Launch(words(data, out, **options), log, LORA_RITE_FAILPOINT=variables or "").wait()
+    done = Launch(words(data, out, **options), log, LORA_RITE_FAILPOINT=failpoint).wait()
     lock.release()
     assert [process.code for process in done] == [code, code], done
     (line,) = said(done[0])

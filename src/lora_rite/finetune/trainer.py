@@ -75,8 +75,8 @@ def _arguments(options: Any, more: dict[str, Any]) -> Any:
             use_cpu=uses_cpu(),
             seed=options.seed,
             data_seed=options.seed,
-            # Experts without a token have no gradient in one process and one in another. And with this, DDP does not
-            # sort its buckets anew after the first step, so that a resumed run adds in the order of the whole one.
+            # Experts without a token have no gradient in one process and one in another. (And DDP does not sort its
+            # buckets anew after the first step then, with which sums may come in another order in a resumed run.)
             ddp_find_unused_parameters=True,
             logging_steps=options.log_every,
             logging_nan_inf_filter=False,
