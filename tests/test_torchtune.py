@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("torchtune")
 
 from torchtune.models.llama3 import lora_llama3
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from lora_rite import LoRARite
 
@@ -19,7 +20,9 @@ MODEL = {
 
 def model(**options):
     torch.manual_seed(0)
-    return lora_llama3(["q_proj", "k_proj", "v_proj", "output_proj"], **MODEL, **options)
+    network = lora_llama3(["q_proj", "k_proj", "v_proj", "output_proj"], **MODEL, **options)
+    set_trainable_params(network, get_adapter_params(network))
+    return network
 
 
 def test_recipes_hand_over_nameless_parameters():

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,11 @@ def test_steps_and_differences_are_read_off_checkpoints(tmp_path):
             safetensors.save_file({"a": torch.tensor([2.0, value])}, folder / "adapter_model.safetensors")
             for file in folder.iterdir():  # those of a real run are further apart than a clock's ticks
                 os.utime(file, (number, number))
+            (folder / "adapter_config.json").touch()
     whole, resumed = str(tmp_path / "whole"), str(tmp_path / "resumed")
+    assert not tool.resumes(whole, resumed)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-5")
+    assert tool.resumes(whole, resumed)
     assert tool.steps(whole) == [10, 10, 10]
     assert tool.difference([whole, whole]) == 0
     assert tool.difference([whole, resumed]) == pytest.approx(0.25)

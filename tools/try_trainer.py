@@ -243,6 +243,14 @@ def steps(out: str) -> list[int]:
     return [int(of_factor["step"]) for of_factor in state.get("optimizer", state)["state"].values()]
 
 
+def resumes(whole: str, out: str) -> bool:
+    """Whether a run lacks checkpoints that the whole one has: those before it went on."""
+    folders = [
+        {path.parent.relative_to(run) for path in Path(run).rglob("adapter_config.json")} for run in (whole, out)
+    ]
+    return folders[1] < folders[0]
+
+
 def difference(outs: list[str]) -> float:
     """The largest one between the adapters of two runs, relative to the largest entry."""
     from safetensors.torch import load_file
@@ -283,6 +291,8 @@ def try_inside(trainer: Trainer) -> None:
     if counts != [STEPS] * 2 * PAIRS:
         sys.exit(f"not every factor of {PAIRS} pairs has been stepped {STEPS} times: {counts}")
     run(trainer, "resumed", trainer.resume)
+    if not resumes("whole", "resumed"):
+        sys.exit("the second run did not go on from the checkpoint, it began anew")
     apart = difference(["whole", "resumed"])
     resumed = "bitwise" if apart == 0 else f"apart by {apart:.0e}"
     others = [name for name in ("torch", "transformers", "peft", "trl") if importlib.util.find_spec(name)]
