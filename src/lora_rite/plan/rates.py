@@ -28,7 +28,7 @@ def expressions_of(lr_by_name: Mapping[str, Any], together: Sequence[tuple[str, 
         matching = [key for key, expression in compiled.items() if any(map(expression.search, held_by))]
         if len(matching) > 1:
             raise LoRARiteValueError(
-                f"lr_by_name: {matching[0]!r} and {matching[1]!r} both match {' with '.join(names)}: let one alone do so"
+                f"lr_by_name: {matching[0]!r} and {matching[1]!r} both match {' with '.join(names)}: only one may"
             )
         found.append(matching[0] if matching else None)
     if unused := [expression for expression in compiled if expression not in found]:
