@@ -191,6 +191,21 @@ def test_zero_keeps_the_ratios_only_of_rates_that_have_some():
         ZeroLoRARite(create_lora_rite(network(), lr=0.0, adamw_lr=1e-3, lr_by_name=by_name))
 
 
+def test_checks_on_other_models_leave_it_out():
+    """Commands try an optimizer on small pairs first, and measure its state there: a study's memory is the same."""
+    pytest.importorskip("transformers")
+    from lora_rite.finetune.memory import optimizer_state
+    from lora_rite.finetune.optimizers import check_optimizer
+    from lora_rite.plan.pairs import Shape
+
+    options = {"lr_by_name": {"q_proj": 1e-3}}
+    sizes = [optimizer_state({Shape(8, 6, 2): 3}, "lora-rite", LR, given) for given in (None, options)]
+    assert sizes[0] == sizes[1] > 0
+    assert check_optimizer(None, "lora-rite", LR, options=options) is None
+    with pytest.raises(ValueError, match="'q_proj' matches no trainable parameter"):
+        check_optimizer(network(), "lora-rite", LR, options={"adamw_lr": 1e-3, **options})
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:Model has `tie_word")
 def test_trainer_schedules_every_group(tmp_path):
     """Through the factory, on PEFT's model: the Trainer logs the general lr, and each group has its own schedule."""
