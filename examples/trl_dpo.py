@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer (and, in the same way, GRPO, KTO, RLOO): it takes no factory, but an optimizer of the adapted model.
+"""TRL's DPOTrainer (and, in the same way, KTO, RLOO): it takes no factory, but an optimizer of the adapted model.
 
 python examples/trl_dpo.py [--out runs/dpo] [--resume runs/dpo/checkpoint-10]
 """

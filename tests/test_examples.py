@@ -26,6 +26,7 @@ CHECKPOINTS = {
     "trainer": ("checkpoint-3", "transformers"),
     "trl_sft": ("checkpoint-3", "trl"),
     "trl_dpo": ("checkpoint-3", "trl"),
+    "trl_grpo": ("checkpoint-3", "trl"),
     "lightning_module": ("step=3.ckpt", "lightning"),
     "diffusers_style": ("checkpoint-3.pt", "peft"),
 }

@@ -203,6 +203,23 @@ def test_dora_and_whole_modules_are_trained_by_adamw(train, tmp_path):
     assert torch.equal(kept, load_model("tiny")[0].model.norm.weight)
 
 
+def test_learning_rates_by_name(train, refused, tmp_path, capsys):
+    """Of pairs and of whole modules; in JSON or as a further option. The settings and the header have them."""
+    by_name = {r"layers\.[01]\..*_proj": 0.0, r"^model\.norm$": 0.0}
+    words = ["--steps", 2, "--modules_to_save", "norm", "--optimizer_args.lr_by_name"]
+    assert "norms' matches no trainable parameter" in refused(*words, '{"norms": 1e-4}')
+    result = train(*words, json.dumps(by_name), "--progress")
+    assert result["settings"]["optimizer_args"]["lr_by_name"] == by_name
+    said = " ".join(capsys.readouterr().err.split())
+    assert r"by lora-rite, lr 0.01, layers\.[01]\..*_proj 0.0, ^model\.norm$ 0.0" in said
+    assert "in no pair by AdamW, lr 0.0002 or by name" in said
+    found = adapter(tmp_path)
+    still = {int(name.split("layers.")[1][0]) for name, p in found.items() if "lora_B" in name and not p.any()}
+    assert still == {0, 1}
+    (whole,) = (p for name, p in found.items() if name.endswith("model.norm.weight"))
+    assert torch.equal(whole, load_model("tiny")[0].model.norm.weight)
+
+
 def test_rslora_scales_by_the_root_of_the_rank(train, tmp_path):
     train("--steps", 1, "--rslora")
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())

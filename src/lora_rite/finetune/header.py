@@ -109,6 +109,7 @@ def show(run: dict[str, Any], options: Any, held_out: int) -> None:
         options: those of ``lora-rite train``.
         held_out: windows that there are to measure the held-out loss on, before ``eval_limit``.
     """
+    from rich.markup import escape
     from rich.table import Table
 
     tokens, loss, windows, memory = run["tokens"], run["tokens_with_loss"], run["windows"], run["memory"]
@@ -125,17 +126,19 @@ def show(run: dict[str, Any], options: Any, held_out: int) -> None:
         f"{number(run['examples']['train'], 'example')}, {tokens['train']:,} tokens, {loss['train']:,} with loss; "
         f"held out: {number(windows['held_out'], 'window')}{some}, {loss['held_out']:,} tokens with loss",
     )
+    by_name = (options.optimizer_args or {}).get("lr_by_name") or {}
+    rates = "".join(f", {escape(str(name))} {lr}" for name, lr in by_name.items())
     clip = "" if run["max_grad_norm"] == 0 else f", gradients clipped to norm {run['max_grad_norm']:g}"
     accumulated = f" × {options.accumulation}" if options.accumulation > 1 else ""
     shares = f", {run['processes']} processes × {options.batch_size}{accumulated}" if run["processes"] > 1 else ""
     grid.add_row(
         "training",
         f"{number(options.steps, 'step')} of {number(run['windows_per_step'], 'window')}{shares} "
-        f"({run['epochs']:.2f} epochs) by {options.optimizer}, lr {options.lr:g}{clip}",
+        f"({run['epochs']:.2f} epochs) by {options.optimizer}, lr {options.lr:g}{rates}{clip}",
     )
     outside = run["trained_outside_pairs"]
     rate = (options.optimizer_args or {}).get("adamw_lr")
-    by = f" by AdamW, lr {rate:g}" if rate is not None else ""
+    by = f" by AdamW, lr {rate:g}{' or by name' if by_name else ''}" if rate is not None else ""
     others = f", {outside:,} of them in no pair{by}" if outside else ""
     trained = f"{run['trained']:,} trained parameters ({run['trained_share']:.2%})"
     grid.add_row("adapter", f"{trained} in {number(run['pairs'], 'pair')}{others}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..run.processes import count, highest, sharded
-from .optimizers import create_optimizer
+from .optimizers import create_optimizer, for_any_model
 
 if TYPE_CHECKING:
     from ..plan.pairs import Shape
@@ -28,7 +28,7 @@ def optimizer_state(shapes: "Mapping[Shape, int]", name: str, lr: float, options
 
     def measure(device: str, shape: "Shape") -> int:
         adapter = Adapter([shape], torch.float32, device)
-        optimizer = create_optimizer(adapter, name, lr, options=options)
+        optimizer = create_optimizer(adapter, name, lr, options=for_any_model(options))
         for p in adapter.parameters():
             p.grad = torch.full_like(p, 1e-3) if p.requires_grad else None
         optimizer.step()

@@ -99,6 +99,11 @@ def option(name: str, options: dict[str, Any] | None) -> str:
     return f"--optimizer {name}" + (f" with --optimizer_args {options}" if options else "")
 
 
+def for_any_model(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options but for ``lr_by_name``, whose names are those of one model alone."""
+    return {key: value for key, value in (options or {}).items() if key != "lr_by_name"}
+
+
 def check_optimizer(
     model: Any, name: str, lr: float, weight_decay: float = 0.0, options: dict[str, Any] | None = None
 ) -> Any:
@@ -130,7 +135,7 @@ def check_optimizer(
                 made = create_optimizer(model, name, lr, weight_decay, options)
         adapter = Adapter([Shape(48, 32, 4)], torch.float32, str(device))
         try:
-            optimizer = create_optimizer(adapter, name, lr, weight_decay, options)
+            optimizer = create_optimizer(adapter, name, lr, weight_decay, for_any_model(options))
         except Exception as error:
             if model is None and isinstance(find_optimizer(name)[0], type):
                 with blame(option(name, options)):

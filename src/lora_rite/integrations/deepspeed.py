@@ -67,6 +67,10 @@ class ZeroLoRARite(torch.optim.Optimizer):
         self.optimizer, self._others = optimizer, [{k: v for k, v in g.items() if k != "params"} for g in others]
         factors = [p for group in lora for p in group["params"]]
         self._lrs = [float(group["lr"]) for group in lora]
+        if any(self._lrs) and not self._lrs[0]:  # DeepSpeed's lr is the first one, of which the others are multiples
+            raise LoRARiteValueError(
+                "the lr of the first group of pairs is 0 and that of others is not: freeze its factors instead"
+            )
         self._other_parameters = [p for group in others for p in group["params"]]
         self._built = False
         shared_out = [{"params": [p for p in factors if p.requires_grad], "lr": self._lrs[0]}]

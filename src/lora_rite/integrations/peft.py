@@ -13,6 +13,8 @@ from .deepspeed import ZeroLoRARite, whole_factors, zero_by_accelerate
 
 #: Keys of ``report()`` that the callbacks log.
 FIGURES = ("damped_share", "sigma_over_delta", "clip_rate", "gradient_norm", "update_norm", "skipped")
+#: Training arguments of axolotl that are about learning rates by name.
+LRS_BY_NAME = ("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale", "lr_groups")
 RAW_CLIPPING = (
     "clips raw gradients, so that the step depends on the factorisation again; LoRARite has clip_unmagnified_grad"
 )
@@ -30,17 +32,20 @@ def create_lora_rite(model: nn.Module, lr: float | Tensor = LR, **options: Any) 
         lr: the learning rate of the pairs: that of W = W₀ + scaling·B·A, with the scaling (alpha/r; rsLoRA: alpha/√r)
             of the model's layers, at rank 16; at rank r it counts √(16/r) times. So one lr suits every alpha and,
             nearly, every rank. ``scaling=None`` makes it that of B·A as it is.
-        options: keyword arguments of :class:`LoRARite`; ``adamw_lr`` where other parameters are trainable.
+        options: keyword arguments of :class:`LoRARite`; ``adamw_lr`` where other parameters are trainable; and
+            ``lr_by_name`` of :func:`lora_rite.param_groups`, ``{"embed_tokens": 1e-4, …}``: the lr of what has a name
+            in which the regular expression is found, of pairs (both factors) and of other parameters (AdamW's).
 
     Raises:
-        LoRARiteValueError: as LoRARite does.
+        LoRARiteValueError, LoRARiteTypeError: as LoRARite and :func:`lora_rite.param_groups` do.
 
     Example::
 
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
         optimizer = create_lora_rite(model, lr=5e-4)
     """
-    groups = param_groups(model, **{key: options.pop(key) for key in ("scaling",) if key in options})
+    of_groups = {key: options.pop(key) for key in ("scaling", "lr_by_name") if key in options}
+    groups = param_groups(model, **of_groups)
     if not any(group["kind"] == "lora" for group in groups):
         raise LoRARiteValueError(f"no LoRA pairs: {_found_instead(model)}")
     return LoRARite(groups, lr=lr, **options)
@@ -61,7 +66,8 @@ class LoRARiteFactory:
 
     Trainers that also pass their training arguments (axolotl) give ``training_args.learning_rate`` where ``lr`` is not
     among the keyword arguments; those arguments are then checked for ``max_grad_norm`` as :class:`LoRARiteCallback`
-    does.
+    does, and learning rates by name that they have (``embedding_lr``, ``lr_groups``, …), which would not be used, are a
+    LoRARiteValueError: ``lr_by_name`` gives them here.
 
     Where Accelerate is set to DeepSpeed's ZeRO, the optimizer is a :class:`lora_rite.ZeroLoRARite`.
     """
@@ -73,6 +79,11 @@ class LoRARiteFactory:
                     f'no lr: a Trainer passes none to an optimizer factory, write (LoRARiteFactory, {{"lr": {LR}}})'
                 )
             kwargs["lr"] = training_args.learning_rate
+        if unused := [key for key in LRS_BY_NAME if getattr(training_args, key, None)]:
+            raise LoRARiteValueError(
+                f"{unused[0]} of the training arguments is not used by LoRARite: leave it out, and pass the factory "
+                'lr_by_name={"embed_tokens": …}'
+            )
         if clip := getattr(training_args, "max_grad_norm", None):
             warn(f"max_grad_norm={clip} {RAW_CLIPPING}: set max_grad_norm=0")
         if (clip := zero_by_accelerate()) is None:

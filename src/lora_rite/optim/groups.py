@@ -66,6 +66,8 @@ def _foreign_keys(given: Group, defaults: Group, adamw: Group) -> Group:
                 f"{key} is an option of the optimizer; in a parameter group of kind adamw it is called "
                 f"{key.removeprefix('adamw_')}"
             )
+        if key == "lr_by_name":
+            raise LoRARiteValueError("lr_by_name is not for a group: pass it to create_lora_rite or param_groups")
         if (meant := meant_option(key, own)) is not None:
             raise LoRARiteValueError(f"unknown key {key!r} in a parameter group: did you mean {meant!r}?")
     if "params" not in given:

@@ -5,7 +5,7 @@ step, so that it survives every exchange of parameters (FSDP2, ``deepcopy``, ``l
 parameters belong to a group of ``"kind": "adamw"``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from ..errors import LoRARiteTypeError, LoRARiteValueError, warn
 from .checks import check_pair
 from .factors import BETWEEN_NAMES, is_a, is_parametrized, layer_of, partner_of, why_not
 from .names import plain_names
+from .rates import expressions_of
 from .stacked import EXPERTS, base_weights, layer_scalings, layout_by_shapes, stacked_layers
 
 
@@ -184,7 +185,12 @@ def find_pairs(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Pairing:
     return pairing
 
 
-def param_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: Any) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module | Iterable[tuple[str, Tensor]],
+    *,
+    lr_by_name: Mapping[str, float | Tensor] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
     """Groups for ``LoRARite``: of kind "lora", one with named pairs and the ``options`` (lr, betas, …), and one more
     for each further scaling (PEFT's ``alpha_pattern``, ``rank_pattern``) and number of pairs that parameters hold
     together (experts, groups of a convolution); of kind "adamw", one where other parameters are trainable (the
@@ -193,20 +199,47 @@ def param_groups(model: nn.Module | Iterable[tuple[str, Tensor]], **options: Any
     ``scaling`` of a group is what the layers of a model multiply B·A by, so that lr is that of W. ``scaling=None``
     makes it that of B·A, which it is too where ``named_parameters()`` are given, which do not tell.
 
-    To give pairs different settings, call it with the ``named_parameters()`` of one part of the model at a time.
+    ``lr_by_name``, ``{"embed_tokens": 1e-4, …}``, gives some their own lr, in further groups: a regular expression is
+    searched in the plain name (without wrappers' segments) of a trainable parameter and of each module that holds it.
+    The factors of a pair always have one lr, the one lr of LoRA-RITE; that of other parameters is AdamW's.
+
+    To give pairs other settings of their own, call it with the ``named_parameters()`` of one part of the model at a
+    time.
+
+    Raises:
+        LoRARiteValueError: as :func:`find_pairs`; an expression of ``lr_by_name`` that matches no trainable parameter,
+            or two that match the same pair or parameter.
+        LoRARiteTypeError: ``lr_by_name`` is no mapping.
     """
-    pairing = find_pairs(model)
+    named = list(model.named_parameters()) if isinstance(model, nn.Module) else _check_named(model)
+    pairing = find_pairs(model if isinstance(model, nn.Module) else named)
+    number, lrs = _numbers_of_lrs(pairing, [name for name, _ in named], lr_by_name or {})
     groups: list[dict[str, Any]] = []
-    kind = lambda p: (p.blocks, p.columns, None if "scaling" in options else p.scaling)
-    for blocks, columns, scaling in sorted({kind(p) for p in pairing.pairs}, key=str):
-        alike = [p for p in pairing.pairs if kind(p) == (blocks, columns, scaling)]
-        named = [named for p in alike for named in ((p.a_name, p.a), (p.b_name, p.b))]
+    kind = lambda p: (number[p.a_name], p.blocks, p.columns, None if "scaling" in options else p.scaling)
+    # Trainers log the first group's lr, which therefore is the general one wherever a pair has that.
+    for own, blocks, columns, scaling in sorted({kind(p) for p in pairing.pairs}, key=lambda k: (k[0], str(k[1:]))):
+        alike = [p for p in pairing.pairs if kind(p) == (own, blocks, columns, scaling)]
+        factors = [named for p in alike for named in ((p.a_name, p.a), (p.b_name, p.b))]
         several = {"blocks": blocks, "columns": columns} if blocks > 1 else {}
         known = {"scaling": scaling} if scaling is not None else {}
-        groups.append({"params": named, "kind": "lora", **several, **known, **options})
-    if pairing.left_out:
-        groups.append({"params": [(o.name, o.parameter) for o in pairing.left_out], "kind": "adamw"})
+        groups.append({"params": factors, "kind": "lora", **several, **known, **options, **lrs[own]})
+    for own in sorted({number[o.name] for o in pairing.left_out}):
+        others = [(o.name, o.parameter) for o in pairing.left_out if number[o.name] == own]
+        groups.append({"params": others, "kind": "adamw", **lrs[own]})
     return groups
+
+
+def _numbers_of_lrs(
+    pairing: Pairing, names: list[str], lr_by_name: Mapping[str, float | Tensor]
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """By the name of A or of another parameter, the number of its lr; and by number, the key of a group that it is:
+    none for 0, then those of ``lr_by_name``."""
+    plain = dict(zip(names, plain_names(names), strict=True))
+    together = [(pair.a_name, pair.b_name) for pair in pairing.pairs] + [(o.name,) for o in pairing.left_out]
+    found = expressions_of(lr_by_name, [tuple(plain[name] for name in own) for own in together])
+    numbers = {None: 0, **{expression: i for i, expression in enumerate(lr_by_name, 1)}}
+    by_name = {own[0]: numbers[expression] for own, expression in zip(together, found, strict=True)}
+    return by_name, [{}, *({"lr": lr} for lr in lr_by_name.values())]
 
 
 def _check_named(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
