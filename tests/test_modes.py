@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import lora_rite
 from lora_rite.cli import main
-from lora_rite.finetune import train as train_module
+from lora_rite.finetune import outcome as outcome_module
 from lora_rite.optim.modes import evaluating, two_modes
 from lora_rite.run.checkpoints import TRAINING
 
@@ -181,8 +181,8 @@ def test_optimizers_of_one_mode_have_none_in_any_wrapper(averaging):
 def test_figures_checkpoints_and_the_export_are_of_the_average(name, data, tmp_path, monkeypatch):
     """The exported adapter has the reported loss and is that of the last checkpoint; the parameters that were trained
     are others. Measuring at every step changes no bit of it."""
-    seen, describe = {}, train_module.describe_optimizer
-    monkeypatch.setattr(train_module, "describe_optimizer", lambda o: seen.update(optimizer=o) or describe(o))
+    seen, describe = {}, outcome_module.describe_optimizer
+    monkeypatch.setattr(outcome_module, "describe_optimizer", lambda o: seen.update(optimizer=o) or describe(o))
     assert train(data, tmp_path / "run", name, "--save_every", 3, "--eval_every", 1, "--validation", data) == 0
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-6"
