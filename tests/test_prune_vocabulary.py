@@ -98,10 +98,10 @@ def test_merges_on_the_way_are_kept(tool, fallback):
     kept = tool._prune_tokenizer(definition, used, {"<pad>", "<eos>", "<unk>"})
     pruned = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(definition)))
     old = PreTrainedTokenizerFast(tokenizer_object=whole)
-    tool._check(old, pruned, TEXTS, kept)
+    tool._check(pruned, {text: tool._tokens(old, text) for text in TEXTS}, kept)
     assert len(kept) < whole.get_vocab_size()
     with pytest.raises(LoRARiteValueError, match="stays whole"):
-        tool._check(old, pruned, ["trainers.BpeTrainer"], kept)
+        tool._check(pruned, {text: tool._tokens(old, text) for text in ["trainers.BpeTrainer"]}, kept)
 
 
 def test_conversations_are_refused(tool, recipe, tmp_path, capsys):

@@ -13,7 +13,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,12 @@ def prune(model: str, out: Path, recipe: Path, data_dir: Path | None = None) -> 
         raise LoRARiteValueError(f"{out} is not an empty folder")
     tasks = load_recipe(recipe).tasks.values()
     samples = [s for task in tasks for part in read_data(task, data_dir).values() for s in part]
-    texts = sorted({text for sample in samples for text in _texts(sample, recipe)})
+    texts = {text for sample in samples for text in _texts(sample, recipe)}
     network, tokenizer = load_model(model)
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    used = {i for text in texts for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]}
+    encoded = {text: _tokens(tokenizer, text) for text in sorted(texts)}  # minutes, of long texts
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    kept = _prune_tokenizer(definition, used, set(special.values()))
+    kept = _prune_tokenizer(definition, {i for ids in encoded.values() for i in ids}, set(special.values()))
     prepare_folder("OUT", out)
 
     def write(target: Path) -> None:
@@ -65,7 +65,7 @@ def prune(model: str, out: Path, recipe: Path, data_dir: Path | None = None) -> 
         file = target / "tokenizer.json"
         file.write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
         pruned = PreTrainedTokenizerFast(tokenizer_file=str(file), **special)
-        _check(tokenizer, pruned, texts, kept)
+        _check(pruned, encoded, kept)
         pruned.save_pretrained(target)
         _prune_network(network, kept)
         network.save_pretrained(target)
@@ -128,11 +128,14 @@ def _merges(token: str, ranks: dict[tuple[str, ...], int]) -> Iterator[tuple[str
         parts[place : place + 2] = ["".join(parts[place : place + 2])]
 
 
-def _check(before: Any, after: Any, texts: Iterable[str], kept: list[int]) -> None:
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _check(pruned: Any, encoded: dict[str, list[int]], kept: list[int]) -> None:
     """Checks that texts have the same tokens as before."""
-    for text in texts:
-        old, new = (t(text, add_special_tokens=False, verbose=False)["input_ids"] for t in (before, after))
-        if old != [kept[i] for i in new]:
+    for text, ids in encoded.items():
+        if ids != [kept[i] for i in _tokens(pruned, text)]:
             raise LoRARiteValueError(f"the pruned tokenizer has other tokens for {text[:80]!r}: this model stays whole")
 
 

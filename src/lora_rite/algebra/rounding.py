@@ -45,9 +45,8 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, key: Tensor, first: int = 0,
     if dtype == torch.bfloat16:  # the upper half of a float32
         return noise.add_(x.float().view(torch.int32)).bitwise_and_(-dropped).view(torch.float32).to(dtype)
     x = x.float()
-    exponents = (
-        x.abs().clamp(tiny, torch.finfo(x.dtype).max).view(torch.int32).bitwise_and_(-(2**23))
-    )  # of the powers of 2 below x
+    size = x.abs().clamp(tiny, torch.finfo(x.dtype).max)
+    exponents = size.view(torch.int32).bitwise_and_(-(2**23))  # of the powers of 2 below x
     quantum = exponents.view(torch.float32) * eps
     return ((x / quantum + noise.to(x.dtype) / dropped).floor() * quantum).to(dtype)
 

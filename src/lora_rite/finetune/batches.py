@@ -57,9 +57,8 @@ def shared_batches(trainer_class: type) -> type:
     class SharedBatches(trainer_class):  # type: ignore[misc, valid-type]
         def get_train_dataloader(self) -> Any:
             loader = super().get_train_dataloader()
-            batches: Any = getattr(
-                loader.batch_sampler, "batch_sampler", loader.batch_sampler
-            )  # inside accelerate's shard
+            outer: Any = loader.batch_sampler
+            batches = getattr(outer, "batch_sampler", outer)  # inside accelerate's shard
             sampler = batches.sampler
             if self.args.train_sampling_strategy == "group_by_length":
                 sampler.batch_size *= count()

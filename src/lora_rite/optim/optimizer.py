@@ -122,7 +122,7 @@ class LoRARite(torch.optim.Optimizer):
         ``relative_eps``; and ``update_skipping``, which is 1 there, is off by default.
 
         The default of damping rests on runs of small models, and that of lr is a careful one for larger ones; start
-        from the lr that is good for AdamW on the same adapter and try up to five times that; see the README.
+        from the lr that is good for AdamW on the same adapter, half and twice that; see ``docs/tuning.md``.
     """
 
     _limits: ClassVar[Limits] = Limits()

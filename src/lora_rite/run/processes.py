@@ -51,10 +51,10 @@ def check_several() -> None:
     """Raises LoRARiteValueError where the environment speaks of several processes as neither torchrun nor ``accelerate
     launch`` for DDP or FSDP2 does."""
     advice = "start them by torchrun or accelerate launch"
+    missing = _missing()
     for key in SIZES:
-        missing = [name for name in TOLD if name not in os.environ]
         if (processes := os.environ.get(key, "1")) != "1" and (missing or str(_told()[1]) != processes):
-            without = f", without {', '.join(missing)}" if missing else ""
+            without = f", without {missing}" if missing else ""
             raise LoRARiteValueError(
                 f"there are {processes} processes ({key}, as a launcher sets it){without}: {advice}"
             )
@@ -72,10 +72,15 @@ def check_several() -> None:
 
 
 def _check_halves(advice: str) -> None:
-    missing = ", ".join(key for key in TOLD if key not in os.environ)
+    missing = _missing()
     if (rank := os.environ.get("LOCAL_RANK", "-1")) != "-1" and missing:
         what = f"LOCAL_RANK={rank} is set, as a launcher of several processes sets it"
         raise LoRARiteValueError(f"{what}, without {missing}: {advice}")
+
+
+def _missing() -> str:
+    """What torchrun tells and the environment does not."""
+    return ", ".join(key for key in TOLD if key not in os.environ)
 
 
 def _is_set(key: str) -> bool:
