@@ -319,6 +319,7 @@ def test_command_line_errors(tmp_path, capsys):
         (["--data", tmp_path / "x.txt"], "--data is for a --model"),
         (["--optimizer", "nowhere:X"], "cannot import nowhere:X: No module named 'nowhere'"),
         (["--optimizer_args", '{"lr": 1}'], "give the learning rate by --lr"),
+        (["--optimizer_args.epss", "1"], "has no such argument, did you mean eps?"),
         (["--model", tmp_path / "none"], "cannot load --model"),
         (["--out", tmp_path / "file"], "--out: "),
     ]:

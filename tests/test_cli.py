@@ -190,7 +190,7 @@ def test_errors_are_blamed_on_options_with_their_kind():
         (["--target_modules", "nothing_like_it"], "--target_modules nothing_like_it"),
         (["--resume"], "holds no run to resume"),
         (["--optimizer_args", '{"lr": 1}'], "give the learning rate by --lr"),
-        (["--optimizer_args", '{"dampin": 1}'], "--optimizer_args .*dampin"),
+        (["--optimizer_args", '{"dampin": 1}'], "--optimizer_args.dampin: .*, did you mean damping?"),
         (["--optimizer_args", '{"damping": -1}'], "damping must be a finite number"),
         (["--scheduler", "cosinus"], "--scheduler cosinus"),
         (["--report_to", "nowhere"], "--report_to nowhere"),

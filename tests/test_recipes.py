@@ -138,7 +138,12 @@ def test_a_model_or_target_that_is_not_there_is_named(tmp_path, capsys):
     for old, new, message in (
         ("model: tiny", f"model: {tmp_path}/nothing", f"train.model {tmp_path}/nothing: "),
         ("model: tiny", "model: tiny\n  target_modules: [no_such_layer]", "no_such_layer"),
-        ("{optimizer: adamw,", "{optimizer: adamw, optimizer_args: {no_such: 1},", "optimizers.AdamW"),
+        (
+            "{optimizer: adamw,",
+            "{optimizer: adamw, optimizer_args: {no_such: 1},",
+            "optimizers.AdamW.optimizer_args.no_such: ",
+        ),
+        ("{optimizer: adamw,", "{optimizer: adamw, optimizer_args: {beta: 1},", "did you mean betas?"),
     ):
         path = tmp_path / "recipe.yaml"
         path.write_text(text.replace(old, new))

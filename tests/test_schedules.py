@@ -65,7 +65,7 @@ FAIL = [
     ("cosine_with_min_lr", None, "One of min_lr or min_lr_rate should be set"),
     ("cosine_with_min_lr", {"min_lr": "small"}, "--scheduler_args {'min_lr': 'small'}"),
     ("polynomial", {"lr_end": -0.5}, "lr would be -"),
-    ("cosine", {"num_cycle": 2}, "--scheduler_args.num_cycle: no such argument; it takes num_cycles"),
+    ("cosine", {"num_cycle": 2}, "--scheduler_args.num_cycle: no such argument, did you mean num_cycles?"),
     ("constant", {"min_lr": 0.1}, "--scheduler_args.min_lr: no such argument; it takes none"),
     ("linear", {"num_warmup_steps": 3}, "--scheduler_args.num_warmup_steps: the run decides it"),
     ("cosine", {"last_epoch": 3}, "--scheduler_args.last_epoch: the run decides it"),

@@ -14,7 +14,7 @@ from ..run.files import LOCK, read_json
 from ..run.processes import sharded
 from ..run.settings import PLACES, RESULT, changes, read_settings, refuse_changes
 from .load import module_names
-from .optimizers import find_optimizer
+from .optimizers import check_arguments
 from .records import read_text
 from .schedules import check_schedule
 from .untrusted import find_adapter
@@ -179,11 +179,9 @@ def _check_ranges(settings: dict[str, Any]) -> None:
         raise LoRARiteValueError(f"--holdout must be between 0 and 1, got {settings['holdout']}")
     if not 0 <= settings["seed"] < 2**32:
         raise LoRARiteValueError(f"--seed must be from 0 to 2³² − 1, got {settings['seed']}")
-    find_optimizer(settings["optimizer"])
+    check_arguments(settings["optimizer"], settings["optimizer_args"])
     if "://" in settings["model"]:  # not repeated: it may hold a password
         raise LoRARiteValueError("--model must be a hub id or a local folder, not a URL")
-    if "lr" in (settings["optimizer_args"] or {}):
-        raise LoRARiteValueError("--optimizer_args.lr: give the learning rate by --lr")
 
 
 def finished_result(

@@ -22,7 +22,7 @@ from ..run.processes import check_one
 from .data import Example, read_examples
 from .load import attach_adapter
 from .models import refuse_adapter
-from .optimizers import check_optimizer
+from .optimizers import check_arguments, check_optimizer
 from .schedules import check_schedule
 from .trainer import add_callbacks, describe_optimizer, log_entries, make_trainer, seconds
 
@@ -87,6 +87,7 @@ def train_choices(
 
     logging.disable_progress_bar()
     check_one("train_choices")
+    check_arguments(optimizer, optimizer_args)
     with blame(f"scheduler {scheduler}"):
         check_schedule(scheduler, scheduler_args, lr, steps, warmup)
     questions, held_out = (_questions(path) for path in (data, validation))

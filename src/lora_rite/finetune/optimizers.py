@@ -1,14 +1,18 @@
 """The optimizers that ``lora-rite train`` and ``compare`` know by name, and any other by its import path."""
 
 import inspect
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame, resolve, resolve_values
+from ..optim.checks import meant_option
 from ..optim.modes import evaluating, two_modes
+from .wording import did_you_mean
 
 
 class Preset(NamedTuple):
@@ -94,6 +98,83 @@ def create_optimizer(
     return made
 
 
+def check_arguments(name: str, options: Mapping[str, Any] | None) -> None:
+    """Looks whether an optimizer takes arguments of these names: by its signature and, where that ends in ``**kwargs``,
+    by making it for a small adapter. What nothing refuses is wrong where it is near a name that there is.
+
+    Args:
+        name, options: as :func:`create_optimizer` takes them.
+
+    Raises:
+        LoRARiteValueError: no such optimizer, or the first name that it does not take, with the one that was meant.
+    """
+    target, preset = find_optimizer(name)
+    if "lr" in (options or {}):
+        raise LoRARiteValueError("--optimizer_args.lr: give the learning rate by --lr")
+    known, is_open = _named_arguments(target)
+    values = {}
+    for key, value in {**preset.options, **(options or {})}.items():
+        with blame(f"--optimizer_args.{key}"):
+            values.update(resolve_values({key: value}))
+    unknown = [key for key in values if key not in known]
+    wrong = set() if is_open else set(unknown)
+    if is_open and unknown:
+        base = {key: value for key, value in values.items() if key in known}
+        makes = _tried(name, base)
+        for kind in (type(makes), *base.values()):  # lora-plus is told what to make, and hands on what that takes
+            if isinstance(kind, type) and not issubclass(kind, Exception):
+                known |= _named_arguments(kind)[0]
+        refuses = lambda key, value: _refuses(_tried(name, {**base, key: value}), key)
+        swallows = not refuses("no_such_argument", None)
+        near = {key for key in unknown if key not in known and meant_option(key, sorted(known)) in known}
+        wrong = {key for key in unknown if refuses(key, values[key])} | (near if swallows else set())
+    for key in unknown:
+        if key in wrong:
+            hint = did_you_mean(meant_option(key, sorted(known)) or key, known)
+            hint = hint.replace("mean lr?", "mean --lr?") or f"; it takes {', '.join(sorted(known - {'lr'})) or 'none'}"
+            raise LoRARiteValueError(f"--optimizer_args.{key}: --optimizer {name} has no such argument{hint}")
+
+
+def _named_arguments(target: Callable[..., Any]) -> tuple[set[str], bool]:
+    """The names that a class or function takes by keyword, but for its first one; and whether it takes any other."""
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):  # written in C, it does not say
+        return set(), True
+    named = {p.name for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _tried(name: str, arguments: dict[str, Any]) -> Any:
+    """The optimizer with these arguments for a small adapter, or the error with which it cannot be made."""
+    with _small_adapter() as adapter:
+        try:
+            return create_optimizer(adapter, name, 1e-4, 0.0, arguments)
+        except Exception as error:
+            return error
+
+
+def _refuses(made: Any, key: str) -> bool:
+    """Whether what :func:`_tried` gives is Python's error for a keyword of that name."""
+    about = re.search(r"keyword argument|multiple values", str(made))
+    return isinstance(made, TypeError) and about is not None and f"'{key}'" in str(made)
+
+
+@contextmanager
+def _small_adapter() -> Iterator[Any]:
+    """One pair, on the device of a run. Within, nothing is warned of (the run itself says it); the generators of random
+    numbers are as before afterwards."""
+    import torch
+
+    from ..invariance.problems import Adapter
+    from ..plan.pairs import Shape
+
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield Adapter([Shape(48, 32, 4)], torch.float32, str(device))
+
+
 def option(name: str, options: dict[str, Any] | None) -> str:
     """What an error of an optimizer is blamed on."""
     return f"--optimizer {name}" + (f" with --optimizer_args {options}" if options else "")
@@ -123,17 +204,11 @@ def check_optimizer(
     """
     import torch
 
-    from ..invariance.problems import Adapter
-    from ..plan.pairs import Shape
-
     made = None
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run itself says it
+    with _small_adapter() as adapter:
         if model is not None:
             with blame(option(name, options)):
                 made = create_optimizer(model, name, lr, weight_decay, options)
-        adapter = Adapter([Shape(48, 32, 4)], torch.float32, str(device))
         try:
             optimizer = create_optimizer(adapter, name, lr, weight_decay, for_any_model(options))
         except Exception as error:

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from .wording import did_you_mean
 
 #: What the run gives a schedule: by --steps and --warmup.
 GIVEN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
@@ -38,7 +39,8 @@ def check_schedule(name: str, args: dict[str, Any] | None, lr: float, steps: int
         if key in GIVEN:
             raise LoRARiteValueError(f"--scheduler_args.{key}: the run decides it (--steps, --warmup)")
         if key not in parameters:
-            raise LoRARiteValueError(f"--scheduler_args.{key}: no such argument; {takes}")
+            hint = did_you_mean(key, parameters) or f"; {takes}"
+            raise LoRARiteValueError(f"--scheduler_args.{key}: no such argument{hint}")
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in (args or {})]
     if missing:
         raise LoRARiteValueError(f"it needs --scheduler_args.{', --scheduler_args.'.join(missing)}; {takes}")

@@ -1,5 +1,6 @@
 """LoRARite for a PEFT model and for transformers' Trainer. Needs torch alone."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +21,13 @@ RAW_CLIPPING = (
 )
 
 
-def create_lora_rite(model: nn.Module, lr: float | Tensor = LR, **options: Any) -> LoRARite:
+def create_lora_rite(
+    model: nn.Module,
+    lr: float | Tensor = LR,
+    *,
+    lr_by_name: Mapping[str, float | Tensor] | None = None,
+    **options: Any,
+) -> LoRARite:
     """LoRARite for the trainable parameters of a model with LoRA layers (PEFT's, or others with the same names).
 
     It recognises layers whose parameters hold several pairs (stacked experts, grouped convolutions, block-diagonal
@@ -32,9 +39,9 @@ def create_lora_rite(model: nn.Module, lr: float | Tensor = LR, **options: Any) 
         lr: the learning rate of the pairs: that of W = W₀ + scaling·B·A, with the scaling (alpha/r; rsLoRA: alpha/√r)
             of the model's layers, at rank 16; at rank r it counts √(16/r) times. So one lr suits every alpha and,
             nearly, every rank. ``scaling=None`` makes it that of B·A as it is.
-        options: keyword arguments of :class:`LoRARite`; ``adamw_lr`` where other parameters are trainable; and
-            ``lr_by_name`` of :func:`lora_rite.param_groups`, ``{"embed_tokens": 1e-4, …}``: the lr of what has a name
+        lr_by_name: as :func:`lora_rite.param_groups` takes it, ``{"embed_tokens": 1e-4, …}``: the lr of what has a name
             in which the regular expression is found, of pairs (both factors) and of other parameters (AdamW's).
+        options: keyword arguments of :class:`LoRARite`; ``adamw_lr`` where other parameters are trainable.
 
     Raises:
         LoRARiteValueError, LoRARiteTypeError: as LoRARite and :func:`lora_rite.param_groups` do.
@@ -44,8 +51,8 @@ def create_lora_rite(model: nn.Module, lr: float | Tensor = LR, **options: Any) 
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
         optimizer = create_lora_rite(model, lr=5e-4)
     """
-    of_groups = {key: options.pop(key) for key in ("scaling", "lr_by_name") if key in options}
-    groups = param_groups(model, **of_groups)
+    scaling = {"scaling": options.pop("scaling")} if "scaling" in options else {}
+    groups = param_groups(model, lr_by_name=lr_by_name, **scaling)
     if not any(group["kind"] == "lora" for group in groups):
         raise LoRARiteValueError(f"no LoRA pairs: {_found_instead(model)}")
     return LoRARite(groups, lr=lr, **options)

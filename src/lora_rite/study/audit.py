@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
-from ..inputs import resolve_values
+from ..finetune.optimizers import check_arguments
+from ..inputs import resolve, resolve_values
 from ..options import PUBLISHED
 from ..run.console import table
 
@@ -60,8 +61,8 @@ def audit_command(
 
     if model is None and (adapter or data):
         raise LoRARiteValueError(f"--{'adapter' if adapter else 'data'} is for a --model; give one")
-    if "lr" in (optimizer_args or {}):
-        raise LoRARiteValueError("--optimizer_args.lr: give the learning rate by --lr")
+    resolve(optimizer)  # the names of lora-rite train are none here
+    check_arguments(optimizer, optimizer_args)
     if rank < 1:
         raise LoRARiteValueError(f"--rank must be at least 1, got {rank}")
     if out is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import LoRARiteValueError
 from ..finetune.checks import DEFAULT_STEPS
-from ..finetune.optimizers import find_optimizer
+from ..finetune.optimizers import check_arguments
 from ..finetune.records import read_text
 from ..finetune.schedules import check_schedule
 from ..finetune.tasks import find_task
@@ -193,7 +193,11 @@ def _check_values(path: Path, recipe: Recipe) -> None:
         grid = contender.lr
         if not grid or len(set(grid)) < len(grid) or not all(0 < lr < math.inf for lr in grid):
             raise LoRARiteValueError(f"{path}: optimizers.{name}.lr: at least one, each once, positive")
-        find_optimizer(contender.optimizer)
+        try:
+            check_arguments(contender.optimizer, contender.optimizer_args)
+        except LoRARiteValueError as error:
+            words = re.sub("^optimizer_args", f"optimizers.{name}.optimizer_args", in_words_of_a_study(str(error)))
+            raise LoRARiteValueError(f"{path}: {words}") from error
 
 
 def tuned_adamw(optimizers: Mapping[str, str]) -> str | None:
