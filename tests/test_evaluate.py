@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,18 @@ def test_choices_are_judged_by_their_log_likelihood(folder, tmp_path):
     assert result["stderr"]["acc"] == pytest.approx(
         math.sqrt(result["metrics"]["acc"] * (1 - result["metrics"]["acc"]) / 5)
     )
+
+
+def test_progress_is_bars_on_a_terminal_and_few_lines_elsewhere(folder, capsys, monkeypatch):
+    """And nothing at all without ``progress``, of lm_eval's bars either."""
+    quick = {**QUICK, "data_dir": folder, "limit": 1}
+    evaluate(["arc_easy", "openbookqa"], **quick)
+    assert capsys.readouterr().err == ""
+    evaluate(["arc_easy", "openbookqa"], **{**quick, "progress": True})
+    assert capsys.readouterr().err.splitlines() == ["arc_easy (1 of 2)", "openbookqa (2 of 2)"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    evaluate("arc_easy", **{**quick, "progress": True})
+    assert "loglikelihood requests: 100%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shots", [0, 2])

@@ -1,6 +1,8 @@
 """What ``lora-rite train`` says: before it begins, while it runs, and at its end."""
 
 import json
+import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ from lora_rite.finetune.header import advice, announce, summary
 from lora_rite.finetune.load import attach_adapter, load_model
 from lora_rite.finetune.memory import optimizer_state
 from lora_rite.plan.pairs import Shape
+from lora_rite.run.console import bars
 from lora_rite.run.versions import chip
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -69,7 +72,9 @@ def test_a_run_says_what_it_is_before_the_first_loss(data, tmp_path, capsys):
     assert "GiB of memory" in printed or "MiB of memory" in printed
 
 
-def test_held_out_losses_come_as_they_are_measured(data, tmp_path, capsys):
+def test_held_out_losses_come_as_they_are_measured(data, tmp_path, capsys, monkeypatch):
+    """On a terminal, with bars."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     result = train(data, tmp_path / "run", "--eval_every", "1")
     error = capsys.readouterr().err
     for entry in result["held_out_losses"]:
@@ -79,6 +84,49 @@ def test_held_out_losses_come_as_they_are_measured(data, tmp_path, capsys):
     assert result["held_out"]["after"] == result["held_out_losses"][-1]["held_out_loss"]
     assert "checking the weights" in error
     assert "Loading weights" in error
+    assert "2/2 [" in error
+    assert "step 1 of 2" not in error
+
+
+def test_what_is_no_terminal_gets_few_lines(data, tmp_path, capsys):
+    """A line for each held-out loss and for each tenth of the steps, whole and with no bar of anybody's."""
+    result = train(data, tmp_path / "run", "--eval_every", "9", "--steps", "40")
+    error = capsys.readouterr().err
+    assert not {"\r", "\x1b", "%|"} & {part for part in ("\r", "\x1b", "%|") if part in error}
+    lines = error.splitlines()
+    steps = [int(line.split()[1]) for line in lines if re.match(r"step \d+ of 40: ", line)]
+    assert steps == [*range(4, 41, 4)]
+    losses = {entry["step"]: entry["loss"] for entry in result["losses"]}
+    for step in steps:
+        figures = rf"step {step} of 40: loss {losses[step]:.3f}, lr \S+, [\d,]+ tokens/s, about \d\d:\d\d left"
+        assert sum(re.fullmatch(figures, line) is not None for line in lines) == 1
+    held_out = [line for line in lines if "held-out loss" in line and line.startswith("step")]
+    assert [line.partition(":")[0] for line in held_out] == ["step 9", "step 18", "step 27", "step 36"]
+    assert sum(line.startswith("step") for line in lines) == len(steps) + len(held_out)
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_resumed_run_says_the_tenths_that_are_left(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    train(data, out, "--steps", "10", "--save_every", "5", "--no_progress")
+    train(data, out, "--steps", "20", "--save_every", "5", "--resume")
+    found = re.findall(r"^step (\d+) of 20: ", capsys.readouterr().err, re.MULTILINE)
+    assert found == [str(n) for n in range(12, 21, 2)]
+
+
+def test_bars_of_any_library_are_hidden_and_come_back(capsys, monkeypatch):
+    """Where they are not wanted or nobody could write over them, and afterwards they are what they were."""
+    from huggingface_hub.utils import tqdm as of_the_hub
+    from tqdm import tqdm
+
+    kinds = (tqdm, of_the_hub)
+    for progress, terminal, shown in ((True, False, False), (False, True, False), (True, True, True)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        with bars(progress):
+            found = [kind(range(3), disable=False).disable for kind in kinds]
+        assert found == [not shown] * len(kinds)
+    assert not tqdm(range(3)).disable
+    capsys.readouterr()
 
 
 def test_without_progress_the_end_alone_is_said(data, tmp_path, capsys):

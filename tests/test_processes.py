@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from test_crash import ends_as, send_once
 from torch.utils.data import SequentialSampler
 
 from lora_rite.cli import main
+from lora_rite.errors import LoRARiteValueError
 from lora_rite.finetune.batches import Completed, Rows, divides_by_items
 from lora_rite.finetune.windows import IGNORED
+from lora_rite.inputs import resolve
 from lora_rite.run import checkpoints as checkpoint
 from lora_rite.run import processes
 
@@ -453,6 +456,33 @@ def test_what_is_one_process_says_so(words, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(words) == 2
     assert f"lora-rite {words[0]} is one process, and there are 2 (WORLD_SIZE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments"),
+    [
+        ("lora_rite.finetune.evaluate:evaluate", {"tasks": "{data}", "out": "{out}"}),
+        ("lora_rite.finetune.generate:Writer", {"source": "tiny", "model": None, "options": {}}),
+        ("lora_rite.finetune.merge:merge", {"adapter": "{data}", "out": "{out}"}),
+        ("lora_rite.study.compare:compare", {"recipe": "{recipe}", "out": "{out}"}),
+        ("lora_rite.study.report:report", {"folder": "{out}"}),
+        ("lora_rite.study.demo:demo", {"out": "{out}"}),
+        ("lora_rite.theory:theory", {"experiment": "regret", "out": "{out}"}),
+        ("lora_rite.finetune.choices:train_choices", {"out": "{out}", "data": "{data}", "validation": "{data}",
+                                                      "model": "tiny", "optimizer": "adamw", "lr": 1e-3}),
+    ],
+)  # fmt: skip
+def test_the_functions_of_what_is_one_process_say_so_too(path, arguments, data, tmp_path, monkeypatch):
+    """Before anything is written, as a script under torchrun calls them."""
+    recipe = Path(__file__).parents[1] / "recipes" / "small" / "demo.yaml"
+    places = {"{data}": data, "{recipe}": recipe, "{out}": tmp_path / "out"}
+    known = lambda value: places.get(value, value) if isinstance(value, str) else value
+    function, called = resolve(path), {key: known(value) for key, value in arguments.items()}
+    for key, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(LoRARiteValueError, match=r"is one process, and there are 2 \(WORLD_SIZE"):
+        function(**called)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

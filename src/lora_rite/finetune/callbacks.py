@@ -1,4 +1,4 @@
-"""What transformers' Trainer calls while it trains: the clock, the progress bar and the held-out loss."""
+"""What transformers' Trainer calls while it trains: the clock, the progress and the held-out loss."""
 
 import sys
 import time
@@ -51,16 +51,40 @@ class Bar(ProgressCallback):
         if self.training_bar is None or not logs:
             return
         if "held_out_loss" in logs:
-            lowest = state.stateful_callbacks[LOWEST]
-            step = lowest["step"]
-            which = "the lowest so far" if step == state.global_step else f"{lowest['loss']:.4f} at step {step}"
-            line = f"step {state.global_step}: held-out loss {logs['held_out_loss']:.4f} ({which})"
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(_held_out(state, logs), file=sys.stderr)
         if "loss" in logs:
-            speed = next((v for k, v in logs.items() if "tokens_per_second" in k), 0.0)
-            self.training_bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, {speed:,.0f} tokens/s"
-            )
+            self.training_bar.set_postfix_str(_figures(logs))
+
+
+class Lines(TrainerCallback):
+    """What :class:`Bar` says, where there are no bars: a line where a further tenth of the steps is done, and one for
+    each held-out loss."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin, self.first = time.perf_counter(), state.global_step
+        self.tenths = 10 * self.first // state.max_steps
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        step, steps = state.global_step, state.max_steps
+        if "held_out_loss" in (logs or {}):
+            print(_held_out(state, logs), file=sys.stderr, flush=True)
+        if "loss" in (logs or {}) and 10 * step // steps > self.tenths:
+            self.tenths = 10 * step // steps
+            left = (time.perf_counter() - self.begin) / (step - self.first) * (steps - step)
+            line = f"step {step} of {steps}: {_figures(logs)}, about {tqdm.format_interval(left)} left"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _held_out(state: Any, logs: Any) -> str:
+    lowest = state.stateful_callbacks[LOWEST]
+    here = lowest["step"] == state.global_step
+    which = "the lowest so far" if here else f"{lowest['loss']:.4f} at step {lowest['step']}"
+    return f"step {state.global_step}: held-out loss {logs['held_out_loss']:.4f} ({which})"
+
+
+def _figures(logs: Any) -> str:
+    speed = next((v for k, v in logs.items() if "tokens_per_second" in k), 0.0)
+    return f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, {speed:,.0f} tokens/s"
 
 
 class HeldOut(TrainerCallback):

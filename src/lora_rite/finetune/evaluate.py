@@ -1,12 +1,14 @@
 """``lora-rite eval``: accuracy on tasks by lm_eval and rouge-score, and the loss on answers and on held-out text."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import LoRARiteValueError
 from ..run import console
 from ..run.files import check_folder, prepare_folder, write_json
+from ..run.processes import check_alone
 from .checks import weights_of
 from .evaluator import Evaluator
 from .plans import (
@@ -82,9 +84,10 @@ def evaluate(
         chat_template: file with the chat template (Jinja) for conversations in a file; by default the model's own.
         trust_remote_code: allow the model's own code to run.
         dry_run: print what would be evaluated, and stop.
-        progress: show progress bars.
+        progress: say which task is evaluated, and show progress bars where stderr is a terminal.
     """
     given = locals()
+    check_alone("lora-rite eval")
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
     settings = {key: str(given[key]) if isinstance(given[key], Path) else given[key] for key in SETTINGS}
     settings["dtype"], settings["bits"] = weights_of(given)
@@ -94,24 +97,31 @@ def evaluate(
     settings["adapter_sha256"] = None if adapter is None else adapter_digest(adapter)
     settings["chat_template_sha256"] = None if chat_template is None else template_digest(chat_template)
     settings["model_digest"] = model_digest(model)
-    plans = [read_plan(name, data_dir, settings, progress) for name in names]
-    records = {plan.name: record for plan in plans if (record := finished_record(out, plan, settings)) is not None}
-    plans = [with_judge(plan, num_fewshot) for plan in plans if plan.name not in records]
-    if dry_run:
-        print_plans(plans, list(records), settings)
-        return {"results": records}
-    evaluator = Evaluator(settings, plans, device, trust_remote_code, progress) if plans else None
-    if out is not None:
-        prepare_folder("--out", out)
-    for plan in plans:
-        assert evaluator is not None
-        records[plan.name], samples = evaluator(plan)
+    with console.bars(progress):
+        plans = [read_plan(name, data_dir, settings, progress) for name in names]
+        records = {plan.name: record for plan in plans if (record := finished_record(out, plan, settings)) is not None}
+        plans = [with_judge(plan, num_fewshot) for plan in plans if plan.name not in records]
+        if dry_run:
+            print_plans(plans, list(records), settings)
+            return {"results": records}
+        evaluator = Evaluator(settings, plans, device, trust_remote_code, progress) if plans else None
         if out is not None:
-            file = out / file_name(plan.name)
-            lines = [json.dumps(sample, default=str) for sample in samples]
-            file.with_suffix(".samples.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            write_json(file, records[plan.name])
+            prepare_folder("--out", out)
+        for n, plan in enumerate(plans, 1):
+            assert evaluator is not None
+            if progress:
+                print(f"{plan.name} ({n} of {len(plans)})", file=sys.stderr, flush=True)
+            records[plan.name], samples = evaluator(plan)
+            if out is not None:
+                _write(out, plan.name, records[plan.name], samples)
     return {"results": {name: records[name] for name in names}}
+
+
+def _write(out: Path, name: str, record: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    file = out / file_name(name)
+    lines = [json.dumps(sample, default=str) for sample in samples]
+    file.with_suffix(".samples.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_json(file, record)
 
 
 def _check(names: list[str], settings: dict[str, Any]) -> None:

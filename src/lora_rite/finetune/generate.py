@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame
+from ..run.processes import check_alone
 from .adapted import attach, load_source
 from .chats import common_length
 from .records import read_text
@@ -38,7 +39,7 @@ class Writer:
         trust_remote_code: allow the model's own code to run.
 
     Raises:
-        LoRARiteValueError: a model, an adapter, an option or a device that cannot be used.
+        LoRARiteValueError: a model, an adapter, an option or a device that cannot be used; one of several processes.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Writer:
     ):
         import torch
 
+        check_alone("lora-rite generate")
         self.options = _check_options(options)
         found = find_source(source, model)
         network, self.tokenizer = load_source(found, dtype, bits=bits, trust_remote_code=trust_remote_code)

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import LoRARiteError, LoRARiteValueError, WriteError, warn
 from ..inputs import blame, one_line
 from ..run.files import check_folder, write_folder, writing
+from ..run.processes import check_alone
 from .adapted import attach, load_source
 from .publish import merged_card, write_card
 from .sources import Dtype, Source, find_source
@@ -44,6 +45,7 @@ def merge(
     """
     import torch
 
+    check_alone("lora-rite merge")
     out = out.resolve()
     _check_out(out)
     found = find_source(adapter, model)

@@ -11,6 +11,7 @@ from ..errors import LoRARiteValueError
 from ..inputs import blame
 from ..optim.modes import evaluating
 from ..run import checkpoints, digest, processes
+from ..run.console import bars
 from ..run.files import locked
 from ..run.processes import gather, is_main, on_main, together
 from ..run.run import Run, crash_safe
@@ -143,7 +144,8 @@ def train(
             goes on where steps or epochs are more.
         allow_changed: names of settings, or of what else a refused --resume has listed (tokens, torch, threads, …),
             that may differ from the interrupted run.
-        progress: say what is run, show bars, and print held-out losses as they come.
+        progress: say what is run, show bars (a line each tenth of the steps where stderr is no terminal), and print
+            held-out losses as they come.
     """
     options = SimpleNamespace(**locals())
     processes.check_several()
@@ -159,11 +161,12 @@ def _train_and_push(options: SimpleNamespace) -> dict[str, Any]:
 
         options.progress = False
         logging.set_verbosity_error()
-    if options.push_to_hub is not None:
-        on_main(lambda: check_push("--push_to_hub", options.push_to_hub))
-    result = _train(options)
-    if options.push_to_hub is not None and not options.preview:
-        print(on_main(lambda: push(options.out, options.push_to_hub)))
+    with bars(options.progress):
+        if options.push_to_hub is not None:
+            on_main(lambda: check_push("--push_to_hub", options.push_to_hub))
+        result = _train(options)
+        if options.push_to_hub is not None and not options.preview:
+            print(on_main(lambda: push(options.out, options.push_to_hub)))
     return result
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import LoRARiteValueError, warn
 from ..inputs import blame
 from ..optim.modes import without_accelerate
+from ..run.console import shows_bars
 from ..run.processes import count, gather, rank, sharded, uses_cpu
 from .optimizers import OptimizerFactory, option
 from .windows import label_count
@@ -102,19 +103,19 @@ def add_callbacks(
     keep_best: bool = False,
     early_stopping: int = 0,
 ) -> None:
-    """The clock, the held-out loss, the progress bar and, in front of the reporters, LoRARite's figures. TensorBoard's
+    """The clock, the held-out loss, the progress and, in front of the reporters, LoRARite's figures. TensorBoard's
     files go beside the checkpoints, unless TENSORBOARD_LOGGING_DIR says where."""
     from transformers import PrinterCallback
     from transformers.integrations import TensorBoardCallback
 
-    from .callbacks import Bar, Clock, HeldOut
+    from .callbacks import Bar, Clock, HeldOut, Lines
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Clock())
     if eval_every:
         trainer.add_callback(HeldOut(trainer, measure, eval_every, keep_best or early_stopping > 0, early_stopping))
     if progress:
-        trainer.add_callback(Bar())
+        trainer.add_callback(Bar() if shows_bars(progress) else Lines())
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(Path(trainer.args.output_dir).with_name("tensorboard"))

@@ -1,6 +1,8 @@
-"""Words and tables on the terminal."""
+"""Words, tables and progress bars on the terminal."""
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from typing import Any
 
@@ -30,3 +32,29 @@ def as_text(shown: Any, width: int) -> str:
 def number(count: int, what: str) -> str:
     """As in "1 pair" and "2 pairs"."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def shows_bars(progress: bool) -> bool:
+    """Whether there are progress bars: where they are wanted and stderr is a terminal. In a file, a pipe or a notebook
+    each state of a bar would stay."""
+    return progress and sys.stderr.isatty()
+
+
+@contextmanager
+def bars(progress: bool) -> Iterator[None]:
+    """Within, no bar of tqdm's is shown, whichever library makes it, unless :func:`shows_bars`."""
+    if shows_bars(progress):
+        yield
+        return
+    from tqdm import tqdm
+
+    begin = tqdm.__init__
+
+    def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = hidden
+    try:
+        yield
+    finally:
+        tqdm.__init__ = begin

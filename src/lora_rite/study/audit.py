@@ -11,6 +11,7 @@ from ..finetune.optimizers import check_arguments
 from ..inputs import resolve, resolve_values
 from ..options import PUBLISHED
 from ..run.console import table
+from ..run.processes import check_alone
 
 #: Optimizers to show beside the audited one: label, import path, keyword arguments (values that are import paths are
 #: resolved).
@@ -61,6 +62,7 @@ def audit_command(
 
     if model is None and (adapter or data):
         raise LoRARiteValueError(f"--{'adapter' if adapter else 'data'} is for a --model; give one")
+    check_alone("lora-rite audit")
     resolve(optimizer)  # the names of lora-rite train are none here
     check_arguments(optimizer, optimizer_args)
     if rank < 1:

@@ -6,7 +6,6 @@ The text is there on every machine: torch installs its C++ headers. The model ha
 import hashlib
 import json
 import shutil
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +13,9 @@ from typing import Any, NamedTuple
 from ..errors import LoRARiteValueError
 from ..finetune.data import Example
 from ..finetune.train import train
-from ..run.console import number, table
+from ..run.console import number, shows_bars, table
 from ..run.files import write_json
+from ..run.processes import check_alone
 from ..run.versions import versions
 from .statistics import curve, step_at
 
@@ -96,6 +96,7 @@ def demo(out: Path, *, seeds: int = 2, progress: bool = True, settings: dict[str
     Raises:
         LoRARiteValueError: ``out`` has something else than an earlier demo in it.
     """
+    check_alone("lora-rite demo")
     if seeds < 1:
         raise LoRARiteValueError(f"--seeds must be at least 1, got {seeds}")
     _clear(out)
@@ -103,7 +104,7 @@ def demo(out: Path, *, seeds: int = 2, progress: bool = True, settings: dict[str
     files = number(data["files"]["train"], "file")
     print(f"The embedded model (Python) learns {data['text']}: {files} to train on.", flush=True)
     runs: list[dict[str, Any]] = []
-    bars = progress and sys.stderr.isatty()
+    bars = shows_bars(progress)
     for seed in range(seeds):
         for entry in ENTRIES:
             print(f"{entry.label}, lr {entry.lr:g}, seed {seed}", end="\n" if bars else ": ", flush=True)

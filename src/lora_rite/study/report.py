@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import LoRARiteValueError
 from ..run.console import number
 from ..run.files import read_json
+from ..run.processes import check_alone
 from ..run.settings import RESULT, SETTINGS
 from .cases import all_cases
 from .measures import GOOD
@@ -33,6 +34,7 @@ def report(folder: Path) -> Path:
     Raises:
         LoRARiteValueError: neither is there, or a file of it is missing or damaged.
     """
+    check_alone("lora-rite report")
     path = folder / "study.json"
     if path.is_file():
         return _report_study(folder, read_json(path, "recipe", "data", "runs", "sweeps", "complete", "versions"))

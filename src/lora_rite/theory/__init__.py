@@ -27,8 +27,10 @@ def theory(experiment: str, out: Path | None = None, **settings: Any) -> dict[st
 
     from ..finetune.wording import in_words
     from ..run.files import prepare_folder, write_json
+    from ..run.processes import check_alone
     from ..run.versions import versions
 
+    check_alone("lora-rite theory")
     module: Any = import_module(f".{experiment}", __name__)
     known = inspect.signature(module.run).parameters
     if unknown := [key for key in settings if key not in known]:
