@@ -78,6 +78,9 @@ def test_split_is_reproducible_and_without_overlap():
     assert held_out[0].completion.startswith("\n")
     with pytest.raises(ValueError, match="--validation"):
         split([Example("a", "b")], 0.1, 0)
+    for examples, share in (([Example("a", "b")] * 5, 0.1), ([Example("a", "b"), Example("a", "c")], 0.9)):
+        with pytest.raises(ValueError, match=r"--holdout .* leaves none to train on; give --validation"):
+            split(examples, share, 0)
 
 
 def test_windows():

@@ -15,8 +15,9 @@ from lora_rite.cli import main  # noqa: E402
 from lora_rite.errors import LoRARiteValueError  # noqa: E402
 from lora_rite.finetune import limits as module  # noqa: E402
 from lora_rite.finetune.data import Example, read_examples  # noqa: E402
-from lora_rite.finetune.limits import find_limits, prepare_windows  # noqa: E402
+from lora_rite.finetune.limits import check_windows, find_limits  # noqa: E402
 from lora_rite.finetune.load import attach_adapter, load_model  # noqa: E402
+from lora_rite.finetune.windows import make_windows  # noqa: E402
 from lora_rite.inputs import MESSAGE, blame, parse_json  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -52,6 +53,13 @@ def tokenizer_of_bytes(**special):
     tokenizer = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def prepare(parts, network, tokenizer, length, **options):
+    """Makes the windows and has the model checked on them, as ``train`` does."""
+    encoder_decoder = network.config.is_encoder_decoder
+    found = make_windows(parts, tokenizer, "m", length, encoder_decoder=encoder_decoder, **options)
+    check_windows(found, network, tokenizer, "m", **options)
 
 
 def save(model, folder, **special):
@@ -235,9 +243,7 @@ def test_prompt_and_completion_have_limits_of_their_own():
     network = transformers.EncoderDecoderModel(config)
     tokenizer = tokenizer_of_bytes(**TOKENS)
     assert find_limits(network, tokenizer, "m")[:2] == (48, 40)
-    make = lambda prompt, completion: prepare_windows(
-        [[Example("a" * prompt, "b" * completion)]], network, tokenizer, "m", 100
-    )
+    make = lambda prompt, completion: prepare([[Example("a" * prompt, "b" * completion)]], network, tokenizer, 100)
     make(46, 38)
     with pytest.raises(LoRARiteValueError, match="--max_length: a window has 49 tokens, and --model has 48 positions"):
         make(47, 38)
@@ -254,7 +260,7 @@ def test_windows_beyond_the_positions_are_refused(packing, tmp_path, refused, da
         model = save(build("LlamaForCausalLM", "LlamaConfig", **GQA), tmp_path / "m", **TOKENS)
         network, tokenizer = load_model(str(model))
         with pytest.warns(UserWarning, match="a window has 80 tokens, and --model was made for 48"):
-            prepare_windows([read_examples(data)], network, tokenizer, "m", 80, packing=True)
+            prepare([read_examples(data)], network, tokenizer, 80, packing=True)
         return
     size = {**SIZES, "is_decoder": True, "pad_token_id": 1}
     model = save(build("RobertaForCausalLM", "RobertaConfig", **size), tmp_path / "m", **TOKENS)
@@ -270,9 +276,9 @@ def test_a_window_that_the_code_cannot_run_is_refused_where_no_table_ends():
     """MPT cuts its biases out of a matrix of a fixed size."""
     network = build("MptForCausalLM", "MptConfig", d_model=16, n_layers=1, n_heads=2, max_seq_len=48)
     tokenizer = tokenizer_of_bytes(**TOKENS)
-    prepare_windows([[Example("", "x" * 100)]], network, tokenizer, "m", 48)
+    prepare([[Example("", "x" * 100)]], network, tokenizer, 48)
     with pytest.raises(LoRARiteValueError, match="--max_length: --model cannot be run on a window of 64 tokens"):
-        prepare_windows([[Example("", "x" * 100)]], network, tokenizer, "m", 64)
+        prepare([[Example("", "x" * 100)]], network, tokenizer, 64)
 
 
 @pytest.mark.parametrize("words", [[], ["--packing"]])

@@ -80,15 +80,14 @@ def generate(
     from transformers import set_seed
 
     from ..finetune.checks import weights_of
-    from ..finetune.generate import Writer, check_template, conversation, generation_options, read_prompt, show
+    from ..finetune.generate import Writer, generation_options, read_prompt, show
 
     options = generation_options(max_new_tokens, temperature, top_p, top_k, generation_args, seed)
     text = read_prompt(prompt, prompt_file)
-    bits = weights_of(given)[1]
-    writer = Writer(source, model, options, dtype=dtype, bits=bits, device=device, trust_remote_code=trust_remote_code)
-    templated = check_template(writer, system, raw)
+    how = {"device": device, "trust_remote_code": trust_remote_code, "system": system, "raw": raw, "prompt": text}
+    writer = Writer(source, model, options, dtype=dtype, bits=weights_of(given)[1], **how)
     set_seed(seed)
-    writer.answer([*conversation(system), {"role": "user", "content": text}] if templated else text, show)
+    writer.answer(writer.asked(text), show)
     show("\n")
 
 
@@ -139,10 +138,10 @@ def chat(
     from ..finetune.generate import chat as run
 
     options = generation_options(max_new_tokens, temperature, top_p, top_k, generation_args, seed)
-    bits = weights_of(given)[1]
-    writer = Writer(source, model, options, dtype=dtype, bits=bits, device=device, trust_remote_code=trust_remote_code)
+    how = {"device": device, "trust_remote_code": trust_remote_code, "system": system, "raw": raw}
+    writer = Writer(source, model, options, dtype=dtype, bits=weights_of(given)[1], **how)
     set_seed(seed)
-    run(writer, system, raw)
+    run(writer)
 
 
 def push(folder: Path, repo: str, model: str | None = None, public: bool = False) -> None:

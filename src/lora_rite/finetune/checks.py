@@ -14,7 +14,7 @@ from ..run.files import LOCK, read_json
 from ..run.processes import sharded
 from ..run.settings import PLACES, RESULT, changes, read_settings, refuse_changes
 from .load import module_names
-from .optimizers import check_arguments
+from .optimizers import check_arguments, check_optimizer
 from .records import read_text
 from .schedules import check_schedule
 from .untrusted import find_adapter
@@ -46,6 +46,7 @@ def check_options(options: SimpleNamespace) -> dict[str, Any]:
     if options.lr is None and options.optimizer not in DEFAULT_LR:
         raise LoRARiteValueError(f"--lr is needed for --optimizer {options.optimizer}")
     options.lr = DEFAULT_LR[options.optimizer] if options.lr is None else options.lr
+    check_optimizer(None, options.optimizer, options.lr, options.weight_decay, options.optimizer_args)
     options.alpha = options.rank if options.alpha is None else options.alpha
     options.dtype, _ = weights_of(vars(options))
     if options.epochs is None:

@@ -310,4 +310,9 @@ def split(examples: Sequence[Sample], share: float, seed: int) -> Split:
     unique = sorted(set(examples), key=lambda e: (e[0], e[1]) if isinstance(e, Example) else (e.messages, str(e.start)))
     random.Random(seed).shuffle(unique)
     held_out = set(unique[: max(1, round(len(unique) * share))])
+    if len(held_out) == len(unique):
+        raise LoRARiteValueError(
+            f"--holdout {share:g} of {counted(len(unique), 'different example')} leaves none to train on; give "
+            "--validation a file of its own"
+        )
     return Split([e for e in examples if e not in held_out], [e for e in examples if e in held_out])

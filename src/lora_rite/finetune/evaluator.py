@@ -15,11 +15,11 @@ from .chats import set_chat_template
 from .data import Sample
 from .judges import FEWSHOT_SEED, lm_eval_tasks
 from .labelled import predict_labelled
-from .load import attach_adapter, load_model
+from .load import attach_adapter, check_attaching, find_device, load_model
 from .plans import Plan, model_digest
 from .scores import MAIN_METRIC, instruction_scores
 from .trainer import held_out_loss
-from .windows import IGNORED, Windows, label_count, windows
+from .windows import IGNORED, Windows, check_padding, label_count, windows
 
 #: Tokens that are generated for an instruction, as in Tk-Instruct.
 INSTRUCTION_TOKENS = 128
@@ -42,33 +42,40 @@ class Evaluator:
         trust_remote_code: bool,
         progress: bool,
     ) -> None:
-        import torch
-
         from .limits import find_limits
 
         self.progress = progress
+        texts = {plan.name: plan.texts for plan in plans if plan.texts}
+
+        def check(tokenizer: Any, config: Any) -> None:
+            if settings["chat_template"] is not None:
+                set_chat_template(tokenizer, Path(settings["chat_template"]))
+            check_padding(tokenizer, settings["model"])
+            how = {"encoder_decoder": config.is_encoder_decoder}
+            made = {name: windows(part, tokenizer, settings["max_length"], **how) for name, part in texts.items()}
+            self.windows = {name: (found, settings["max_length"]) for name, found in made.items()}
+            if settings["adapter"] is not None:
+                check_attaching(config, trust_remote_code, adapter=Path(settings["adapter"]))
+
+        device = find_device(device)
         network, self.tokenizer = load_model(
             settings["model"],
             dtype=settings["dtype"],
             bits=settings["bits"],
             trust_remote_code=trust_remote_code,
             progress=progress,
+            check=check,
         )
         self.settings = {**settings, "model_digest": settings["model_digest"] or model_digest(settings["model"])}
-        if settings["chat_template"] is not None:
-            set_chat_template(self.tokenizer, Path(settings["chat_template"]))
         self.limits = find_limits(network, self.tokenizer, settings["model"])
         if (size := self.tokenizer.vocab_size) > self.limits.tokens and any(plan.kind != "text" for plan in plans):
             raise LoRARiteValueError(
                 f"the tokenizer of --model has {size} tokens, and the model knows {self.limits.tokens}"
             )
-        self.windows = {plan.name: self._windows(plan.texts, network) for plan in plans if plan.texts}
+        self.windows = {name: self._fitting(found, texts[name], network) for name, (found, _) in self.windows.items()}
         if settings["adapter"] is not None:
             network = attach_adapter(network, adapter=Path(settings["adapter"]))
         predict_labelled(network)
-        if device is None:
-            accelerator = torch.accelerator.current_accelerator()
-            device = "cpu" if accelerator is None else accelerator.type
         with blame(f"--device {device}"):
             self.network = network.to(device).eval()
         for plan in plans:  # what is wrong with one must not be found out after hours at another
@@ -102,14 +109,15 @@ class Evaluator:
         }
         return record, samples
 
-    def _windows(self, texts: Sequence[Sample], network: Any) -> tuple[Windows, int]:
-        """The windows in which the loss of texts is measured, and their length: that of the model at most."""
+    def _fitting(self, found: Windows, texts: Sequence[Sample], network: Any) -> tuple[Windows, int]:
+        """The windows in which the loss of texts is measured, and their length: made anew where the model's is less."""
         from .limits import check_rows
 
         limits, encoder_decoder = self.limits, network.config.is_encoder_decoder
         most = (self.settings["max_length"], limits.positions, limits.answer_positions, limits.declared)
         length = min(limit for limit in most if limit is not None)
-        found = windows(texts, self.tokenizer, length, encoder_decoder=encoder_decoder)
+        if length < self.settings["max_length"]:
+            found = windows(texts, self.tokenizer, length, encoder_decoder=encoder_decoder)
         check_rows(found.rows, limits, network, self.tokenizer)
         return found, length
 

@@ -14,6 +14,7 @@ from ..inputs import blame
 from ..run.processes import check_alone
 from .adapted import attach, load_source
 from .chats import common_length
+from .load import find_device
 from .records import read_text
 from .sources import Dtype, find_source
 
@@ -37,6 +38,9 @@ class Writer:
         bits: 4 or 8 quantises the linear maps; None leaves them as they are.
         device: None is the accelerator if there is one, else the CPU.
         trust_remote_code: allow the model's own code to run.
+        system: system message of a conversation, for a model with a chat template.
+        raw: use no chat template.
+        prompt: what :meth:`answer` will be asked first: looked at before the weights are loaded.
 
     Raises:
         LoRARiteValueError: a model, an adapter, an option or a device that cannot be used; one of several processes.
@@ -52,28 +56,41 @@ class Writer:
         bits: int | None = None,
         device: str | None = None,
         trust_remote_code: bool = False,
+        system: str | None = None,
+        raw: bool = False,
+        prompt: str | None = None,
     ):
         import torch
 
         check_alone("lora-rite generate")
         self.options = _check_options(options)
+        device = find_device(device)
         found = find_source(source, model)
-        network, self.tokenizer = load_source(found, dtype, bits=bits, trust_remote_code=trust_remote_code)
+        self.begin = [] if system is None else [{"role": "system", "content": system}]
+
+        def check(tokenizer: Any, config: Any) -> None:
+            self.tokenizer, self.config = tokenizer, config
+            self.templated = _check_template(tokenizer, system, raw)
+            if prompt is not None:
+                self._room(self._tokens(self.asked(prompt)).shape[1])
+
+        load = {"bits": bits, "trust_remote_code": trust_remote_code, "check": check}
+        network, self.tokenizer = load_source(found, dtype, **load)
         network = attach(network, found)
-        if device is None:
-            accelerator = torch.accelerator.current_accelerator()
-            device = "cpu" if accelerator is None else accelerator.type
         with blame(f"--device {device}"):
             self.network = network.to(device)
         own = self.network.generation_config
         several = (self.options.get(key, getattr(own, key, None)) for key in ("num_beams", "num_return_sequences"))
         self.streams = all(number in (None, 1) for number in several)
-        self.template = bool(self.tokenizer.chat_template)
         self._past: tuple[list[int], Any] | None = None
         token = next(n for n in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0) if n is not None)
         with blame("the options of generation"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a least number of tokens, which one is not
             self._run(torch.tensor([[token]], device=self.network.device), 1)
+
+    def asked(self, text: str) -> str | list[Message]:
+        """A prompt that begins a conversation, where there is a chat template for it; else the text as it is."""
+        return [*self.begin, {"role": "user", "content": text}] if self.templated else text
 
     def encode(self, prompt: str | list[Message]) -> Any:
         """Token ids (1, tokens) of a text, or of a conversation by the model's chat template.
@@ -81,6 +98,12 @@ class Writer:
         Raises:
             LoRARiteValueError: no tokens, tokens that the model has not, or a template that refuses the conversation.
         """
+        ids = self._tokens(prompt)
+        if (largest := int(ids.max())) >= (known := self.network.get_input_embeddings().weight.shape[0]):
+            raise LoRARiteValueError(f"the tokenizer gives token {largest}, and the model knows {known} tokens")
+        return ids.to(self.network.device)
+
+    def _tokens(self, prompt: str | list[Message]) -> Any:
         if isinstance(prompt, str):
             with blame("the prompt"):
                 found = self.tokenizer(prompt, return_tensors="pt")
@@ -92,9 +115,7 @@ class Writer:
         ids = found["input_ids"].long()
         if not ids.numel():
             raise LoRARiteValueError("the prompt is empty: give it by --prompt, --prompt_file or standard input")
-        if (largest := int(ids.max())) >= (known := self.network.get_input_embeddings().weight.shape[0]):
-            raise LoRARiteValueError(f"the tokenizer gives token {largest}, and the model knows {known} tokens")
-        return ids.to(self.network.device)
+        return ids
 
     def answer(self, prompt: str | list[Message], show: Callable[[str], None]) -> str:
         """What the model writes to a prompt; ``show`` gets it in pieces, as it comes (with beams, at the end).
@@ -125,7 +146,7 @@ class Writer:
         Raises:
             LoRARiteValueError: none, or not as many as --max_new_tokens asks for.
         """
-        config = self.network.config
+        config = self.config
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         wanted = self.options.get("max_new_tokens")
         if not isinstance(positions, int):
@@ -267,23 +288,21 @@ def show(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def chat(writer: Writer, system: str | None = None, raw: bool = False) -> None:
+def chat(writer: Writer) -> None:
     """A conversation on standard input and output, until the input ends, Ctrl-C, or ``/exit``; ``/new`` begins another.
 
-    Without a chat template, or ``raw``, the model goes on with the text so far, the user's lines and its own. Ctrl-C
-    while it writes ends the answer, which stays in the conversation as far as it came.
+    Without a chat template, or with the writer's ``raw``, the model goes on with the text so far, the user's lines and
+    its own. Ctrl-C while it writes ends the answer, which stays in the conversation as far as it came.
 
     Raises:
-        LoRARiteValueError: a system message without a chat template, or input that is not UTF-8.
+        LoRARiteValueError: input that is not UTF-8.
     """
-    templated = check_template(writer, system, raw)
-    begin = conversation(system)
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401 (the keys that edit a line)
         print("/new begins another conversation, /exit or Ctrl-D ends", file=sys.stderr)
-    messages, text = [*begin], ""
+    messages, text = [*writer.begin], ""
     while True:
         try:
             line = _decoded(lambda: input("> " if on_terminal else ""))
@@ -294,10 +313,10 @@ def chat(writer: Writer, system: str | None = None, raw: bool = False) -> None:
         if line.strip() == "/exit":
             return
         if line.strip() == "/new":
-            messages, text = [*begin], ""
+            messages, text = [*writer.begin], ""
         elif line.strip():
             said = [*messages, {"role": "user", "content": line}]
-            answer = _answer(writer, said if templated else f"{text}{line}\n")
+            answer = _answer(writer, said if writer.templated else f"{text}{line}\n")
             if answer is not None:
                 messages, text = [*said, {"role": "assistant", "content": answer}], f"{text}{line}\n{answer}\n"
 
@@ -321,18 +340,13 @@ def _answer(writer: Writer, prompt: str | list[Message]) -> str | None:
     return "".join(pieces)
 
 
-def conversation(system: str | None) -> list[Message]:
-    """How a conversation begins: with the system message, if there is one."""
-    return [] if system is None else [{"role": "system", "content": system}]
-
-
-def check_template(writer: Writer, system: str | None, raw: bool) -> bool:
+def _check_template(tokenizer: Any, system: str | None, raw: bool) -> bool:
     """Whether a prompt goes through the model's chat template; says on stderr what is done.
 
     Raises:
         LoRARiteValueError: a system message has no place where it does not.
     """
-    templated = writer.template and not raw
+    templated = bool(tokenizer.chat_template) and not raw
     if system is not None and not templated:
         raise LoRARiteValueError("--system needs the model's chat template" + ("" if raw else ", and it has none"))
     if templated:

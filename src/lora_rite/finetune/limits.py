@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import LoRARiteValueError, warn
 from ..inputs import blame, one_line
-from .data import Sample
-from .windows import Row, Windows, windows
+from .windows import Row, Windows
 
 #: Tokens of the sequences that are tried: the longer one tells tables of positions from T5's buckets of distances.
 SHORT, LONG = 16, 32
@@ -73,13 +72,6 @@ def find_limits(network: Any, tokenizer: Any, model: str, *, packing: bool = Fal
         LoRARiteValueError: it cannot, by ``--model`` or ``--packing``.
     """
     encoder_decoder = network.config.is_encoder_decoder
-    if packing and encoder_decoder:
-        raise LoRARiteValueError("--packing is for causal models; an encoder-decoder model takes a prompt at a time")
-    if tokenizer.pad_token_id is None:
-        raise LoRARiteValueError(
-            f"--model {model}: its tokenizer has no token to pad with (no pad_token, eos_token, bos_token or "
-            "unk_token): set pad_token in its tokenizer_config.json"
-        )
     embeddings = _embeddings(network)
     first, second = _ordinary(tokenizer, min(map(len, embeddings)))
     with _untouched(network) as forward, blame(f"--model {model}"):
@@ -103,29 +95,14 @@ def find_limits(network: Any, tokenizer: Any, model: str, *, packing: bool = Fal
     return Limits(positions, answers, declared, len(embeddings[0]), labels)
 
 
-def prepare_windows(
-    parts: Sequence[Sequence[Sample]],
-    network: Any,
-    tokenizer: Any,
-    model: str,
-    max_length: int,
-    *,
-    packing: bool = False,
-) -> list[Windows]:
-    """Token windows of each part (the first one packed, if any is), which the model can take.
+def check_windows(found: Sequence[Windows], network: Any, tokenizer: Any, model: str, *, packing: bool = False) -> None:
+    """Checks that a model can take the windows of :func:`~lora_rite.finetune.windows.make_windows`.
 
     Raises:
-        LoRARiteValueError: as :func:`find_limits`, :func:`~lora_rite.finetune.data.windows` and :func:`check_rows` do.
+        LoRARiteValueError: as :func:`find_limits` and :func:`check_rows` do.
     """
     limits = find_limits(network, tokenizer, model, packing=packing)
-    encoder_decoder = network.config.is_encoder_decoder
-    found = []
-    for part in parts:
-        with blame("the held-out data" if found else "the training data"):
-            options = {"encoder_decoder": encoder_decoder, "packing": packing and not found}
-            found.append(windows(part, tokenizer, max_length, **options))
     check_rows([row for part in found for row in part.rows], limits, network, tokenizer)
-    return found
 
 
 def check_rows(rows: list[Row], limits: Limits, network: Any, tokenizer: Any) -> None:

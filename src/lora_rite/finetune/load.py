@@ -3,6 +3,8 @@
 import importlib.util
 import re
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,38 @@ from ..errors import LoRARiteValueError
 from ..inputs import blame
 from ..run.processes import sharded
 from .gguf import load_gguf
-from .models import fused_experts, locate, refuse_adapter
+from .models import fused_experts, locate, network_of_shapes, reading_gguf, refuse_adapter
 from .untrusted import check_adapter
 from .wording import did_you_mean
 
 #: Attention that runs on a CPU too, where a model is tried; of the others the model gets what it has been tried with
 #: until :func:`set_attention` exchanges it.
 TRIED_ATTENTION = (None, "eager", "sdpa")
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """The tokenizer of a model, and its configuration; no weights are read.
+
+    Args:
+        name: as :func:`load_model` takes it.
+        trust_remote_code: allow the model's own code to run.
+
+    Raises:
+        LoRARiteValueError: they cannot be loaded, by ``--model``.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    with _blame(name):
+        place, file = locate(name)
+        if not file:
+            refuse_adapter(place)
+        with reading_gguf() if file else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(place, **file, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(place, **file, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:  # what it is does not matter: it is neither attended to nor learnt
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
+    tokenizer.padding_side = "right"  # on the left (Gemma), padding would be what predicts a window's first token
+    return tokenizer, config
 
 
 def load_model(
@@ -27,6 +54,7 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     progress: bool = False,
+    check: Callable[[Any, Any], None] = lambda tokenizer, config: None,
 ) -> tuple[Any, Any]:
     """A language model (encoder–decoder where its config says so) and its tokenizer, on the CPU.
 
@@ -38,31 +66,32 @@ def load_model(
         attn_implementation: transformers' name of one of :data:`TRIED_ATTENTION`; others are left out.
         trust_remote_code: allow the model's own code to run.
         progress: show bars while weights are fetched and loaded.
+        check: called with the tokenizer and the configuration before the weights are loaded, which may take minutes.
 
     Raises:
         LoRARiteValueError: it cannot be loaded, by ``--model``.
         ImportError: bitsandbytes is missing.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
 
     (logging.enable_progress_bar if progress else logging.disable_progress_bar)()
     if bits is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(f"--load_in_{bits}bit needs bitsandbytes: pip install bitsandbytes")
     given = dtype if dtype == "auto" else getattr(torch, dtype)
-    with blame(f"cannot load --model {name}{'' if name == 'tiny' or Path(name).exists() else _nowhere(name)}"):
-        place, options = locate(name)
-        if options and bits is not None:
+    tokenizer, config = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    with _blame(name):
+        place, file = locate(name)
+        if file and bits is not None:
             raise LoRARiteValueError(f"a GGUF file is dequantised, so that --load_in_{bits}bit is not for it")
-        if options:
-            network, tokenizer = load_gguf(name, torch.float32 if dtype == "auto" else given)
+        more = {} if bits is None else _quantised(bits, given, config)
+    check(tokenizer, config)
+    with _blame(name):
+        if file:
+            network = load_gguf(name, config, torch.float32 if dtype == "auto" else given)
         else:
-            refuse_adapter(place)
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
             kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            more = {} if bits is None else _quantised(bits, given, config)
             if attn_implementation is not None and attn_implementation in TRIED_ATTENTION:
                 more["attn_implementation"] = attn_implementation
             network = kind.from_pretrained(
@@ -74,10 +103,27 @@ def load_model(
             # After a pass without gradients, bitsandbytes would keep 4-bit weights in a layout whose products have no
             # gradient, and nothing below the last layer would be trained.
             module.support_avx512bf16_for_cpu = False
-    if tokenizer.pad_token is None:  # what it is does not matter: it is neither attended to nor learnt
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
-    tokenizer.padding_side = "right"  # on the left (Gemma), padding would be what predicts a window's first token
     return network, tokenizer
+
+
+def _blame(name: str) -> AbstractContextManager[None]:
+    return blame(f"cannot load --model {name}{'' if name == 'tiny' or Path(name).exists() else _nowhere(name)}")
+
+
+def find_device(device: str | None) -> str:
+    """Where to run, by ``--device``: the accelerator if there is one, else the CPU, where None is given.
+
+    Raises:
+        LoRARiteValueError: there is no such device.
+    """
+    import torch
+
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator()
+        return "cpu" if accelerator is None else accelerator.type
+    with blame(f"--device {device}"):
+        torch.empty(1, device=device)
+    return device
 
 
 def _nowhere(name: str) -> str:
@@ -183,6 +229,34 @@ def attach_adapter(
             task_type=kind,
         )
         return get_peft_model(network, config)
+
+
+def attach_shapes(network: Any, **options: Any) -> Any:
+    """:func:`attach_adapter` to a network on the meta device."""
+    import torch
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # so it is meant
+        return attach_adapter(network, **options)
+
+
+def check_attaching(config: Any, trust_remote_code: bool, **options: Any) -> None:
+    """Looks at the shapes of a model whether an adapter can be attached to it, before the weights are loaded.
+
+    Args:
+        config: of the model; one whose code makes no network on the meta device is not looked at.
+        trust_remote_code: allow that code to run.
+        options: of :func:`attach_adapter`, whose errors it has.
+    """
+    import torch
+
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where it is attached, it is said
+        try:
+            network = network_of_shapes(config, trust_remote_code=trust_remote_code)
+        except Exception:
+            return
+        attach_shapes(network, **options)
 
 
 def module_names(given: str | list[str] | None) -> str | list[str] | None:

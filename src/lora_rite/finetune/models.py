@@ -93,6 +93,17 @@ def configuration(model: str, option: str, trust_remote_code: bool = False) -> A
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
 
 
+def network_of_shapes(config: Any, base: bool = False, trust_remote_code: bool = False) -> Any:
+    """The language model of a transformers' configuration on the meta device, without what is put on top of it
+    where ``base`` says so."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    kind = AutoModel if base else AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind.from_config(config, trust_remote_code=trust_remote_code)
+
+
 @contextmanager
 def reading_gguf() -> Iterator[None]:
     """Turns what comes of a GGUF file that is not whole into an error that says so.

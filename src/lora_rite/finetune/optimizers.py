@@ -200,7 +200,7 @@ def check_optimizer(
 
     Raises:
         LoRARiteValueError: what is wrong, by the option. (What cannot be made for the small adapter is not judged by it
-            where it is a factory, which may want a real model.)
+            where it is a factory of somebody's, which may want a real model.)
     """
     import torch
 
@@ -212,7 +212,7 @@ def check_optimizer(
         try:
             optimizer = create_optimizer(adapter, name, lr, weight_decay, for_any_model(options))
         except Exception as error:
-            if model is None and isinstance(find_optimizer(name)[0], type):
+            if model is None and (name in PRESETS or isinstance(find_optimizer(name)[0], type)):
                 with blame(option(name, options)):
                     raise error
             return made

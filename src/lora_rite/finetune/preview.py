@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..inputs import blame
 from .chats import IGNORED, set_chat_template
 from .data import Sample, counted
-from .models import locate, refuse_adapter
+from .load import load_tokenizer
 from .windows import Row, Windows, label_count, windows
 
 #: Around the text that carries loss.
@@ -26,14 +25,8 @@ def show_examples(
     """
     from rich.console import Console
     from rich.text import Text
-    from transformers import AutoConfig, AutoTokenizer
 
-    with blame(f"cannot load --model {model}"):
-        place, more = locate(model)
-        if not more:
-            refuse_adapter(place)
-        tokenizer = AutoTokenizer.from_pretrained(place, **more, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(place, **more, trust_remote_code=trust_remote_code)
+    tokenizer, config = load_tokenizer(model, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         set_chat_template(tokenizer, chat_template)
     encoder_decoder = config.is_encoder_decoder

@@ -31,7 +31,7 @@ from .checks import (
 )  # fmt: skip
 from .header import announce, busy, describe, show
 from .labelled import predict_labelled
-from .load import attach_adapter, check_sharded, load_model, place_quantised, set_attention
+from .load import attach_adapter, check_attaching, check_sharded, load_model, place_quantised, set_attention
 from .optimizers import check_optimizer
 from .outcome import outcome
 from .plans import adapter_digest
@@ -39,7 +39,7 @@ from .preview import describe_windows, show_examples
 from .publish import check_push, export, push
 from .reading import Examples, read, say
 from .trainer import add_callbacks, held_out_loss, log_entries, make_trainer
-from .windows import IGNORED, Windows
+from .windows import IGNORED, Windows, make_windows
 
 
 def train(
@@ -210,8 +210,15 @@ class _Prepared(NamedTuple):
 
 def _load(options: SimpleNamespace, examples: Examples) -> tuple[Any, Any, Windows, Windows, int]:
     """The model, its tokenizer, the windows to train on and to measure the held-out loss on, and how many there were of
-    the latter before ``eval_limit``. From the windows follow the steps, where epochs are given."""
-    from .limits import prepare_windows
+    the latter before ``eval_limit``."""
+    from .limits import check_windows
+
+    made: list[Windows] = []
+
+    def check(tokenizer: Any, config: Any) -> None:
+        made.extend(_make_windows(options, examples, tokenizer, config.is_encoder_decoder))
+        names = {key: getattr(options, key) for key in ("adapter", "target_modules", "modules_to_save")}
+        check_attaching(config, options.trust_remote_code, **names)
 
     dtype, options.bits = weights_of(vars(options))
     network, tokenizer = load_model(
@@ -221,15 +228,11 @@ def _load(options: SimpleNamespace, examples: Examples) -> tuple[Any, Any, Windo
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
         progress=options.progress,
+        check=check,
     )
-    if options.chat_template is not None:
-        set_chat_template(tokenizer, options.chat_template)
-    with busy("making tokens of the data, and trying the model on a few", options.progress):
-        train, held_out = prepare_windows(
-            examples.parts, network, tokenizer, options.model, options.max_length, packing=options.packing
-        )
-    for name, part, found in zip(("training", "held out"), examples.parts, (train, held_out), strict=True):
-        say(options, describe_windows(name, part, found, options.max_length, network.config.is_encoder_decoder))
+    train, held_out = made
+    with busy("trying the model on a few tokens", options.progress):
+        check_windows(made, network, tokenizer, options.model, packing=options.packing)
     set_attention(network, options.attn_implementation)
     there = len(held_out.rows)
     if 0 < options.eval_limit < there:  # the same for all seeds and optimizers
@@ -237,11 +240,24 @@ def _load(options: SimpleNamespace, examples: Examples) -> tuple[Any, Any, Windo
         held_out = held_out._replace(rows=[held_out.rows[i] for i in chosen])
     if options.group_by_length:
         held_out.rows.sort(key=lambda row: len(row["input_ids"]))
+    return network, tokenizer, train, held_out, there
+
+
+def _make_windows(options: SimpleNamespace, examples: Examples, tokenizer: Any, encoder_decoder: bool) -> list[Windows]:
+    """The windows to train on and those held out, before the weights are loaded; from them follow the steps, where
+    epochs are given."""
+    if options.chat_template is not None:
+        set_chat_template(tokenizer, options.chat_template)
+    how = {"encoder_decoder": encoder_decoder, "packing": options.packing}
+    with busy("making tokens of the data", options.progress):
+        made = make_windows(examples.parts, tokenizer, options.model, options.max_length, **how)
+    for name, part, found in zip(("training", "held out"), examples.parts, made, strict=True):
+        say(options, describe_windows(name, part, found, options.max_length, encoder_decoder))
     if options.epochs is not None:
-        batches = math.ceil(len(train.rows) / (options.batch_size * processes.count()))
+        batches = math.ceil(len(made[0].rows) / (options.batch_size * processes.count()))
         options.steps = math.ceil(options.epochs * math.ceil(batches / options.accumulation))
         check_steps(options, options.steps)
-    return network, tokenizer, train, held_out, there
+    return made
 
 
 def _attach(options: SimpleNamespace, network: Any) -> Any:

@@ -6,6 +6,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
+from ..inputs import blame
 from .chats import IGNORED, ChatEncoder
 from .data import Chat, Example, Sample
 
@@ -66,6 +67,44 @@ def windows(
     if packing:
         return Windows(_pack(rows, tokenizer.pad_token_id, length), cut, dropped)
     return Windows([{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows], cut, dropped)
+
+
+def make_windows(
+    parts: Sequence[Sequence[Sample]],
+    tokenizer: Any,
+    model: str,
+    length: int,
+    *,
+    encoder_decoder: bool = False,
+    packing: bool = False,
+) -> list[Windows]:
+    """The :func:`windows` of each part, the first of which is to train on, and alone is packed, if any is.
+
+    Args:
+        model: what the user calls the model, for the errors.
+
+    Raises:
+        LoRARiteValueError: as :func:`windows` does, by the part; ``--packing`` for an encoder–decoder model; or the
+            tokenizer cannot pad.
+    """
+    if packing and encoder_decoder:
+        raise LoRARiteValueError("--packing is for causal models; an encoder-decoder model takes a prompt at a time")
+    check_padding(tokenizer, model)
+    found: list[Windows] = []
+    for part in parts:
+        with blame("the held-out data" if found else "the training data"):
+            options = {"encoder_decoder": encoder_decoder, "packing": packing and not found}
+            found.append(windows(part, tokenizer, length, **options))
+    return found
+
+
+def check_padding(tokenizer: Any, model: str) -> None:
+    """Raises LoRARiteValueError, by ``--model``, where a tokenizer has no token to pad with."""
+    if tokenizer.pad_token_id is None:
+        raise LoRARiteValueError(
+            f"--model {model}: its tokenizer has no token to pad with (no pad_token, eos_token, bos_token or "
+            "unk_token): set pad_token in its tokenizer_config.json"
+        )
 
 
 class _Encoder:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError
 from ..finetune.checks import weights_of
-from ..finetune.load import attach_adapter
+from ..finetune.load import attach_shapes
 from ..finetune.memory import activations, count_text, optimizer_state, size_text
-from ..finetune.models import configuration
+from ..finetune.models import configuration, network_of_shapes
 from ..finetune.tasks import find_task
 from ..inputs import one_line
 from ..plan.pairs import Shape
@@ -16,7 +16,6 @@ from ..run.console import number
 from .data import read_data
 from .recipe import HEADERS, SPLITS
 from .search import Study
-from .shapes import network_of_shapes
 
 
 class Needs(NamedTuple):
@@ -71,8 +70,7 @@ def _needs(study: Study, rank: int, options: dict[str, Any]) -> Needs:
     stored = getattr(config, "dtype", None) or torch.float32
     bytes_each = (stored if dtype == "auto" else getattr(torch, dtype)).itemsize
     weights = weight_bytes(network, bits, bytes_each)
-    with torch.device("meta"):
-        network = attach_adapter(network, rank=rank, target_modules=options.get("target_modules", "all-linear"))
+    network = attach_shapes(network, rank=rank, target_modules=options.get("target_modules", "all-linear"))
     pairing = find_pairs(network)
     if pairing.left_out:
         names = ", ".join(f"{left.name} ({left.reason})" for left in pairing.left_out[:3])

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoRARiteValueError
+from ..finetune.chats import set_chat_template
 from ..finetune.checks import weights_of
 from ..finetune.data import Sample
 from ..finetune.load import load_model
 from ..finetune.optimizers import check_optimizer
 from ..finetune.train import train
+from ..finetune.windows import Windows, make_windows
 from ..run.files import LOCK, read_json, write_json
 from ..run.processes import check_one
 from .data import missing_files, read_new_data, write_data
@@ -143,27 +145,43 @@ def _check_folder(out: Path, recipe: Recipe) -> None:
 def _check_models(study: Study, found: dict[str, dict[str, Sequence[Sample]]]) -> None:
     """Loads the models of new tasks, and checks them and the tasks' texts as ``lora-rite train`` does, one model at a
     time. Where a recipe's function trains, it is the one that knows what it takes."""
-    from ..finetune.chats import set_chat_template
-    from ..finetune.limits import prepare_windows
-
     if study.recipe.function is not None:
         return
     defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
     options = {name: {**defaults, **study.train_options(name)} for name in found}
     choices = lambda name: (options[name]["model"], weights_of(options[name]), options[name]["trust_remote_code"])
-    for (model, (dtype, bits), code), names in itertools.groupby(sorted(found, key=lambda n: str(choices(n))), choices):
+    for (model, weights, code), names in itertools.groupby(sorted(found, key=lambda n: str(choices(n))), choices):
+        tasks = [([found[name][part] for part in SPLITS], options[name]) for name in names]
         try:
-            network, tokenizer = load_model(model, dtype=dtype, bits=bits, trust_remote_code=code)
-            own = getattr(tokenizer, "chat_template", None)
-            for name in names:
-                tokenizer.chat_template = own
-                if options[name]["chat_template"] is not None:
-                    set_chat_template(tokenizer, options[name]["chat_template"])
-                length, packing = options[name]["max_length"], options[name]["packing"]
-                parts = [found[name][part] for part in SPLITS]
-                prepare_windows(parts, network, tokenizer, model, length, packing=packing)
+            _check_model(model, weights, code, tasks)
         except LoRARiteValueError as error:
             raise LoRARiteValueError(f"train: {in_words_of_a_study(str(error))}") from error
+
+
+def _check_model(
+    model: str,
+    weights: tuple[str, int | None],
+    trusted: bool,
+    tasks: list[tuple[list[Sequence[Sample]], dict[str, Any]]],
+) -> None:
+    """Checks a model and the texts of the tasks that train it, which are made tokens before the weights are loaded."""
+    from ..finetune.limits import check_windows
+
+    made: list[list[Windows]] = []
+
+    def check(tokenizer: Any, config: Any) -> None:
+        own = getattr(tokenizer, "chat_template", None)
+        for parts, options in tasks:
+            tokenizer.chat_template = own
+            if options["chat_template"] is not None:
+                set_chat_template(tokenizer, options["chat_template"])
+            how = {"encoder_decoder": config.is_encoder_decoder, "packing": options["packing"]}
+            made.append(make_windows(parts, tokenizer, model, options["max_length"], **how))
+
+    dtype, bits = weights
+    network, tokenizer = load_model(model, dtype=dtype, bits=bits, trust_remote_code=trusted, check=check)
+    for found, (_, options) in zip(made, tasks, strict=True):
+        check_windows(found, network, tokenizer, model, packing=options["packing"])
 
 
 def _run_all(

@@ -1,27 +1,15 @@
 """A model with its adapter as shapes alone, on torch's meta device: no weights are loaded."""
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ..errors import LoRARiteValueError
-from ..finetune.load import attach_adapter
-from ..finetune.models import configuration
+from ..finetune.load import attach_shapes
+from ..finetune.models import configuration, network_of_shapes
 from ..inputs import blame
 from ..run.console import number
-
-
-def network_of_shapes(config: Any, base: bool = False, trust_remote_code: bool = False) -> Any:
-    """The language model of a transformers' configuration, without what is put on top of it where ``base`` says so."""
-    import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    kind = AutoModel if base else AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        return kind.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def pairs_of(
@@ -33,8 +21,6 @@ def pairs_of(
     Raises:
         LoRARiteValueError: what is wrong with the model, the adapter or an option.
     """
-    import torch
-
     from ..plan.pairs import find_pairs
 
     if rank < 1:
@@ -42,9 +28,7 @@ def pairs_of(
     config = configuration(model, "--model", trust_remote_code)
     with blame(f"--model {model}"):
         network = network_of_shapes(config, trust_remote_code=trust_remote_code)
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # so it is meant
-        network = attach_adapter(network, adapter=adapter, rank=rank, target_modules=target_modules)
+    network = attach_shapes(network, adapter=adapter, rank=rank, target_modules=target_modules)
     found = find_pairs(network)
     lines = [number(found.count, "pair"), *_by_kind(str(pair).replace(pair.b_name, "B") for pair in found.pairs)]
     if found.left_out:
