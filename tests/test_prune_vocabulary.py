@@ -114,7 +114,7 @@ def test_conversations_are_refused(tool, recipe, tmp_path, capsys):
 
 def test_a_folder_with_something_in_it_stays_as_it_is(tool, examples, tmp_path, capsys):
     assert tool.main(["tiny", str(tmp_path), str(examples)]) == 2
-    assert "is not an empty folder" in capsys.readouterr().err
+    assert "is not empty: name a new folder" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tool):

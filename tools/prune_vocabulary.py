@@ -21,7 +21,7 @@ from typing import Any
 from lora_rite.errors import LoRARiteError, LoRARiteValueError
 from lora_rite.finetune.data import Chat, Sample
 from lora_rite.finetune.load import load_model
-from lora_rite.run.files import prepare_folder, write_folder
+from lora_rite.run.files import check_empty, prepare_folder, write_folder
 from lora_rite.study.data import read_data
 from lora_rite.study.recipe import load_recipe
 
@@ -48,8 +48,7 @@ def prune(model: str, out: Path, recipe: Path, data_dir: Path | None = None) -> 
     """
     from transformers import PreTrainedTokenizerFast
 
-    if out.is_dir() and any(out.iterdir()):
-        raise LoRARiteValueError(f"{out} is not an empty folder")
+    check_empty("OUT", out)
     tasks = load_recipe(recipe).tasks.values()
     samples = [s for task in tasks for part in read_data(task, data_dir).values() for s in part]
     texts = {text for sample in samples for text in _texts(sample, recipe)}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_rite.errors import LoRARiteError, LoRARiteValueError
+from lora_rite.run.files import check_empty, prepare_folder
 
 #: Characters of text in each split, at most, and of one file.
 CHARACTERS = {"train": 4_000_000, "validation": 64_000, "test": 64_000}
@@ -81,9 +82,8 @@ def read(root: Path, pattern: str, without: tuple[str, ...] = ()) -> dict[str, l
 
 def write(found: dict[str, list[str]], out: Path) -> None:
     """Writes the splits into a new or empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LoRARiteValueError(f"{out} is not an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
+    check_empty("OUT", out)
+    prepare_folder("OUT", out)
     for name, texts in found.items():
         lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")

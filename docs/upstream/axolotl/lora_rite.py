@@ -26,6 +26,14 @@ def _as_bool(value: Any) -> bool:
     return bool(value)
 
 
+def _lr_by_name(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"lr_by_name needs optim_args as a mapping, {{name: lr, ...}}, got {value!r}"
+        )
+    return {name: float(lr) for name, lr in value.items()}
+
+
 # optim_args may arrive as strings from the "key=value" form.
 _LORA_RITE_ARGS: dict[str, Any] = {
     "beta1": float,
@@ -36,9 +44,18 @@ _LORA_RITE_ARGS: dict[str, Any] = {
     "row_equilibration": _as_bool,
     "row_beta": float,
     "clip_unmagnified_grad": float,
+    "update_skipping": float,
+    "update_capping": float,
+    "apply_escape": _as_bool,
+    "balance_param": _as_bool,
+    "lr_by_name": _lr_by_name,
     "adamw_lr": float,
+    "adamw_eps": float,
     "adamw_weight_decay": float,
     "capturable": _as_bool,
+    "algebra_dtype": str,
+    "first_moment_dtype": str,
+    "engine": str,
 }
 _DEFAULT_BETAS = (0.9, 0.999)
 

@@ -151,6 +151,20 @@ class TestLoraRiteOptimizer:
                 make_model(), None, lr=1e-3, weight_decay=0.0, dampening=1
             )
 
+    def test_learning_rates_by_name(self, make_model):
+        model, kwargs = make_model(), {"lr": 1e-3, "weight_decay": 0.0}
+        factory = LoraRiteOptimizerFactory()
+        by_name = {"q_proj": "1e-4"}
+        groups = factory(model, None, lr_by_name=by_name, **kwargs).param_groups
+        assert {group["lr"]: len(group["params"]) for group in groups} == {
+            1e-3: 24,
+            1e-4: 4,
+        }
+        with pytest.raises(
+            ValueError, match="lr_by_name needs optim_args as a mapping"
+        ):
+            factory(model, None, lr_by_name="q_proj", **kwargs)
+
     def test_other_parameters_need_a_learning_rate(self, make_model):
         kwargs = {"lr": 1e-3, "weight_decay": 0.0}
         model = make_model(use_dora=True)

@@ -46,6 +46,10 @@ class Writer:
         LoRARiteValueError: a model, an adapter, an option or a device that cannot be used; one of several processes.
     """
 
+    tokenizer: Any
+    config: Any
+    templated: bool
+
     def __init__(
         self,
         source: str,

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import LoRARiteError, LoRARiteValueError, WriteError, warn
 from ..inputs import blame, one_line
-from ..run.files import check_folder, write_folder, writing
+from ..run.files import check_empty, write_folder, writing
 from ..run.processes import check_alone
 from .adapted import attach, load_source
 from .publish import merged_card, write_card
@@ -47,7 +47,7 @@ def merge(
 
     check_alone("lora-rite merge")
     out = out.resolve()
-    _check_out(out)
+    check_empty("--out", out)
     found = find_source(adapter, model)
     if found.adapter is None:
         raise LoRARiteValueError(f"{adapter} is no adapter (a folder with adapter_config.json, or a run's)")
@@ -71,19 +71,13 @@ def merge(
             raise LoRARiteError(f"transformers cannot write the merged model: {one_line(error)}") from error
         difference = _difference(folder, expected, written, trust_remote_code)
         write_card(folder, merged_card(found, str(written).removeprefix("torch."), difference))
-        _check_out(out)  # again: merging takes minutes, and what is there by now is somebody's
+        check_empty("--out", out)  # again: merging takes minutes, and what is there by now is somebody's
 
     with writing(out.with_name(f".{out.name}.tmp"), "the model", lambda: f"{out} is as it was"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_folder(out, write)
     record = {"model": found.model, "adapter": str(found.adapter), "out": str(out)}
     return {**record, "dtype": str(written).removeprefix("torch."), "difference": difference}
-
-
-def _check_out(out: Path) -> None:
-    check_folder("--out", out)
-    if out.is_dir() and any(out.iterdir()):
-        raise LoRARiteValueError(f"--out {out} is not empty: name a new folder")
 
 
 def _check_space(out: Path, network: Any, dtype: Any) -> None:

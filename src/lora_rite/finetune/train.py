@@ -326,7 +326,7 @@ def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
     )
 
     if trainer.model_accepts_loss_kwargs:
-        trainer.model_accepts_loss_kwargs = divides_by_items(network, collator, train.rows[0])
+        trainer.model_accepts_loss_kwargs = divides_by_items(network, train.rows[0])
     if not is_main():  # each process drops other inputs of its layers
         torch.manual_seed(options.seed + processes.rank())
 

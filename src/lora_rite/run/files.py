@@ -73,6 +73,13 @@ def check_folder(option: str, folder: Path) -> None:
         raise WriteError(f"{option}: cannot write into {folder}: {error.strerror or error}") from None
 
 
+def check_empty(option: str, folder: Path) -> None:
+    """As :func:`check_folder`, and nothing may be in the folder."""
+    check_folder(option, folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise LoRARiteValueError(f"{option} {folder} is not empty: name a new folder")
+
+
 def prepare_folder(option: str, folder: Path) -> None:
     """Makes the folder, after :func:`check_folder`, whose errors it has."""
     check_folder(option, folder)
