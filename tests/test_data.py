@@ -64,6 +64,12 @@ def test_bad_files(tmp_path):
         read_examples(tmp_path / "binary.txt")
 
 
+def test_a_misspelt_key_is_named_with_the_one_that_was_meant(tmp_path):
+    for key, meant in (("mesages", "messages"), ("promt", "prompt"), ("txt", "text")):
+        with pytest.raises(ValueError, match=rf"got \['{key}'\], did you mean {meant}\?"):
+            read_examples(write(tmp_path / "data.jsonl", f'{{"{key}": "a"}}'))
+
+
 def test_split_is_reproducible_and_without_overlap():
     examples = [Example("", str(i % 40)) for i in range(50)]  # ten of them twice
     one, again, other = (split(examples, 0.25, seed) for seed in (0, 0, 1))

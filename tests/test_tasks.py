@@ -344,7 +344,7 @@ def test_the_command_line_trains_on_a_task_with_packing(folder, tmp_path, capsys
 def test_what_is_cut_is_counted(folder, tmp_path):
     result = train_module.train(out=tmp_path / "run", task="gsm8k", data_dir=folder, **{**OPTIONS, "max_length": 40})
     assert result["examples"]["cut"]["train"] > 0
-    assert "longer than --max_length and were cut" in summary(result)
+    assert "longer than --max_length and cut" in summary(result)
     result["seconds"] = dict.fromkeys(result["seconds"])
     assert "of training" not in summary(result)
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from ..errors import LoRARiteValueError, warn
 from ..inputs import parse_json
-from .records import read_values, to_record
+from .records import KEYS, read_values, to_record
+from .wording import did_you_mean
 
 #: Names of roles elsewhere, and those of chat templates.
 ROLES = {"human": "user", "observation": "tool"}
@@ -213,9 +214,10 @@ def _strings(given: dict[str, Any], record: dict[str, Any], where: str) -> Examp
         raise LoRARiteValueError(f'{where}: "text" and "{others[0]}" in one record: give a text, or a prompt')
     for key in keys:
         if key not in record:
+            meant = (did_you_mean(other, KEYS) for other in sorted(record) if other not in KEYS)
             raise LoRARiteValueError(
                 f'{where}: expected "messages", "conversations", "prompt" and "completion", "instruction" and '
-                f'"output", or "text"; got {sorted(record)}'
+                f'"output", or "text"; got {sorted(record)}{next(filter(None, meant), "")}'
             )
         _check_text(record[key], f'{where}: "{key}"')
     if not given[keys[-1]].strip():

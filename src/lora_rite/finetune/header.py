@@ -162,7 +162,7 @@ def summary(result: dict[str, Any]) -> str:
     if peak := result.get("run", {}).get("memory", {}).get("peak"):
         lines[-1] += f", at most {size_text(peak)} of memory"
     if cut:
-        lines.append(f"{cut} examples are longer than --max_length and were cut")
+        lines.append(f"{number(cut, 'example')} {'is' if cut == 1 else 'are'} longer than --max_length and cut")
     lines.append(f"adapter and result.json in {result['settings']['out']}")
     return "\n".join([*lines, next_commands(result)])
 
