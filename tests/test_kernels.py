@@ -525,12 +525,12 @@ def test_ranks_above_64_and_parameters_without_interpreter_stay_eager(monkeypatc
     pair = [torch.nn.Parameter(x.to(DEVICE)) for x in factors(65, 70, 80, dtype=torch.float32)]
     assert kernels.supports(plan_of(pair)) == "rank 65, above 64"
     (start,), _ = problem([SHAPE])
-    plan = plan_of([torch.nn.Parameter(x) for x in start])
+    plan = lambda: plan_of([torch.nn.Parameter(x) for x in start])
     if DEVICE == "cpu":
         monkeypatch.delenv("TRITON_INTERPRET")
-        assert kernels.supports(plan) == "factors on a CPU"
+        assert kernels.supports(plan()) == "factors on a CPU"
     monkeypatch.setattr(kernels, "installed", lambda: False)
-    assert kernels.supports(plan) == "without triton, which is not installed"
+    assert kernels.supports(plan()) == "without triton, which is not installed"
     with pytest.raises(ValueError, match=r"pip install .lora-rite\[kernels\]"):
         LoRARite([torch.nn.Parameter(x) for x in start], engine="triton")
 
@@ -547,19 +547,46 @@ def test_none_chooses_eager_until_a_card_has_passed(monkeypatch):
         LoRARite(params, engine="cuda")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("rank", "dtype"), [(4, "float32"), (16, "float32"), (16, "bfloat16"), (64, "float32")])
-def test_kernels_compile_for_gpus_that_are_not_there(rank, dtype):
-    """For A100 and H100, with registers and shared memory that these have; spills as docs/benchmarks.md has them."""
+COMPILED = [("whole", 4, "float32", 90), *(
+    pytest.param(kind, rank, dtype, capability, marks=pytest.mark.slow)
+    for kind, rank, dtype in (
+        ("whole", 4, "float32"), ("whole", 16, "float32"), ("whole", 16, "bfloat16"), ("whole", 64, "float32"),
+        ("strided", 3, "float32"), ("strided", 3, "float16"),
+    )
+    for capability in (80, 90) if (rank, capability) != (4, 90)
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "rank", "dtype", "capability"), COMPILED)
+def test_kernels_compile_for_gpus_that_are_not_there(kind, rank, dtype, capability, tmp_path):
+    """For A100 and H100, in the way of a launch, with registers and shared memory that these have; spills as
+    docs/benchmarks.md has them."""
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, script, str(rank), dtype, "80", "90"]
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, script, kind, str(rank), dtype, str(capability)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     found = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(found) == 20
+    assert len(found) == 10
     for kernel in found:
         print(kernel)
         assert kernel["registers"] <= 255
-        assert kernel["shared"] <= {80: 163, 90: 227}[kernel["capability"]] * 1024, kernel
+        assert kernel["shared"] <= {80: 163, 90: 227}[capability] * 1024, kernel
         assert kernel["spills"] <= (8192 if rank == 64 else 256), kernel
+
+
+def test_python_of_a_step_without_a_card(tmp_path):
+    """`lora-rite bench host --engine triton`: of a step are all ten launches made, none is measured in the
+    interpreter."""
+    command = [sys.executable, "-m", "lora_rite", "bench", "host", "--engine", "triton", "--pairs", "2", "--width", "8"]
+    command += ["--rounds", "3", "--out", tmp_path / "host.json"]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    refused = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert refused.returncode == 2
+    assert "unset TRITON_INTERPRET" in refused.stderr
+    run = subprocess.run(command, capture_output=True, text=True, env={**environment, "TRITON_INTERPRET": "0"})
+    assert run.returncode == 0, run.stderr
+    (case,) = json.loads((tmp_path / "host.json").read_text())["cases"]
+    assert [row["part"] for row in case["rows"]][-2:] == ["LoRARite (triton)", "AdamW (foreach)"]
+    assert all(row["seconds"] > 0 for row in case["rows"])

@@ -24,7 +24,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Options of a group, and what they ask for that the kernels do not do.
 _EAGER_OPTIONS = ("apply_escape", "update_capping", "balance_param", "algebra_dtype", "first_moment_dtype")
 
+#: Whether launches do nothing, on CPU tensors, see :mod:`lora_rite.bench.pretended`.
+pretended = False
+
 _kernels: "WeakKeyDictionary[Plan, Any]" = WeakKeyDictionary()
+_reasons: "WeakKeyDictionary[Plan, str | None]" = WeakKeyDictionary()
 
 
 @cache
@@ -35,6 +39,16 @@ def installed() -> bool:
 def supports(plan: Plan) -> str | None:
     """None where the kernels can make the steps of a plan (which has buckets), else the reason why these stay with the
     eager engine."""
+    for bucket in plan.buckets:
+        for option in _EAGER_OPTIONS:
+            if bucket.group.get(option):
+                return option
+    if plan not in _reasons:  # What a plan rests on is looked at once: its marks are compared in each step.
+        _reasons[plan] = _of_plan(plan)
+    return _reasons[plan]
+
+
+def _of_plan(plan: Plan) -> str | None:
     if len({bucket.device for bucket in plan.buckets}) > 1:
         return "factors on several devices"
     rank = max(bucket.rank for bucket in plan.buckets)
@@ -45,7 +59,7 @@ def _of_device(device: torch.device, rank: int) -> str | None:
     if not installed():
         return "without triton, which is not installed"
     if device.type == "cpu":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else "factors on a CPU"
+        return None if pretended or os.environ.get("TRITON_INTERPRET") == "1" else "factors on a CPU"
     if device.type != "cuda":
         return f"factors on a device of type {device.type}"
     if torch.version.hip:
@@ -60,9 +74,6 @@ def _of_device(device: torch.device, rank: int) -> str | None:
 
 
 def _of_bucket(bucket: Bucket) -> str | None:
-    for option in _EAGER_OPTIONS:
-        if bucket.group.get(option):
-            return option
     if bucket.shards.mesh is not None:
         return "sharded factors (DTensor)"
     if bucket.rank > MAX_RANK:

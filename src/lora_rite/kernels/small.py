@@ -54,20 +54,20 @@ def entry(factors, f, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def option(options, factors, f, COLUMN: tl.constexpr):
-    return tl.load(options + entry(factors, f, GROUP) * NUM_OPTIONS + COLUMN)
+def option(hyper, factors, f, COLUMN: tl.constexpr):
+    return tl.load(hyper + entry(factors, f, GROUP) * NUM_OPTIONS + COLUMN)
 
 
 @triton.jit
-def rate(options, factors, f):
+def rate(hyper, factors, f):
     """The learning rate of B·A."""
-    return option(options, factors, f, LR) * option(options, factors, f, LR_SCALE)
+    return option(hyper, factors, f, LR) * option(hyper, factors, f, LR_SCALE)
 
 
 @triton.jit
-def shrink_of(options, factors, f):
+def shrink_of(hyper, factors, f):
     """What weight decay leaves of a factor."""
-    return 1 - option(options, factors, f, LR) * option(options, factors, f, WEIGHT_DECAY)
+    return 1 - option(hyper, factors, f, LR) * option(hyper, factors, f, WEIGHT_DECAY)
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def decay_of(factors, f, beta):
 
 
 @triton.jit
-def invert_kernel(factors, options, d, product, delta, flags, num_flags, RANK: tl.constexpr, R: tl.constexpr):
+def invert_kernel(factors, hyper, d, product, delta, flags, num_flags, RANK: tl.constexpr, R: tl.constexpr):
     """D of each factor: T⁺ of its partner, damped where that is; and S and δ of the damping. Raises the flags of all
     pairs, for later kernels to lower."""
     f = tl.program_id(0)
@@ -100,7 +100,7 @@ def invert_kernel(factors, options, d, product, delta, flags, num_flags, RANK: t
     flag = flags + entry(factors, f, FLAG)
     tl.store(flag, 1)
     tl.store(flag + num_flags, 1)
-    damping, damped = option(options, factors, f, DAMPING), entry(factors, y, DAMPED)
+    damping, damped = option(hyper, factors, f, DAMPING), entry(factors, y, DAMPED)
     hot = 0
     if (damping > 0) & (damped != 0) & (entry(factors, f, MOVES) * entry(factors, y, MOVES) != 0):
         hot = tl.load(damped.to(tl.pointer_type(tl.int8))).to(tl.int32)
@@ -109,7 +109,7 @@ def invert_kernel(factors, options, d, product, delta, flags, num_flags, RANK: t
     else:
         x = mx.load_transposed(state_of(factors, f, COORDINATES, RANK), RANK, R)
         s = mx.times(mx.load(state_of(factors, y, COORDINATES, RANK), RANK, R), x)
-        by = damping * rate(options, factors, f) * tl.sqrt(entry(factors, y, ROWS).to(tl.float64))
+        by = damping * rate(hyper, factors, f) * tl.sqrt(entry(factors, y, ROWS).to(tl.float64))
         pair = entry(factors, f, PAIR)
         tl.store(delta + pair, by)
         mx.store(product + pair * RANK * RANK, s, RANK, R)
@@ -146,18 +146,16 @@ def sum_of(values, count, stride):
 
 
 @triton.jit
-def reduce_kernel(
-    factors, options, partial, checksums, grams, traces, kept, flags, RANK: tl.constexpr, R: tl.constexpr
-):
+def reduce_kernel(factors, hyper, partial, checksums, grams, traces, kept, flags, RANK: tl.constexpr, R: tl.constexpr):
     """ḡᵀḡ, 0 where ``update_skipping`` drops the gradient, and its trace, with respect to scaling·B·A; and whether the
     factor is what the last step left: its checksums are, to rounding."""
     f = tl.program_id(0)
-    rows, scaling = entry(factors, f, ROWS).to(tl.float64), option(options, factors, f, SCALING)
+    rows, scaling = entry(factors, f, ROWS).to(tl.float64), option(hyper, factors, f, SCALING)
     total = tl.zeros([R, R], tl.float64)
     keep = 1
     if entry(factors, f, MOVES) != 0:
         total = total_of(partial, f, factors, RANK * RANK, RANK, R)
-        limit = option(options, factors, f, SKIPPING) * scaling
+        limit = option(hyper, factors, f, SKIPPING) * scaling
         keep = 1 - ((limit > 0) & (mx.trace(total, RANK, R) / (rows * RANK) > limit * limit)).to(tl.int32)
         total *= keep.to(tl.float64)
     tl.store(kept + f, keep)
@@ -175,7 +173,7 @@ def reduce_kernel(
 
 @triton.jit
 def precondition_kernel(
-    factors, options, traces, num_traces, own_traces, grams, kept, d, v, w, warm, escaped, gates, flags, noise,
+    factors, hyper, traces, num_traces, own_traces, grams, kept, d, v, w, warm, escaped, gates, flags, noise,
     RANK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Clipping by the norm of all gradients, V and W = D·V^-½ of this step, whether they are finite, K_w of the factor
@@ -186,30 +184,30 @@ def precondition_kernel(
     # Of several pairs in one parameter (experts), those without any gradient are passed over.
     seen = (seen | (entry(factors, f, BLOCKS) == 1)) & (entry(factors, f, MOVES) != 0)
     tl.store(gates + f, seen.to(tl.int32))
-    clip = option(options, factors, f, CLIP)
+    clip = option(hyper, factors, f, CLIP)
     scale = tl.where(clip > 0, clip / tl.maximum(tl.sqrt(sum_of(traces, num_traces, 1)), tl.maximum(clip, 1e-300)), 1.0)
     squares = mx.load(grams + at, RANK, R) * (scale * scale)
-    decay = decay_of(factors, f, option(options, factors, f, BETA2))
+    decay = decay_of(factors, f, option(hyper, factors, f, BETA2))
     weight = tl.where(decay == 1, 1.0, 1 - decay)  # V is summed where β₂ is 1
     moment = decay * mx.load(state_of(factors, f, SECOND_MOMENT, RANK), RANK, R)
     moment += weight / entry(factors, f, ROWS).to(tl.float64) * squares
     mx.store(v + at, moment, RANK, R)
     mass = decay * tl.load(number(factors, f, RANK + 1)).to(tl.float64)
     tl.store(escaped + f, mass)
-    eps, relative_eps = option(options, factors, f, EPS), option(options, factors, f, RELATIVE_EPS)
-    eps *= option(options, factors, f, SCALING)
+    eps, relative_eps = option(hyper, factors, f, EPS), option(hyper, factors, f, RELATIVE_EPS)
+    eps *= option(hyper, factors, f, SCALING)
     root = mx.preconditioner(moment, mass, eps, relative_eps, RANK, R)
     d_own = mx.load(d + at, RANK, R)
-    by = mx.times(d_own, root) * (scale * option(options, factors, f, SIGN) * tl.load(kept + f).to(tl.float64))
+    by = mx.times(d_own, root) * (scale * option(hyper, factors, f, SIGN) * tl.load(kept + f).to(tl.float64))
     mx.store(w + at, by, RANK, R)
     if mx.finite(moment) * mx.finite(by) * mx.finite(d_own) == 0:
         tl.store(flags + entry(factors, f, FLAG), 0)
     square = mx.total(mx.times(root, squares) * root)
-    decay = decay_of(factors, f, option(options, factors, f, BETA1))
+    decay = decay_of(factors, f, option(hyper, factors, f, BETA1))
     length = decay * tl.load(number(factors, f, RANK)).to(tl.float64) + (1 - decay) * tl.sqrt(tl.maximum(square, 0.0))
     old = mx.load(state_of(factors, f, WARM, RANK), RANK, R)
     t = mx.load(state_of(factors, f, COORDINATES, RANK), RANK, R)
-    step = tl.trans(d_own) * rate(options, factors, f)
+    step = tl.trans(d_own) * rate(hyper, factors, f)
     mx.store(warm + at, warm_basis(old, t, step, length, noise, RANK, R), RANK, R)
 
 
@@ -258,13 +256,13 @@ def decide_kernel(
 
 
 @triton.jit
-def scales_kernel(factors, options, row_partial, squares, gates, ok, scales):
+def scales_kernel(factors, hyper, row_partial, squares, gates, ok, scales):
     """What ``apply`` multiplies a row of S by is scales[1]/(√R + scales[0]), which leaves the norm of S as it is; all
     without equilibration are multiplied alike, and scales[0] is −1."""
     f = tl.program_id(0)
     if (tl.load(ok) != 0) & (tl.load(gates + f) != 0):
-        rest = 1 - decay_of(factors, f, option(options, factors, f, BETA1))
-        if option(options, factors, f, EQUILIBRATED) == 0:
+        rest = 1 - decay_of(factors, f, option(hyper, factors, f, BETA1))
+        if option(hyper, factors, f, EQUILIBRATED) == 0:
             tl.store(scales + 2 * f, -1.0)
             tl.store(scales + 2 * f + 1, rest.to(tl.float32))
         else:
@@ -305,7 +303,7 @@ def basis_kernel(
 
 @triton.jit
 def carry_kernel(
-    factors, options, partial, d, v, grams, inverses, k, c, escaped, gates, ok, LOW: tl.constexpr, RANK: tl.constexpr,
+    factors, hyper, partial, d, v, grams, inverses, k, c, escaped, gates, ok, LOW: tl.constexpr, RANK: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
     """The rest of the state of the factors that have moved: K, and P of the partner and V ← P·V·Pᵀ there."""
@@ -315,11 +313,11 @@ def carry_kernel(
         stride: tl.constexpr = 2 * RANK * RANK + 1
         shift = total_of(partial + RANK * RANK, f, factors, stride, RANK, R)
         if not LOW:
-            step = mx.load_transposed(d + at, RANK, R) * rate(options, factors, f)
+            step = mx.load_transposed(d + at, RANK, R) * rate(hyper, factors, f)
             shift = mx.times(shift, step.to(tl.float32).to(tl.float64))
         # zᵀ·X_old, with z = X_new·K_w, from X_old = (X_new + what it moved by)/shrink.
         cross = mx.times(mx.load(grams + at, RANK, R), mx.load(inverses + at, RANK, R)) + shift
-        cross /= shrink_of(options, factors, f)
+        cross /= shrink_of(hyper, factors, f)
         basis = state_of(factors, f, BASIS, RANK)
         p = mx.times(mx.times(mx.load_transposed(c + at, RANK, R), cross), mx.load(basis, RANK, R))
         if entry(factors, y, MOVES) != 0:

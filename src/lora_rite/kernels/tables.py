@@ -69,8 +69,9 @@ class Launch:
     that it is not what keeps it.
 
     factors   (F, COLUMNS) int64;  tiles (T, 2) int32, the factor and its first row
-    first     where these factors begin among all of the plan;  ``rows``, their numbers of rows
-    static    addresses of their moments;  ``parameters``, where theirs are among all of the plan
+    first     where these factors begin among all of the plan
+    aligned   whether addresses of their moments are multiples of 16 bytes, and all strides of 4 elements
+    addresses where those of their parameters and gradients are among all of the plan
     unmagnifier, second_moment, grams, inverses (of K_w), turns (c, to the new basis) (F, r, r), product (P, r, r),
               delta (P,), escaped (F,)   float64
     preconditioner (and then K), warm (F, r, r), checksums (F, r), scales (F, 2), squares (rows,), row_partial (T,)
@@ -86,9 +87,8 @@ class Launch:
     strided: bool
     factors: Tensor
     tiles: Tensor
-    rows: list[int]
-    static: list[int]
-    parameters: list[int]
+    aligned: bool
+    addresses: list[int]
     noise: float
     memory: dict[str, Tensor]
 
@@ -186,6 +186,8 @@ def _launch(
     count, tiles, r = len(table.factors), len(table.tiles), rank
     zeros = lambda *shape, dtype=torch.float64: torch.zeros(shape, dtype=dtype, device=device)
     single = lambda *shape: zeros(*shape, dtype=torch.float32)
+    elements = 4 if dtype == gradient_dtype == torch.float32 else 8
+    sizes = [r, *(row[ROWS.value] for row in table.factors)]
     memory = {
         **{key: zeros(count, r, r) for key in ("unmagnifier", "second_moment", "grams", "inverses", "turns")},
         "product": zeros(table.pairs, r, r),
@@ -207,9 +209,8 @@ def _launch(
         strided=table.strided,
         factors=torch.tensor([[int(x) for x in row] for row in table.factors], dtype=torch.int64).to(device),
         tiles=torch.tensor(table.tiles, dtype=torch.int32).reshape(-1, 2).to(device),
-        rows=[row[ROWS.value] for row in table.factors],
-        static=table.addresses,
-        parameters=sorted({row[PARAMETER.value] for row in table.factors}),
+        aligned=not table.strided and not any(x % 16 for x in table.addresses) and not any(x % elements for x in sizes),
+        addresses=[2 * i + k for i in sorted({row[PARAMETER.value] for row in table.factors}) for k in (0, 1)],
         # NOISE's margin is for float32: eps of bfloat16 and float16 to that power would be no noise.
         noise=max(torch.finfo(torch.float32).eps ** NOISE, torch.finfo(dtype).eps),
         memory=memory,

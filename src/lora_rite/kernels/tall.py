@@ -156,31 +156,31 @@ def _product(x, by):
 
 @triton.jit
 def rows_kernel(
-    addresses, factors, options, tiles, w, squares, row_partial, gates, ok, RANK: tl.constexpr, R: tl.constexpr,
+    addresses, factors, hyper, tiles, w, squares, row_partial, gates, ok, RANK: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr, STRIDED: tl.constexpr, G_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The sums of the squares of the rows of S = g·W, the rows' moments, advanced in the state, and their sum."""
     f, first, n, steps = _tile(factors, tiles, BLOCK, STEPS, VECTOR)
     moves = (tl.load(ok) != 0) & (tl.load(gates + f) != 0)
-    if moves & (option(options, factors, f, EQUILIBRATED) != 0):
+    if moves & (option(hyper, factors, f, EQUILIBRATED) != 0):
         g = _in_parameter(addresses, factors, f, 1, G_DTYPE, VECTOR)
         if entry(factors, f, RANK_FIRST) != 0:
-            total = _rows(factors, options, f, g, w, squares, n, first, steps, RANK, R, BLOCK, True, STRIDED)
+            total = _rows(factors, hyper, f, g, w, squares, n, first, steps, RANK, R, BLOCK, True, STRIDED)
             tl.store(row_partial + tl.program_id(0), total)
         else:
-            total = _rows(factors, options, f, g, w, squares, n, first, steps, RANK, R, BLOCK, False, STRIDED)
+            total = _rows(factors, hyper, f, g, w, squares, n, first, steps, RANK, R, BLOCK, False, STRIDED)
             tl.store(row_partial + tl.program_id(0), total)
 
 
 @triton.jit
 def _rows(
-    factors, options, f, g, w, squares, n, first, steps, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    factors, hyper, f, g, w, squares, n, first, steps, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
     FIRST: tl.constexpr, STRIDED: tl.constexpr,
 ):  # fmt: skip
     moment = _at(entry(factors, f, ROW_MOMENT), tl.float32, False)
     squares += entry(factors, f, FIRST_ROW)
     by = mx.load(w + f * RANK * RANK, RANK, R).to(tl.float32)
-    decay = decay_of(factors, f, option(options, factors, f, ROW_BETA))
+    decay = decay_of(factors, f, option(hyper, factors, f, ROW_BETA))
     rest, decay = ((1 - decay) / RANK).to(tl.float32), decay.to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for step in range(steps):
@@ -197,7 +197,7 @@ def _rows(
 
 @triton.jit
 def apply_kernel(
-    addresses, factors, options, tiles, scales, w, d, warm, partial, gates, ok, RANK: tl.constexpr, R: tl.constexpr,
+    addresses, factors, hyper, tiles, scales, w, d, warm, partial, gates, ok, RANK: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr, STRIDED: tl.constexpr, DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -206,16 +206,16 @@ def apply_kernel(
     f, first, n, steps = _tile(factors, tiles, BLOCK, STEPS, VECTOR)
     if (tl.load(ok) != 0) & (tl.load(gates + f) != 0):
         if entry(factors, f, RANK_FIRST) != 0:
-            _apply(addresses, factors, options, f, first, n, steps, scales, w, d, warm, partial, RANK, R, BLOCK, VECTOR,
+            _apply(addresses, factors, hyper, f, first, n, steps, scales, w, d, warm, partial, RANK, R, BLOCK, VECTOR,
                    STRIDED, DTYPE, G_DTYPE, True)  # fmt: skip
         else:
-            _apply(addresses, factors, options, f, first, n, steps, scales, w, d, warm, partial, RANK, R, BLOCK, VECTOR,
+            _apply(addresses, factors, hyper, f, first, n, steps, scales, w, d, warm, partial, RANK, R, BLOCK, VECTOR,
                    STRIDED, DTYPE, G_DTYPE, False)  # fmt: skip
 
 
 @triton.jit
 def _apply(
-    addresses, factors, options, f, first, n, steps, scales, w, d, warm, partial, RANK: tl.constexpr, R: tl.constexpr,
+    addresses, factors, hyper, f, first, n, steps, scales, w, d, warm, partial, RANK: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, STRIDED: tl.constexpr, DTYPE: tl.constexpr, G_DTYPE: tl.constexpr,
     FIRST: tl.constexpr,
 ):  # fmt: skip
@@ -224,9 +224,9 @@ def _apply(
     m_base = _at(entry(factors, f, FIRST_MOMENT), tl.float32, VECTOR)
     moment = _at(entry(factors, f, ROW_MOMENT), tl.float32, False)
     floor, scale = tl.load(scales + 2 * f), tl.load(scales + 2 * f + 1)
-    lr = rate(options, factors, f)
-    shrink = shrink_of(options, factors, f).to(tl.float32)
-    decay = decay_of(factors, f, option(options, factors, f, BETA1))
+    lr = rate(hyper, factors, f)
+    shrink = shrink_of(hyper, factors, f).to(tl.float32)
+    decay = decay_of(factors, f, option(hyper, factors, f, BETA1))
     own = f * RANK * RANK
     w, d, warm, transport = w + own, d + own, warm + own, state_of(factors, f, TRANSPORT, RANK)
     key = _key(factors, f)
