@@ -3,8 +3,9 @@ each: registers and bytes of spills a thread, bytes of shared memory. In a proce
 
     python tests/compile_kernels.py KIND RANK DTYPE CAPABILITY …
 
-KIND is "whole", of pairs as most models have them, or "strided", of experts that lie interleaved in a parameter, with
-all that can be otherwise: capturable, lr in a tensor, addresses at odd places, rows in odd numbers.
+KIND is "whole", of pairs as most models have them, "single", the same with r×r algebra in float32, or "strided", of
+experts that lie interleaved in a parameter, with all that can be otherwise: capturable, lr in a tensor, addresses at
+odd places, rows in odd numbers.
 """
 
 import json
@@ -27,8 +28,9 @@ PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 def optimizer_of(kind, rank, dtype):
     new = lambda *shape: torch.nn.Parameter(torch.randn(shape).to(dtype))
-    if kind == "whole":
-        return LoRARite([new(rank, 4096), new(2048, rank)], engine="triton")
+    if kind != "strided":
+        algebra = "float32" if kind == "single" else None
+        return LoRARite([new(rank, 4096), new(2048, rank)], engine="triton", algebra_dtype=algebra)
     count, rows = 3, 5
     a = torch.nn.Parameter(torch.randn(count * rank * rows + 1).to(dtype)[1:].view(count * rank, rows))
     group = {"params": [a, new(7, rank * count)], "kind": "lora", "blocks": count, "columns": "interleaved"}

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,9 +120,38 @@ def test_dimensions_below_the_rank(zero_b):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algebra_dtype", [None, "float32"])
 @pytest.mark.parametrize("r", [16, 17, 63, 64])
-def test_large_ranks(r):
-    assert_alike(both(*problem([(r, 101, 90)], steps=2)), 1e-4)
+def test_large_ranks(r, algebra_dtype):
+    assert_alike(both(*problem([(r, 101, 90)], steps=2), algebra_dtype=algebra_dtype), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("zero_b", "rank", "tolerance"),
+    [(True, None, 1e-5), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((False, None, 1e-5), (True, 1, 1e-3)))],
+)
+def test_algebra_in_float32(zero_b, rank, tolerance):
+    """One group with it and one without, in launches of their own: W as float64 throughout has it; the first also from
+    other factors of it, as exactly as rounding factors of their condition allows."""
+    r, n, m = 3, 9, 7
+    gradients = gradients_of_w(3, m, n, rank=rank)
+    pair = factors(r, n, m, zero_b=zero_b, condition=3.0, dtype=torch.float32)
+    other = [x.contiguous() for x in regauged(*pair, random_matrix(r, 1e2, seed=5))]
+    pairs = [[torch.nn.Parameter(x.clone().to(DEVICE)) for x in start] for start in (pair, pair, other)]
+    single = {"params": [*pairs[1], *pairs[2]], "kind": "lora", "algebra_dtype": "float32"}
+    groups = [{"params": pairs[0], "kind": "lora"}, single]
+    optimizer = LoRARite(groups, lr=1e-2, engine="triton", clip_unmagnified_grad=0.0)
+    for g in gradients:
+        for x in pairs:
+            set_gradients(*x, g.to(DEVICE))
+        optimizer.step()
+    assert optimizer.report()["engine"] == "triton"
+    exact = tuple(x.double() for x in pair)
+    (expected,), _ = train([exact], [gradients], lr=1e-2, clip_unmagnified_grad=0.0)
+    double, single, turned = (relative(w(x).cpu() - w(pair), w(expected) - w(exact)) for x in pairs)
+    assert double < tolerance
+    assert single < tolerance
+    assert turned < 10 * tolerance
 
 
 @pytest.mark.slow
@@ -499,7 +529,7 @@ def plan_of(pair, **options):
         ({"apply_escape": True}, lambda x: x, "apply_escape"),
         ({"update_capping": 1.0}, lambda x: x, "update_capping"),
         ({"balance_param": True}, lambda x: x, "balance_param"),
-        ({"algebra_dtype": "float32"}, lambda x: x, "algebra_dtype"),
+        ({"algebra_dtype": "float32"}, lambda x: x, None),
         ({"first_moment_dtype": "bfloat16"}, lambda x: x, "first_moment_dtype"),
         ({}, lambda x: x.double(), "factors of torch.float64"),
         ({}, lambda x: x.t().contiguous().t(), "factors that are not contiguous"),
@@ -535,6 +565,20 @@ def test_ranks_above_64_and_parameters_without_interpreter_stay_eager(monkeypatc
         LoRARite([torch.nn.Parameter(x) for x in start], engine="triton")
 
 
+def test_shared_memory_of_a_card(monkeypatch):
+    """A consumer card has 99 KiB: enough for rank 64 with float32 algebra alone."""
+    card = SimpleNamespace(name="a card", major=8, shared_memory_per_block_optin=99 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    bucket = lambda rank, algebra: SimpleNamespace(device=torch.device("cuda"), rank=rank, algebra=algebra)
+    assert kernels._of_card(bucket(32, torch.float64)) is None
+    assert kernels._of_card(bucket(64, torch.float32)) is None
+    message = r'it takes 128, with algebra_dtype="float32" 96; a card'
+    assert message in kernels._of_card(bucket(64, torch.float64))
+    card.shared_memory_per_block_optin = 64 * 1024
+    assert "it takes 128; a card" in kernels._of_card(bucket(64, torch.float64))
+    assert "it takes 96; a card" in kernels._of_card(bucket(33, torch.float32))
+
+
 def test_none_chooses_eager_until_a_card_has_passed(monkeypatch):
     for passed, expected in ((None, "eager"), ("a card, on a day", "triton")):
         monkeypatch.setattr(kernels, "PASSED", passed)
@@ -551,7 +595,7 @@ COMPILED = [("whole", 4, "float32", 90), *(
     pytest.param(kind, rank, dtype, capability, marks=pytest.mark.slow)
     for kind, rank, dtype in (
         ("whole", 4, "float32"), ("whole", 16, "float32"), ("whole", 16, "bfloat16"), ("whole", 64, "float32"),
-        ("strided", 3, "float32"), ("strided", 3, "float16"),
+        ("strided", 3, "float32"), ("strided", 3, "float16"), ("single", 16, "float32"), ("single", 64, "float32"),
     )
     for capability in (80, 90) if (rank, capability) != (4, 90)
 )]  # fmt: skip

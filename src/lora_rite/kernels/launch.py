@@ -66,7 +66,7 @@ class Kernels:
         """Arguments that kernels of tall and of r×r matrices are compiled for."""
         padded = max(16, triton.next_power_of_2(launch.rank))
         block, warps, stages, small_warps = SHAPES[padded]
-        common = {"RANK": launch.rank, "R": padded}
+        common = {"RANK": launch.rank, "R": padded, "FLOAT": DTYPES[launch.algebra]}
         tall = {**common, "BLOCK": block, "STEPS": TILE // block, "STRIDED": launch.strided}
         return {**tall, "num_warps": warps, "num_stages": stages}, {**common, "num_warps": small_warps, "num_stages": 1}
 
