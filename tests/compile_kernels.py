@@ -1,7 +1,11 @@
-"""Compiles every kernel of a step for GPUs that need not be there. Writes a line of JSON for each: registers and bytes
-of spills a thread, bytes of shared memory. In a process of its own, without TRITON_INTERPRET:
+"""Compiles every kernel of a step for GPUs that need not be there, as a launch on them would. Writes a line of JSON for
+each: registers and bytes of spills a thread, bytes of shared memory. In a process of its own, without TRITON_INTERPRET:
 
-    python tests/compile_kernels.py RANK DTYPE CAPABILITY …
+    python tests/compile_kernels.py KIND RANK DTYPE CAPABILITY …
+
+KIND is "whole", of pairs as most models have them, "single", the same with r×r algebra in float32, or "strided", of
+experts that lie interleaved in a parameter, with all that can be otherwise: capturable, lr in a tensor, addresses at
+odd places, rows in odd numbers.
 """
 
 import json
@@ -13,70 +17,53 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction, mangle_type
+from triton.runtime.jit import JITFunction
 
 from lora_rite import LoRARite
-from lora_rite.kernels.launch import Kernels
-from lora_rite.optim.selection import alike
-from lora_rite.plan.plan import Limits, make_plan
+from lora_rite.bench.pretended import pretended_card
+from lora_rite.kernels import launch
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
-class Compiled(dict):
-    """Instead of launching, compiles for a GPU of this capability, as a launch with these arguments would."""
-
-    def __init__(self, capability):
-        super().__init__()
-        self.capability = capability
-
-    def __call__(self, function, *args, grid, warmup, **kwargs):
-        options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
-        values = {**dict(zip(function.arg_names, args, strict=False)), **kwargs}
-        constants = {p.name: values[p.name] for p in function.params if p.is_constexpr}
-        signature = {n: "constexpr" if n in constants else mangle_type(values[n]) for n in function.arg_names}
-        index = function.arg_names.index
-        source = ASTSource(
-            fn=function,
-            signature=signature,
-            constexprs={(index(n),): value for n, value in constants.items()},
-            attrs={(index(n),): [["tt.divisibility", 16]] for n, kind in signature.items() if kind.startswith("*")},
-        )
-        kernel = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
-        self[function.__name__] = {**self.resources(kernel.asm["ptx"]), "shared": kernel.metadata.shared}
-
-    def resources(self, ptx):
-        suffix = "a" if self.capability >= 90 else ""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "kernel.ptx")
-            path.write_text(ptx)
-            command = [PTXAS, f"-arch=sm_{self.capability}{suffix}", "-v", path, "-o", Path(folder, "kernel")]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        find = lambda pattern: int(re.search(pattern, said)[1])
-        return {"registers": find(r"Used (\d+) registers"), "spills": find(r"(\d+) bytes spill stores")}
+def optimizer_of(kind, rank, dtype):
+    new = lambda *shape: torch.nn.Parameter(torch.randn(shape).to(dtype))
+    if kind != "strided":
+        algebra = "float32" if kind == "single" else None
+        return LoRARite([new(rank, 4096), new(2048, rank)], engine="triton", algebra_dtype=algebra)
+    count, rows = 3, 5
+    a = torch.nn.Parameter(torch.randn(count * rank * rows + 1).to(dtype)[1:].view(count * rank, rows))
+    group = {"params": [a, new(7, rank * count)], "kind": "lora", "blocks": count, "columns": "interleaved"}
+    return LoRARite([group], lr=torch.tensor(1e-3), engine="triton", capturable=True)
 
 
-def kernels_of(rank, dtype):
-    """The kernels of a plan of one pair, with damping."""
-    pair = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((rank, 4096), (2048, rank))]
-    for p in pair:
+def step(optimizer):
+    for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.randn_like(p)
-    optimizer = LoRARite(pair)
-    stepped = alike(optimizer.param_groups, optimizer.state, lambda a, b: True)
-    return Kernels(make_plan(stepped, optimizer.state, Limits()))
+    optimizer.step()
+    assert optimizer.report()["engine"] == "triton"
 
 
-@torch.no_grad()
-def main(rank, dtype, *capabilities):
-    kernels = kernels_of(int(rank), getattr(torch, dtype))
+def resources(kernel, capability):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(kernel.asm["ptx"])
+        architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
+        command = [PTXAS, f"-arch={architecture}", "-v", path, "-o", Path(folder, "kernel")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    find = lambda pattern: int(re.search(pattern, said)[1])
+    return {"registers": find(r"Used (\d+) registers"), "spills": find(r"(\d+) bytes spill stores")}
+
+
+def main(kind, rank, dtype, *capabilities):
+    launched = [x for name, x in vars(launch).items() if isinstance(x, JITFunction) and name.endswith("_kernel")]
     for capability in map(int, capabilities):
-        compiled = Compiled(capability)
-        JITFunction.run = lambda function, *args, compiled=compiled, **kwargs: compiled(function, *args, **kwargs)
-        for move in kernels.measure([], torch.zeros(4), capturable=False).moves:
-            move(None)
-        for name, found in compiled.items():
+        with pretended_card(capability):
+            step(optimizer_of(kind, int(rank), getattr(torch, dtype)))
+        for function in launched:
+            (kernel,) = function.device_caches[capability][0].values()
+            found = {**resources(kernel, capability), "shared": kernel.metadata.shared}
+            name = function.__name__
             print(json.dumps({"kernel": name, "rank": int(rank), "dtype": dtype, "capability": capability, **found}))
 
 

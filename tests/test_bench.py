@@ -227,7 +227,7 @@ def test_the_plan_holds_where_the_host_is_measured(monkeypatch):
         return plan
 
     monkeypatch.setattr("lora_rite.optim.optimizer.make_plan", watched)
-    bench_host.measure(shapes, 4)
+    bench_host.measure(shapes, 4, "eager")
     assert planned == [3, 3, 0]  # of two optimizers, and of one without gradients
 
 

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,9 +120,38 @@ def test_dimensions_below_the_rank(zero_b):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algebra_dtype", [None, "float32"])
 @pytest.mark.parametrize("r", [16, 17, 63, 64])
-def test_large_ranks(r):
-    assert_alike(both(*problem([(r, 101, 90)], steps=2)), 1e-4)
+def test_large_ranks(r, algebra_dtype):
+    assert_alike(both(*problem([(r, 101, 90)], steps=2), algebra_dtype=algebra_dtype), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("zero_b", "rank", "tolerance"),
+    [(True, None, 1e-5), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((False, None, 1e-5), (True, 1, 1e-3)))],
+)
+def test_algebra_in_float32(zero_b, rank, tolerance):
+    """One group with it and one without, in launches of their own: W as float64 throughout has it; the first also from
+    other factors of it, as exactly as rounding factors of their condition allows."""
+    r, n, m = 3, 9, 7
+    gradients = gradients_of_w(3, m, n, rank=rank)
+    pair = factors(r, n, m, zero_b=zero_b, condition=3.0, dtype=torch.float32)
+    other = [x.contiguous() for x in regauged(*pair, random_matrix(r, 1e2, seed=5))]
+    pairs = [[torch.nn.Parameter(x.clone().to(DEVICE)) for x in start] for start in (pair, pair, other)]
+    single = {"params": [*pairs[1], *pairs[2]], "kind": "lora", "algebra_dtype": "float32"}
+    groups = [{"params": pairs[0], "kind": "lora"}, single]
+    optimizer = LoRARite(groups, lr=1e-2, engine="triton", clip_unmagnified_grad=0.0)
+    for g in gradients:
+        for x in pairs:
+            set_gradients(*x, g.to(DEVICE))
+        optimizer.step()
+    assert optimizer.report()["engine"] == "triton"
+    exact = tuple(x.double() for x in pair)
+    (expected,), _ = train([exact], [gradients], lr=1e-2, clip_unmagnified_grad=0.0)
+    double, single, turned = (relative(w(x).cpu() - w(pair), w(expected) - w(exact)) for x in pairs)
+    assert double < tolerance
+    assert single < tolerance
+    assert turned < 10 * tolerance
 
 
 @pytest.mark.slow
@@ -499,7 +529,7 @@ def plan_of(pair, **options):
         ({"apply_escape": True}, lambda x: x, "apply_escape"),
         ({"update_capping": 1.0}, lambda x: x, "update_capping"),
         ({"balance_param": True}, lambda x: x, "balance_param"),
-        ({"algebra_dtype": "float32"}, lambda x: x, "algebra_dtype"),
+        ({"algebra_dtype": "float32"}, lambda x: x, None),
         ({"first_moment_dtype": "bfloat16"}, lambda x: x, "first_moment_dtype"),
         ({}, lambda x: x.double(), "factors of torch.float64"),
         ({}, lambda x: x.t().contiguous().t(), "factors that are not contiguous"),
@@ -525,14 +555,28 @@ def test_ranks_above_64_and_parameters_without_interpreter_stay_eager(monkeypatc
     pair = [torch.nn.Parameter(x.to(DEVICE)) for x in factors(65, 70, 80, dtype=torch.float32)]
     assert kernels.supports(plan_of(pair)) == "rank 65, above 64"
     (start,), _ = problem([SHAPE])
-    plan = plan_of([torch.nn.Parameter(x) for x in start])
+    plan = lambda: plan_of([torch.nn.Parameter(x) for x in start])
     if DEVICE == "cpu":
         monkeypatch.delenv("TRITON_INTERPRET")
-        assert kernels.supports(plan) == "factors on a CPU"
+        assert kernels.supports(plan()) == "factors on a CPU"
     monkeypatch.setattr(kernels, "installed", lambda: False)
-    assert kernels.supports(plan) == "without triton, which is not installed"
+    assert kernels.supports(plan()) == "without triton, which is not installed"
     with pytest.raises(ValueError, match=r"pip install .lora-rite\[kernels\]"):
         LoRARite([torch.nn.Parameter(x) for x in start], engine="triton")
+
+
+def test_shared_memory_of_a_card(monkeypatch):
+    """A consumer card has 99 KiB: enough for rank 64 with float32 algebra alone."""
+    card = SimpleNamespace(name="a card", major=8, shared_memory_per_block_optin=99 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    bucket = lambda rank, algebra: SimpleNamespace(device=torch.device("cuda"), rank=rank, algebra=algebra)
+    assert kernels._of_card(bucket(32, torch.float64)) is None
+    assert kernels._of_card(bucket(64, torch.float32)) is None
+    message = r'it takes 128, with algebra_dtype="float32" 96; a card'
+    assert message in kernels._of_card(bucket(64, torch.float64))
+    card.shared_memory_per_block_optin = 64 * 1024
+    assert "it takes 128; a card" in kernels._of_card(bucket(64, torch.float64))
+    assert "it takes 96; a card" in kernels._of_card(bucket(33, torch.float32))
 
 
 def test_none_chooses_eager_until_a_card_has_passed(monkeypatch):
@@ -547,19 +591,46 @@ def test_none_chooses_eager_until_a_card_has_passed(monkeypatch):
         LoRARite(params, engine="cuda")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("rank", "dtype"), [(4, "float32"), (16, "float32"), (16, "bfloat16"), (64, "float32")])
-def test_kernels_compile_for_gpus_that_are_not_there(rank, dtype):
-    """For A100 and H100, with registers and shared memory that these have; spills as docs/benchmarks.md has them."""
+COMPILED = [("whole", 4, "float32", 90), *(
+    pytest.param(kind, rank, dtype, capability, marks=pytest.mark.slow)
+    for kind, rank, dtype in (
+        ("whole", 4, "float32"), ("whole", 16, "float32"), ("whole", 16, "bfloat16"), ("whole", 64, "float32"),
+        ("strided", 3, "float32"), ("strided", 3, "float16"), ("single", 16, "float32"), ("single", 64, "float32"),
+    )
+    for capability in (80, 90) if (rank, capability) != (4, 90)
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "rank", "dtype", "capability"), COMPILED)
+def test_kernels_compile_for_gpus_that_are_not_there(kind, rank, dtype, capability, tmp_path):
+    """For A100 and H100, in the way of a launch, with registers and shared memory that these have; spills as
+    docs/benchmarks.md has them."""
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, script, str(rank), dtype, "80", "90"]
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, script, kind, str(rank), dtype, str(capability)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     found = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(found) == 20
+    assert len(found) == 10
     for kernel in found:
         print(kernel)
         assert kernel["registers"] <= 255
-        assert kernel["shared"] <= {80: 163, 90: 227}[kernel["capability"]] * 1024, kernel
+        assert kernel["shared"] <= {80: 163, 90: 227}[capability] * 1024, kernel
         assert kernel["spills"] <= (8192 if rank == 64 else 256), kernel
+
+
+def test_python_of_a_step_without_a_card(tmp_path):
+    """`lora-rite bench host --engine triton`: of a step are all ten launches made, none is measured in the
+    interpreter."""
+    command = [sys.executable, "-m", "lora_rite", "bench", "host", "--engine", "triton", "--pairs", "2", "--width", "8"]
+    command += ["--rounds", "3", "--out", tmp_path / "host.json"]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    refused = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert refused.returncode == 2
+    assert "unset TRITON_INTERPRET" in refused.stderr
+    run = subprocess.run(command, capture_output=True, text=True, env={**environment, "TRITON_INTERPRET": "0"})
+    assert run.returncode == 0, run.stderr
+    (case,) = json.loads((tmp_path / "host.json").read_text())["cases"]
+    assert [row["part"] for row in case["rows"]][-2:] == ["LoRARite (triton)", "AdamW (foreach)"]
+    assert all(row["seconds"] > 0 for row in case["rows"])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import kernels
 from ..finetune.optimizers import PRESETS, create_optimizer
 from ..integrations.peft import create_lora_rite
 from ..invariance.problems import Adapter, Shapes
@@ -37,12 +38,13 @@ def optimizers(adapter: nn.Module, device: str) -> dict[str, Callable[[], torch.
             adapter, 1e-4, capturable=True
         )
     }
+    if cuda or kernels.pretended:
+        graphs["LoRARite (triton)"] = lambda: create_lora_rite(adapter, 1e-4, engine="triton")
     if cuda:
         graphs |= {
-            "LoRARite (triton)": lambda: create_lora_rite(adapter, 1e-4, engine="triton"),
             "LoRARite (triton, CUDA graph)": lambda: create_lora_rite(adapter, 1e-4, engine="triton", capturable=True),
+            "AdamW (fused, CUDA graph)": lambda: torch.optim.AdamW(params, 1e-4, fused=True, capturable=True),
         }
-        graphs["AdamW (fused, CUDA graph)"] = lambda: torch.optim.AdamW(params, 1e-4, fused=True, capturable=True)
     return {
         "LoRARite": lambda: create_lora_rite(adapter, lr=1e-4),
         **graphs,

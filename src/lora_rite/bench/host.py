@@ -7,27 +7,31 @@ import cProfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from ..invariance.problems import Shapes
+from ..optim.engines import check_engine
 from ..plan.pairs import Shape
 from .cases import check
 from .contenders import WARM_UP, TimedOptimizer
+from .pretended import pretended_card
 from .watch import spread
 
 FOREACH = "AdamW (foreach)"
 #: What LoRARite does in each step before it looks at any factor → the methods that do it.
 PARTS = {"plan": ("_current_plan",), "checks": ("_check",)}
-#: The rows: parts of LoRARite's step that touch no factor, and whole steps.
-ROWS = (*PARTS, "bookkeeping", "LoRARite", FOREACH)
+#: LoRARite by each engine.
+OURS = {"eager": "LoRARite", "triton": "LoRARite (triton)"}
 
 Calls = dict[str, Callable[[], Any]]
 
 
-def bench_host(pairs: list[int], width: int, rank: int, rounds: int) -> dict[str, Any]:
-    """LoRARite and foreach AdamW on so many pairs of one shape, in one thread of a CPU, in float32.
+def bench_host(pairs: list[int], width: int, rank: int, rounds: int, engine: str) -> dict[str, Any]:
+    """LoRARite and foreach AdamW on so many pairs of one shape, in one thread of a CPU, in float32. With the engine
+    "triton", LoRARite prepares its launches for a GPU that is not there (:mod:`lora_rite.bench.pretended`).
 
     Returns:
         ``cases`` with ``pairs``, ``width``, ``rank`` and ``rows``: ``part``, ``seconds`` (median over rounds, and
@@ -37,36 +41,39 @@ def bench_host(pairs: list[int], width: int, rank: int, rounds: int) -> dict[str
         within rounds, and ``ratio_quartiles``).
     """
     check("cpu", rounds, pairs=pairs, width=width, rank=rank)
+    check_engine(engine)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        cases = [
-            {"pairs": n, "width": width, "rank": rank, "rows": measure([Shape(width, width, rank)] * n, rounds)}
-            for n in pairs
-        ]
+        with pretended_card() if engine == "triton" else nullcontext():
+            shapes = {n: [Shape(width, width, rank)] * n for n in pairs}
+            cases = [
+                {"pairs": n, "width": width, "rank": rank, "rows": measure(shapes[n], rounds, engine)} for n in pairs
+            ]
     finally:
         torch.set_num_threads(threads)
-    return {"benchmark": "host", "device": "cpu", "rounds": rounds, "cases": cases}
+    return {"benchmark": "host", "device": "cpu", "rounds": rounds, "engine": engine, "cases": cases}
 
 
-def measure(shapes: Shapes, rounds: int) -> list[dict[str, Any]]:
-    """The rows of :func:`bench_host`."""
+def measure(shapes: Shapes, rounds: int, engine: str) -> list[dict[str, Any]]:
+    """The rows of :func:`bench_host`: parts of LoRARite's step that touch no factor, and whole steps."""
     torch.manual_seed(0)
-    names = ("LoRARite", FOREACH, "LoRARite")
-    rite, adamw, idle = (TimedOptimizer(name, shapes, torch.float32, "cpu") for name in names)
+    ours = OURS[engine]
+    rite, adamw, idle = (TimedOptimizer(name, shapes, torch.float32, "cpu") for name in (ours, FOREACH, ours))
     for p in idle.params:
         p.grad = None
-    work = {**_parts(rite.optimizer), "LoRARite": rite.step, FOREACH: adamw.step}
-    without = {**_parts(idle.optimizer), "LoRARite": idle.step}
-    times: dict[str, list[float]] = {name: [] for name in ROWS}
+    work = {**_parts(rite.optimizer), ours: rite.step, FOREACH: adamw.step}
+    without = {**_parts(idle.optimizer), ours: idle.step}
+    names = (*PARTS, "bookkeeping", ours, FOREACH)
+    times: dict[str, list[float]] = {name: [] for name in names}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no parameter of this optimizer has had a gradient")
         for i in range(WARM_UP + rounds):
-            for name, value in _each(processor_seconds, work, without).items():
+            for name, value in _each(processor_seconds, work, without, ours).items():
                 times[name] += [value] if i >= WARM_UP else []
-        calls = _each(python_calls, work, without)
+        calls = _each(python_calls, work, without, ours)
     rows = []
-    for name in ROWS:
+    for name in names:
         median, quartiles = spread(times[name])
         row = {"part": name, "seconds": median, "quartiles": quartiles, "calls": calls[name]}
         if name not in (*PARTS, "bookkeeping"):
@@ -84,11 +91,11 @@ def _parts(optimizer: torch.optim.Optimizer) -> Calls:
     return {name: calls(methods) for name, methods in PARTS.items()}
 
 
-def _each(measured: Callable[[Callable[[], Any]], float], work: Calls, without: Calls) -> dict[str, float]:
+def _each(measured: Callable[[Callable[[], Any]], float], work: Calls, without: Calls, ours: str) -> dict[str, float]:
     """A figure for each row: of what is in ``work``, and for bookkeeping the rest of a step ``without`` gradients."""
-    without["LoRARite"]()  # so that the parts and the step find the caches alike
+    without[ours]()  # so that the parts and the step find the caches alike
     of_idle = {name: measured(call) for name, call in without.items()}
-    bookkeeping = of_idle.pop("LoRARite") - sum(of_idle.values())
+    bookkeeping = of_idle.pop(ours) - sum(of_idle.values())
     return {**{name: measured(call) for name, call in work.items()}, "bookkeeping": bookkeeping}
 
 

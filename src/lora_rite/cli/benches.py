@@ -93,17 +93,20 @@ def bench_host(
     width: int = 64,
     rank: int = 4,
     rounds: int = 20,
+    engine: Literal["eager", "triton"] = "eager",
     out: Path | None = None,
 ) -> None:
     """Measures what a step costs in Python: planning, checks and bookkeeping, beside whole steps and foreach AdamW's.
 
-    In float32 and one thread of a CPU; times are processor time.
+    In float32 and one thread of a CPU; times are processor time. With the engine triton no GPU is needed: its launches
+    are prepared for one of compute capability 9.0, and nothing is launched.
 
     Args:
         pairs: numbers of pairs.
         width: their width, in and out: small ones have little arithmetic.
         rank: their rank.
         rounds: timed steps of each optimizer.
+        engine: what makes LoRARite's steps.
         out: file for the figures as JSON, with versions and hardware.
     """
     _bench("bench_host", locals())

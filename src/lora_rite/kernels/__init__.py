@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,13 +19,17 @@ from ..plan.plan import Bucket, Plan
 #: the eager engine.
 PASSED: str | None = None
 MAX_RANK = 64
-#: Above this rank a kernel takes so many KiB of shared memory.
-SMALL_RANK, SHARED = 32, 128
+#: Above this rank a kernel takes so many KiB of shared memory, by the dtype of r×r algebra.
+SMALL_RANK, SHARED = 32, {torch.float64: 128, torch.float32: 96}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Options of a group, and what they ask for that the kernels do not do.
-_EAGER_OPTIONS = ("apply_escape", "update_capping", "balance_param", "algebra_dtype", "first_moment_dtype")
+_EAGER_OPTIONS = ("apply_escape", "update_capping", "balance_param", "first_moment_dtype")
+
+#: Whether launches do nothing, on CPU tensors, see :mod:`lora_rite.bench.pretended`.
+pretended = False
 
 _kernels: "WeakKeyDictionary[Plan, Any]" = WeakKeyDictionary()
+_reasons: "WeakKeyDictionary[Plan, str | None]" = WeakKeyDictionary()
 
 
 @cache
@@ -35,34 +40,47 @@ def installed() -> bool:
 def supports(plan: Plan) -> str | None:
     """None where the kernels can make the steps of a plan (which has buckets), else the reason why these stay with the
     eager engine."""
+    for bucket in plan.buckets:
+        for option in _EAGER_OPTIONS:
+            if bucket.group.get(option):
+                return option
+    if plan not in _reasons:  # What a plan rests on is looked at once: its marks are compared in each step.
+        _reasons[plan] = _of_plan(plan)
+    return _reasons[plan]
+
+
+def _of_plan(plan: Plan) -> str | None:
     if len({bucket.device for bucket in plan.buckets}) > 1:
         return "factors on several devices"
-    rank = max(bucket.rank for bucket in plan.buckets)
-    return _of_device(plan.buckets[0].device, rank) or next(filter(None, map(_of_bucket, plan.buckets)), None)
+    reasons = chain([_of_device(plan.buckets[0].device)], map(_of_bucket, plan.buckets), map(_of_card, plan.buckets))
+    return next(filter(None, reasons), None)
 
 
-def _of_device(device: torch.device, rank: int) -> str | None:
+def _of_device(device: torch.device) -> str | None:
     if not installed():
         return "without triton, which is not installed"
     if device.type == "cpu":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else "factors on a CPU"
+        return None if pretended or os.environ.get("TRITON_INTERPRET") == "1" else "factors on a CPU"
     if device.type != "cuda":
         return f"factors on a device of type {device.type}"
     if torch.version.hip:
         return "on ROCm"
     card = torch.cuda.get_device_properties(device)
-    if card.major < 8:
-        return f"on cards before Ampere ({card.name})"
-    shared = card.shared_memory_per_block_optin // 1024
-    if rank > SMALL_RANK and shared < SHARED:
-        return f"rank {rank} on a card with {shared} KiB of shared memory (it takes {SHARED}; {card.name})"
-    return None
+    return f"on cards before Ampere ({card.name})" if card.major < 8 else None
+
+
+def _of_card(bucket: Bucket) -> str | None:
+    if bucket.device.type == "cpu" or bucket.rank <= SMALL_RANK:
+        return None
+    card = torch.cuda.get_device_properties(bucket.device)
+    shared, takes = card.shared_memory_per_block_optin // 1024, SHARED[bucket.algebra]
+    if shared >= takes:
+        return None
+    less = f', with algebra_dtype="float32" {SHARED[torch.float32]}' if shared >= SHARED[torch.float32] else ""
+    return f"rank {bucket.rank} on a card with {shared} KiB of shared memory (it takes {takes}{less}; {card.name})"
 
 
 def _of_bucket(bucket: Bucket) -> str | None:
-    for option in _EAGER_OPTIONS:
-        if bucket.group.get(option):
-            return option
     if bucket.shards.mesh is not None:
         return "sharded factors (DTensor)"
     if bucket.rank > MAX_RANK:

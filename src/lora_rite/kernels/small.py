@@ -54,20 +54,20 @@ def entry(factors, f, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def option(options, factors, f, COLUMN: tl.constexpr):
-    return tl.load(options + entry(factors, f, GROUP) * NUM_OPTIONS + COLUMN)
+def option(hyper, factors, f, COLUMN: tl.constexpr):
+    return tl.load(hyper + entry(factors, f, GROUP) * NUM_OPTIONS + COLUMN)
 
 
 @triton.jit
-def rate(options, factors, f):
+def rate(hyper, factors, f):
     """The learning rate of B·A."""
-    return option(options, factors, f, LR) * option(options, factors, f, LR_SCALE)
+    return option(hyper, factors, f, LR) * option(hyper, factors, f, LR_SCALE)
 
 
 @triton.jit
-def shrink_of(options, factors, f):
+def shrink_of(hyper, factors, f):
     """What weight decay leaves of a factor."""
-    return 1 - option(options, factors, f, LR) * option(options, factors, f, WEIGHT_DECAY)
+    return 1 - option(hyper, factors, f, LR) * option(hyper, factors, f, WEIGHT_DECAY)
 
 
 @triton.jit
@@ -92,7 +92,9 @@ def decay_of(factors, f, beta):
 
 
 @triton.jit
-def invert_kernel(factors, options, d, product, delta, flags, num_flags, RANK: tl.constexpr, R: tl.constexpr):
+def invert_kernel(
+    factors, hyper, d, product, delta, flags, num_flags, RANK: tl.constexpr, R: tl.constexpr, FLOAT: tl.constexpr
+):  # fmt: skip
     """D of each factor: T⁺ of its partner, damped where that is; and S and δ of the damping. Raises the flags of all
     pairs, for later kernels to lower."""
     f = tl.program_id(0)
@@ -100,21 +102,21 @@ def invert_kernel(factors, options, d, product, delta, flags, num_flags, RANK: t
     flag = flags + entry(factors, f, FLAG)
     tl.store(flag, 1)
     tl.store(flag + num_flags, 1)
-    damping, damped = option(options, factors, f, DAMPING), entry(factors, y, DAMPED)
+    damping, damped = option(hyper, factors, f, DAMPING), entry(factors, y, DAMPED)
     hot = 0
     if (damping > 0) & (damped != 0) & (entry(factors, f, MOVES) * entry(factors, y, MOVES) != 0):
         hot = tl.load(damped.to(tl.pointer_type(tl.int8))).to(tl.int32)
     if hot == 0:
-        mx.store(d + f * RANK * RANK, mx.load(state_of(factors, y, BASIS, RANK), RANK, R), RANK, R)
+        mx.store(d + f * RANK * RANK, mx.load(state_of(factors, y, BASIS, RANK), RANK, R, FLOAT), RANK, R)
     else:
-        x = mx.load_transposed(state_of(factors, f, COORDINATES, RANK), RANK, R)
-        s = mx.times(mx.load(state_of(factors, y, COORDINATES, RANK), RANK, R), x)
-        by = damping * rate(options, factors, f) * tl.sqrt(entry(factors, y, ROWS).to(tl.float64))
+        x = mx.load_transposed(state_of(factors, f, COORDINATES, RANK), RANK, R, FLOAT)
+        s = mx.times(mx.load(state_of(factors, y, COORDINATES, RANK), RANK, R, FLOAT), x)
+        by = damping * rate(hyper, factors, f) * tl.sqrt(entry(factors, y, ROWS).to(tl.float64))
         pair = entry(factors, f, PAIR)
         tl.store(delta + pair, by)
         mx.store(product + pair * RANK * RANK, s, RANK, R)
-        by = tl.maximum(tl.maximum(by, mx.norm(s) * LEAST_DAMPING), 1e-30)
-        inverse = mx.stacked_inverse(tl.trans(s), by * mx.eye(R, 0), 2, RANK, R)
+        by = tl.maximum(tl.maximum(by.to(FLOAT), mx.norm(s) * LEAST_DAMPING), 1e-30)
+        inverse = mx.stacked_inverse(tl.trans(s), by * mx.eye(R, 0, FLOAT), 2, RANK, R)
         mx.store(d + f * RANK * RANK, mx.times(x, inverse), RANK, R)
 
 
@@ -147,25 +149,26 @@ def sum_of(values, count, stride):
 
 @triton.jit
 def reduce_kernel(
-    factors, options, partial, checksums, grams, traces, kept, flags, RANK: tl.constexpr, R: tl.constexpr
-):
+    factors, hyper, partial, checksums, grams, traces, kept, flags, RANK: tl.constexpr, R: tl.constexpr,
+    FLOAT: tl.constexpr,
+):  # fmt: skip
     """ḡᵀḡ, 0 where ``update_skipping`` drops the gradient, and its trace, with respect to scaling·B·A; and whether the
     factor is what the last step left: its checksums are, to rounding."""
     f = tl.program_id(0)
-    rows, scaling = entry(factors, f, ROWS).to(tl.float64), option(options, factors, f, SCALING)
+    rows, scaling = entry(factors, f, ROWS).to(tl.float64), option(hyper, factors, f, SCALING)
     total = tl.zeros([R, R], tl.float64)
     keep = 1
     if entry(factors, f, MOVES) != 0:
         total = total_of(partial, f, factors, RANK * RANK, RANK, R)
-        limit = option(options, factors, f, SKIPPING) * scaling
+        limit = option(hyper, factors, f, SKIPPING) * scaling
         keep = 1 - ((limit > 0) & (mx.trace(total, RANK, R) / (rows * RANK) > limit * limit)).to(tl.int32)
         total *= keep.to(tl.float64)
     tl.store(kept + f, keep)
     mx.store(grams + f * RANK * RANK, total, RANK, R)
     tl.store(traces + f, mx.trace(total, RANK, R) / (scaling * scaling))
     i = tl.arange(0, R)
-    t = mx.load(state_of(factors, f, COORDINATES, RANK), RANK, R)
-    tolerance = 128 * 1.1920928955078125e-07 * tl.sqrt(rows) * tl.sqrt(tl.sum(t * t, 0))
+    t = mx.load(state_of(factors, f, COORDINATES, RANK), RANK, R, FLOAT)
+    tolerance = 128 * mx.EPS_SINGLE * tl.sqrt(rows) * tl.sqrt(tl.sum(t * t, 0))
     seen = tl.load(checksums + f * RANK + i, mask=i < RANK, other=0.0)
     known = tl.load(number(factors, f, 0) + i, mask=i < RANK, other=0.0)
     same = tl.abs((seen - known).to(tl.float64)) <= tolerance  # False for NaN
@@ -175,8 +178,8 @@ def reduce_kernel(
 
 @triton.jit
 def precondition_kernel(
-    factors, options, traces, num_traces, own_traces, grams, kept, d, v, w, warm, escaped, gates, flags, noise,
-    RANK: tl.constexpr, R: tl.constexpr,
+    factors, hyper, traces, num_traces, own_traces, grams, kept, d, v, w, warm, escaped, gates, flags, noise,
+    RANK: tl.constexpr, R: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     """Clipping by the norm of all gradients, V and W = D·V^-½ of this step, whether they are finite, K_w of the factor
     after the step, and whether it is to move."""
@@ -186,49 +189,50 @@ def precondition_kernel(
     # Of several pairs in one parameter (experts), those without any gradient are passed over.
     seen = (seen | (entry(factors, f, BLOCKS) == 1)) & (entry(factors, f, MOVES) != 0)
     tl.store(gates + f, seen.to(tl.int32))
-    clip = option(options, factors, f, CLIP)
+    clip = option(hyper, factors, f, CLIP)
     scale = tl.where(clip > 0, clip / tl.maximum(tl.sqrt(sum_of(traces, num_traces, 1)), tl.maximum(clip, 1e-300)), 1.0)
-    squares = mx.load(grams + at, RANK, R) * (scale * scale)
-    decay = decay_of(factors, f, option(options, factors, f, BETA2))
+    squares = mx.load(grams + at, RANK, R, FLOAT) * (scale * scale).to(FLOAT)
+    decay = decay_of(factors, f, option(hyper, factors, f, BETA2))
     weight = tl.where(decay == 1, 1.0, 1 - decay)  # V is summed where β₂ is 1
-    moment = decay * mx.load(state_of(factors, f, SECOND_MOMENT, RANK), RANK, R)
-    moment += weight / entry(factors, f, ROWS).to(tl.float64) * squares
+    moment = decay.to(FLOAT) * mx.load(state_of(factors, f, SECOND_MOMENT, RANK), RANK, R, FLOAT)
+    moment += (weight / entry(factors, f, ROWS).to(tl.float64)).to(FLOAT) * squares
     mx.store(v + at, moment, RANK, R)
     mass = decay * tl.load(number(factors, f, RANK + 1)).to(tl.float64)
     tl.store(escaped + f, mass)
-    eps, relative_eps = option(options, factors, f, EPS), option(options, factors, f, RELATIVE_EPS)
-    eps *= option(options, factors, f, SCALING)
+    eps, relative_eps = option(hyper, factors, f, EPS), option(hyper, factors, f, RELATIVE_EPS)
+    eps *= option(hyper, factors, f, SCALING)
     root = mx.preconditioner(moment, mass, eps, relative_eps, RANK, R)
-    d_own = mx.load(d + at, RANK, R)
-    by = mx.times(d_own, root) * (scale * option(options, factors, f, SIGN) * tl.load(kept + f).to(tl.float64))
+    d_own = mx.load(d + at, RANK, R, FLOAT)
+    sign = scale * option(hyper, factors, f, SIGN) * tl.load(kept + f).to(tl.float64)
+    by = mx.times(d_own, root) * sign.to(FLOAT)
     mx.store(w + at, by, RANK, R)
     if mx.finite(moment) * mx.finite(by) * mx.finite(d_own) == 0:
         tl.store(flags + entry(factors, f, FLAG), 0)
     square = mx.total(mx.times(root, squares) * root)
-    decay = decay_of(factors, f, option(options, factors, f, BETA1))
+    decay = decay_of(factors, f, option(hyper, factors, f, BETA1))
     length = decay * tl.load(number(factors, f, RANK)).to(tl.float64) + (1 - decay) * tl.sqrt(tl.maximum(square, 0.0))
-    old = mx.load(state_of(factors, f, WARM, RANK), RANK, R)
-    t = mx.load(state_of(factors, f, COORDINATES, RANK), RANK, R)
-    step = tl.trans(d_own) * rate(options, factors, f)
-    mx.store(warm + at, warm_basis(old, t, step, length, noise, RANK, R), RANK, R)
+    old = mx.load(state_of(factors, f, WARM, RANK), RANK, R, FLOAT)
+    t = mx.load(state_of(factors, f, COORDINATES, RANK), RANK, R, FLOAT)
+    step = tl.trans(d_own) * rate(hyper, factors, f).to(FLOAT)
+    mx.store(warm + at, warm_basis(old, t, step, length.to(FLOAT), noise, RANK, R), RANK, R)
 
 
 @triton.jit
 def warm_basis(old, t, step, length, noise, RANK: tl.constexpr, R: tl.constexpr):
     """K_w for the factor after a step X − M·``step``, ‖M‖ ≤ ``length``."""
     x, moved = mx.times(t, old), mx.times(step, old) * length
-    near = old * (noise * mx.norm(t))
+    near = old * (noise * mx.norm(t)).to(old.dtype)
     form = 2 * (mx.times(tl.trans(x), x) + mx.times(tl.trans(moved), moved) + mx.times(tl.trans(near), near))
     # Its columns are scaled to 1, by rows and by columns, both without a change of layout.
-    diagonal = mx.eye(R, 0)
+    diagonal = mx.eye(R, 0, old.dtype)
     column, row = tl.sum(form * diagonal, 1), tl.sum(form * diagonal, 0)
     if tl.max(row, 0) > 0:
-        form += mx.eye(R, RANK)
+        form += mx.eye(R, RANK, old.dtype)
     else:
-        form = mx.eye(R, 0)
+        form = mx.eye(R, 0, old.dtype)
     column, row = 1 / tl.sqrt(tl.where(column > 0, column, 1.0)), 1 / tl.sqrt(tl.where(row > 0, row, 1.0))
-    jitter = RANK * 10 * 2.220446049250313e-16
-    _, inverse, _ = mx.cholesky(form * column[:, None] * row[None, :] + jitter * mx.eye(R, 0), RANK, R)
+    jitter = RANK * 10 * (mx.EPS_SINGLE if old.dtype == tl.float32 else mx.EPS)
+    _, inverse, _ = mx.cholesky(form * column[:, None] * row[None, :] + jitter * diagonal, RANK, R)
     return mx.times(old * row[None, :], tl.trans(inverse))
 
 
@@ -258,13 +262,13 @@ def decide_kernel(
 
 
 @triton.jit
-def scales_kernel(factors, options, row_partial, squares, gates, ok, scales):
+def scales_kernel(factors, hyper, row_partial, squares, gates, ok, scales):
     """What ``apply`` multiplies a row of S by is scales[1]/(√R + scales[0]), which leaves the norm of S as it is; all
     without equilibration are multiplied alike, and scales[0] is −1."""
     f = tl.program_id(0)
     if (tl.load(ok) != 0) & (tl.load(gates + f) != 0):
-        rest = 1 - decay_of(factors, f, option(options, factors, f, BETA1))
-        if option(options, factors, f, EQUILIBRATED) == 0:
+        rest = 1 - decay_of(factors, f, option(hyper, factors, f, BETA1))
+        if option(hyper, factors, f, EQUILIBRATED) == 0:
             tl.store(scales + 2 * f, -1.0)
             tl.store(scales + 2 * f + 1, rest.to(tl.float32))
         else:
@@ -288,49 +292,49 @@ def scales_kernel(factors, options, row_partial, squares, gates, ok, scales):
 
 @triton.jit
 def basis_kernel(
-    factors, partial, warm, grams, inverses, k, c, gates, ok, RANK: tl.constexpr, R: tl.constexpr
+    factors, partial, warm, grams, inverses, k, c, gates, ok, RANK: tl.constexpr, R: tl.constexpr, FLOAT: tl.constexpr
 ):  # fmt: skip
     """Of the factors that have moved, T and K_w in the state; zᵀz, K_w⁻¹, K and c for ``carry``."""
     f = tl.program_id(0)
     if (tl.load(ok) != 0) & (tl.load(gates + f) != 0):
         at = f * RANK * RANK
         mx.store(grams + at, total_of(partial, f, factors, 2 * RANK * RANK + 1, RANK, R), RANK, R)
-        k_warm = mx.load(warm + at, RANK, R)
+        k_warm = mx.load(warm + at, RANK, R, FLOAT)
         mx.store(state_of(factors, f, WARM, RANK), k_warm, RANK, R)
-        mx.store(inverses + at, mx.inverse_of(k_warm + mx.eye(R, RANK), RANK, R), RANK, R)
+        mx.store(inverses + at, mx.inverse_of(k_warm + mx.eye(R, RANK, FLOAT), RANK, R), RANK, R)
         tl.debug_barrier()  # Else a thread may load what another one has not stored yet.
         t = state_of(factors, f, COORDINATES, RANK)
-        mx.orthonormalise(warm + at, inverses + at, grams + at, k + at, t, c + at, RANK, R)
+        mx.orthonormalise(warm + at, inverses + at, grams + at, k + at, t, c + at, RANK, R, FLOAT)
 
 
 @triton.jit
 def carry_kernel(
-    factors, options, partial, d, v, grams, inverses, k, c, escaped, gates, ok, LOW: tl.constexpr, RANK: tl.constexpr,
-    R: tl.constexpr,
+    factors, hyper, partial, d, v, grams, inverses, k, c, escaped, gates, ok, LOW: tl.constexpr, RANK: tl.constexpr,
+    R: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     """The rest of the state of the factors that have moved: K, and P of the partner and V ← P·V·Pᵀ there."""
     f = tl.program_id(0)
     if (tl.load(ok) != 0) & (tl.load(gates + f) != 0):
         at, y = f * RANK * RANK, entry(factors, f, PARTNER)
         stride: tl.constexpr = 2 * RANK * RANK + 1
-        shift = total_of(partial + RANK * RANK, f, factors, stride, RANK, R)
+        shift = total_of(partial + RANK * RANK, f, factors, stride, RANK, R).to(FLOAT)
         if not LOW:
-            step = mx.load_transposed(d + at, RANK, R) * rate(options, factors, f)
-            shift = mx.times(shift, step.to(tl.float32).to(tl.float64))
+            step = mx.load_transposed(d + at, RANK, R, FLOAT) * rate(hyper, factors, f).to(FLOAT)
+            shift = mx.times(shift, step.to(tl.float32).to(FLOAT))
         # zᵀ·X_old, with z = X_new·K_w, from X_old = (X_new + what it moved by)/shrink.
-        cross = mx.times(mx.load(grams + at, RANK, R), mx.load(inverses + at, RANK, R)) + shift
-        cross /= shrink_of(options, factors, f)
+        cross = mx.times(mx.load(grams + at, RANK, R, FLOAT), mx.load(inverses + at, RANK, R, FLOAT)) + shift
+        cross /= shrink_of(hyper, factors, f).to(FLOAT)
         basis = state_of(factors, f, BASIS, RANK)
-        p = mx.times(mx.times(mx.load_transposed(c + at, RANK, R), cross), mx.load(basis, RANK, R))
+        p = mx.times(mx.times(mx.load_transposed(c + at, RANK, R, FLOAT), cross), mx.load(basis, RANK, R, FLOAT))
         if entry(factors, y, MOVES) != 0:
-            moment = mx.load(v + y * RANK * RANK, RANK, R)
+            moment = mx.load(v + y * RANK * RANK, RANK, R, FLOAT)
             mx.store(state_of(factors, y, TRANSPORT, RANK), p, RANK, R)
             mx.store(state_of(factors, y, SECOND_MOMENT, RANK), mx.times(mx.times(p, moment), tl.trans(p)), RANK, R)
         else:  # The basis of a frozen partner stays.
-            mx.store(state_of(factors, f, TRANSPORT, RANK), mx.eye(R, 0), RANK, R)
-            mx.store(state_of(factors, f, SECOND_MOMENT, RANK), mx.load(v + at, RANK, R), RANK, R)
+            mx.store(state_of(factors, f, TRANSPORT, RANK), mx.eye(R, 0, FLOAT), RANK, R)
+            mx.store(state_of(factors, f, SECOND_MOMENT, RANK), mx.load(v + at, RANK, R, FLOAT), RANK, R)
         tl.debug_barrier()  # Else a thread may store to what another one has not loaded yet.
-        mx.store(basis, mx.load(k + at, RANK, R), RANK, R)
+        mx.store(basis, mx.load(k + at, RANK, R, FLOAT), RANK, R)
         sizes = partial + entry(factors, f, FIRST_TILE) * stride + 2 * RANK * RANK
         size = sum_of(sizes, entry(factors, f, TILES), stride)
         tl.store(number(factors, f, RANK), tl.sqrt(size).to(tl.float32))

@@ -40,7 +40,7 @@ LR, BETA1, BETA2, ROW_BETA, EPS, RELATIVE_EPS, DAMPING = (tl.constexpr(i) for i 
 WEIGHT_DECAY, CLIP, SKIPPING, SIGN, EQUILIBRATED, LR_SCALE, SCALING = (tl.constexpr(i) for i in range(7, 14))
 NUM_OPTIONS = tl.constexpr(14)
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def options_of(group: dict[str, Any], rank: int) -> list[float]:
@@ -65,14 +65,15 @@ def smallest_clip(groups: Sequence[dict[str, Any]]) -> float:
 
 @dataclass(eq=False)
 class Launch:
-    """Factors of one rank and dtypes, which the kernels work on together. It knows their memory by address alone, so
-    that it is not what keeps it.
+    """Factors of one rank and dtypes, also that of their algebra, which the kernels work on together. It knows their
+    memory by address alone, so that it is not what keeps it.
 
     factors   (F, COLUMNS) int64;  tiles (T, 2) int32, the factor and its first row
-    first     where these factors begin among all of the plan;  ``rows``, their numbers of rows
-    static    addresses of their moments;  ``parameters``, where theirs are among all of the plan
-    unmagnifier, second_moment, grams, inverses (of K_w), turns (c, to the new basis) (F, r, r), product (P, r, r),
-              delta (P,), escaped (F,)   float64
+    first     where these factors begin among all of the plan
+    aligned   whether addresses of their moments are multiples of 16 bytes, and all strides of 4 elements
+    addresses where those of their parameters and gradients are among all of the plan
+    unmagnifier, second_moment, grams, inverses (of K_w), turns (c, to the new basis) (F, r, r)   in ``algebra``
+    product (P, r, r), delta (P,), escaped (F,)   float64
     preconditioner (and then K), warm (F, r, r), checksums (F, r), scales (F, 2), squares (rows,), row_partial (T,)
               float32
     partial   (T·(2r² + 1),) float32, of ``measure`` and then of ``apply``
@@ -82,13 +83,13 @@ class Launch:
     rank: int
     dtype: torch.dtype
     gradient_dtype: torch.dtype
+    algebra: torch.dtype
     first: int
     strided: bool
     factors: Tensor
     tiles: Tensor
-    rows: list[int]
-    static: list[int]
-    parameters: list[int]
+    aligned: bool
+    addresses: list[int]
     noise: float
     memory: dict[str, Tensor]
 
@@ -105,16 +106,17 @@ def launches(plan: Plan, parameters: dict[Tensor, int]) -> Iterator[tuple[Launch
     for bucket in plan.buckets:
         alike.setdefault(kind_of(bucket), []).append(bucket)
     first = 0
-    for (rank, dtype, gradient_dtype), buckets in alike.items():
-        table = _Table(buckets, rank, plan, parameters)
-        yield _launch(table, buckets[0].device, rank, dtype, gradient_dtype, first), buckets
+    for kind, buckets in alike.items():
+        table = _Table(buckets, buckets[0].rank, plan, parameters)
+        yield _launch(table, buckets[0].device, *kind, first), buckets
         first += len(table.factors)
 
 
-def kind_of(bucket: Bucket) -> tuple[int, torch.dtype, torch.dtype]:
-    """Rank, dtype of the factors and that of the gradients, which are each one in what the kernels take."""
+def kind_of(bucket: Bucket) -> tuple[int, torch.dtype, torch.dtype, torch.dtype]:
+    """Rank, dtype of the factors and that of the gradients, which are each one in what the kernels take, and that of
+    r×r algebra."""
     gradients = [g for segment in bucket.segments for g in segment.gradients()[:1]]
-    return bucket.rank, bucket.segments[0].params[0].dtype, gradients[0].dtype
+    return bucket.rank, bucket.segments[0].params[0].dtype, gradients[0].dtype, bucket.algebra
 
 
 class _Table:
@@ -181,13 +183,24 @@ def strides(rank_first: bool, columns: str, blocks: int, rows: int, r: int, bloc
 
 
 def _launch(
-    table: _Table, device: torch.device, rank: int, dtype: torch.dtype, gradient_dtype: torch.dtype, first: int
+    table: _Table,
+    device: torch.device,
+    rank: int,
+    dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+    algebra: torch.dtype,
+    first: int,
 ) -> Launch:
     count, tiles, r = len(table.factors), len(table.tiles), rank
     zeros = lambda *shape, dtype=torch.float64: torch.zeros(shape, dtype=dtype, device=device)
     single = lambda *shape: zeros(*shape, dtype=torch.float32)
+    elements = 4 if dtype == gradient_dtype == torch.float32 else 8
+    sizes = [r, *(row[ROWS.value] for row in table.factors)]
     memory = {
-        **{key: zeros(count, r, r) for key in ("unmagnifier", "second_moment", "grams", "inverses", "turns")},
+        **{
+            key: zeros(count, r, r, dtype=algebra)
+            for key in ("unmagnifier", "second_moment", "grams", "inverses", "turns")
+        },
         "product": zeros(table.pairs, r, r),
         "delta": zeros(table.pairs),
         "escaped": zeros(count),
@@ -203,13 +216,13 @@ def _launch(
         rank=rank,
         dtype=dtype,
         gradient_dtype=gradient_dtype,
+        algebra=algebra,
         first=first,
         strided=table.strided,
         factors=torch.tensor([[int(x) for x in row] for row in table.factors], dtype=torch.int64).to(device),
         tiles=torch.tensor(table.tiles, dtype=torch.int32).reshape(-1, 2).to(device),
-        rows=[row[ROWS.value] for row in table.factors],
-        static=table.addresses,
-        parameters=sorted({row[PARAMETER.value] for row in table.factors}),
+        aligned=not table.strided and not any(x % 16 for x in table.addresses) and not any(x % elements for x in sizes),
+        addresses=[2 * i + k for i in sorted({row[PARAMETER.value] for row in table.factors}) for k in (0, 1)],
         # NOISE's margin is for float32: eps of bfloat16 and float16 to that power would be no noise.
         noise=max(torch.finfo(torch.float32).eps ** NOISE, torch.finfo(dtype).eps),
         memory=memory,

@@ -1,8 +1,9 @@
 """The kernels of tall factors, one program a tile of rows of one factor: ``measure``, ``rows``, ``apply``. All sums are
 taken tile by tile, and added up in order by the kernels that follow: no atomics, so a step is deterministic.
 
-In float32. BLOCK rows are worked on at a time. VECTOR: all addresses are multiples of 16 bytes, and all strides of 4
-elements. STRIDED: some factor lies otherwise in its parameter than (r, rows) or (rows, r).
+In float32, with r×r matrices that come in FLOAT. BLOCK rows are worked on at a time. VECTOR: all addresses are
+multiples of 16 bytes, and all strides of 4 elements. STRIDED: some factor lies otherwise in its parameter than
+(r, rows) or (rows, r).
 """
 
 # pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
@@ -99,6 +100,7 @@ def _signs(rows):
 def measure_kernel(
     addresses, factors, tiles, d, partial, checksums, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
     STEPS: tl.constexpr, VECTOR: tl.constexpr, STRIDED: tl.constexpr, DTYPE: tl.constexpr, G_DTYPE: tl.constexpr,
+    FLOAT: tl.constexpr,
 ):  # fmt: skip
     """(g·D)ᵀ(g·D) of each tile, and in each first one the checksum of the factor."""
     f, first, n, steps = _tile(factors, tiles, BLOCK, STEPS, VECTOR)
@@ -110,7 +112,7 @@ def measure_kernel(
             _check(factors, f, x, n, steps, checksums, RANK, R, BLOCK, False, STRIDED)
     if entry(factors, f, MOVES) != 0:
         g = _in_parameter(addresses, factors, f, 1, G_DTYPE, VECTOR)
-        by = mx.load(d + f * RANK * RANK, RANK, R).to(tl.float32)
+        by = mx.load(d + f * RANK * RANK, RANK, R, FLOAT).to(tl.float32)
         out = partial + tl.program_id(0).to(tl.int64) * RANK * RANK
         if entry(factors, f, RANK_FIRST) != 0:
             _measure(factors, f, g, n, first, steps, by, out, RANK, R, BLOCK, True, STRIDED)
@@ -156,31 +158,32 @@ def _product(x, by):
 
 @triton.jit
 def rows_kernel(
-    addresses, factors, options, tiles, w, squares, row_partial, gates, ok, RANK: tl.constexpr, R: tl.constexpr,
+    addresses, factors, hyper, tiles, w, squares, row_partial, gates, ok, RANK: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr, STRIDED: tl.constexpr, G_DTYPE: tl.constexpr,
+    FLOAT: tl.constexpr,
 ):  # fmt: skip
     """The sums of the squares of the rows of S = g·W, the rows' moments, advanced in the state, and their sum."""
     f, first, n, steps = _tile(factors, tiles, BLOCK, STEPS, VECTOR)
     moves = (tl.load(ok) != 0) & (tl.load(gates + f) != 0)
-    if moves & (option(options, factors, f, EQUILIBRATED) != 0):
+    if moves & (option(hyper, factors, f, EQUILIBRATED) != 0):
         g = _in_parameter(addresses, factors, f, 1, G_DTYPE, VECTOR)
         if entry(factors, f, RANK_FIRST) != 0:
-            total = _rows(factors, options, f, g, w, squares, n, first, steps, RANK, R, BLOCK, True, STRIDED)
+            total = _rows(factors, hyper, f, g, w, squares, n, first, steps, RANK, R, BLOCK, True, STRIDED)
             tl.store(row_partial + tl.program_id(0), total)
         else:
-            total = _rows(factors, options, f, g, w, squares, n, first, steps, RANK, R, BLOCK, False, STRIDED)
+            total = _rows(factors, hyper, f, g, w, squares, n, first, steps, RANK, R, BLOCK, False, STRIDED)
             tl.store(row_partial + tl.program_id(0), total)
 
 
 @triton.jit
 def _rows(
-    factors, options, f, g, w, squares, n, first, steps, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    factors, hyper, f, g, w, squares, n, first, steps, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
     FIRST: tl.constexpr, STRIDED: tl.constexpr,
 ):  # fmt: skip
     moment = _at(entry(factors, f, ROW_MOMENT), tl.float32, False)
     squares += entry(factors, f, FIRST_ROW)
-    by = mx.load(w + f * RANK * RANK, RANK, R).to(tl.float32)
-    decay = decay_of(factors, f, option(options, factors, f, ROW_BETA))
+    by = mx.load(w + f * RANK * RANK, RANK, R, tl.float32)
+    decay = decay_of(factors, f, option(hyper, factors, f, ROW_BETA))
     rest, decay = ((1 - decay) / RANK).to(tl.float32), decay.to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for step in range(steps):
@@ -197,46 +200,46 @@ def _rows(
 
 @triton.jit
 def apply_kernel(
-    addresses, factors, options, tiles, scales, w, d, warm, partial, gates, ok, RANK: tl.constexpr, R: tl.constexpr,
+    addresses, factors, hyper, tiles, scales, w, d, warm, partial, gates, ok, RANK: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr, STRIDED: tl.constexpr, DTYPE: tl.constexpr,
-    G_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     """M ← M·C + scales∘(g·W) and X ← X·shrink − M·S, in place; the new checksum; of each tile, with z = X·K_w, zᵀz,
     what becomes zᵀ·(X_old·shrink − X), and ‖M‖²."""
     f, first, n, steps = _tile(factors, tiles, BLOCK, STEPS, VECTOR)
     if (tl.load(ok) != 0) & (tl.load(gates + f) != 0):
         if entry(factors, f, RANK_FIRST) != 0:
-            _apply(addresses, factors, options, f, first, n, steps, scales, w, d, warm, partial, RANK, R, BLOCK, VECTOR,
-                   STRIDED, DTYPE, G_DTYPE, True)  # fmt: skip
+            _apply(addresses, factors, hyper, f, first, n, steps, scales, w, d, warm, partial, RANK, R, BLOCK, VECTOR,
+                   STRIDED, DTYPE, G_DTYPE, FLOAT, True)  # fmt: skip
         else:
-            _apply(addresses, factors, options, f, first, n, steps, scales, w, d, warm, partial, RANK, R, BLOCK, VECTOR,
-                   STRIDED, DTYPE, G_DTYPE, False)  # fmt: skip
+            _apply(addresses, factors, hyper, f, first, n, steps, scales, w, d, warm, partial, RANK, R, BLOCK, VECTOR,
+                   STRIDED, DTYPE, G_DTYPE, FLOAT, False)  # fmt: skip
 
 
 @triton.jit
 def _apply(
-    addresses, factors, options, f, first, n, steps, scales, w, d, warm, partial, RANK: tl.constexpr, R: tl.constexpr,
+    addresses, factors, hyper, f, first, n, steps, scales, w, d, warm, partial, RANK: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, STRIDED: tl.constexpr, DTYPE: tl.constexpr, G_DTYPE: tl.constexpr,
-    FIRST: tl.constexpr,
+    FLOAT: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     x_base = _in_parameter(addresses, factors, f, 0, DTYPE, VECTOR)
     g_base = _in_parameter(addresses, factors, f, 1, G_DTYPE, VECTOR)
     m_base = _at(entry(factors, f, FIRST_MOMENT), tl.float32, VECTOR)
     moment = _at(entry(factors, f, ROW_MOMENT), tl.float32, False)
     floor, scale = tl.load(scales + 2 * f), tl.load(scales + 2 * f + 1)
-    lr = rate(options, factors, f)
-    shrink = shrink_of(options, factors, f).to(tl.float32)
-    decay = decay_of(factors, f, option(options, factors, f, BETA1))
+    lr = rate(hyper, factors, f)
+    shrink = shrink_of(hyper, factors, f).to(tl.float32)
+    decay = decay_of(factors, f, option(hyper, factors, f, BETA1))
     own = f * RANK * RANK
     w, d, warm, transport = w + own, d + own, warm + own, state_of(factors, f, TRANSPORT, RANK)
     key = _key(factors, f)
     if R < 64:
-        by_w, by_c, by_s, by_k = _factors(w, d, warm, transport, lr, decay, RANK, R)
+        by_w, by_c, by_s, by_k = _factors(w, d, warm, transport, lr, decay, RANK, R, FLOAT)
     zz, shift = tl.zeros([R, R], tl.float32), tl.zeros([R, R], tl.float32)
     size, sums = tl.zeros([BLOCK], tl.float32), tl.zeros([R], tl.float32)
     for step in range(steps):
         if R >= 64:  # They would not fit in the registers all the time.
-            by_w, by_c, by_s, by_k = _factors(w, d, warm, transport, lr, decay, RANK, R)
+            by_w, by_c, by_s, by_k = _factors(w, d, warm, transport, lr, decay, RANK, R, FLOAT)
         rows = first + step * BLOCK + tl.arange(0, BLOCK)
         at, inside = _where(factors, f, rows, n, RANK, R, FIRST, STRIDED)
         row_scale = tl.sqrt(tl.load(moment + rows, mask=rows < n, other=1.0)) + floor
@@ -266,11 +269,12 @@ def _apply(
 
 
 @triton.jit
-def _factors(w, d, warm, transport, lr, decay, RANK: tl.constexpr, R: tl.constexpr):
+def _factors(w, d, warm, transport, lr, decay, RANK: tl.constexpr, R: tl.constexpr, FLOAT: tl.constexpr):
     """W, C = β₁ₜ·Pᵀ, S = lr·Dᵀ and K_w, in float32."""
-    by_w, by_c = mx.load(w, RANK, R), mx.load_transposed(transport, RANK, R) * decay
-    by_s, by_k = mx.load_transposed(d, RANK, R) * lr, mx.load(warm, RANK, R)
-    return by_w.to(tl.float32), by_c.to(tl.float32), by_s.to(tl.float32), by_k.to(tl.float32)
+    by_w, by_k = mx.load(w, RANK, R, tl.float32), mx.load(warm, RANK, R, tl.float32)
+    by_c = mx.load_transposed(transport, RANK, R, FLOAT) * decay.to(FLOAT)
+    by_s = mx.load_transposed(d, RANK, R, FLOAT) * lr.to(FLOAT)
+    return by_w, by_c.to(tl.float32), by_s.to(tl.float32), by_k
 
 
 @triton.jit

@@ -91,8 +91,8 @@ class LoRARite(torch.optim.Optimizer):
         engine: what makes the step: "eager", PyTorch's operations, or "triton", ten kernels for all factors together
             (the extra ``kernels``; for NVIDIA's GPUs, and on a CPU with TRITON_INTERPRET=1, to try it out). What the
             latter does not do the former does, with a warning, and ``report()["engine"]`` says which one stepped:
-            ``apply_escape``, ``update_capping``, ``balance_param``, ``algebra_dtype``, ``first_moment_dtype``,
-            DTensors, float64, ranks above 64. None chooses. Both keep the same state.
+            ``apply_escape``, ``update_capping``, ``balance_param``, ``first_moment_dtype``, DTensors, float64,
+            ranks above 64. None chooses. Both keep the same state.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: for the trainable parameters that are not factors (they
             become ``lr``, ``betas``, … of a group of kind "adamw", so that schedulers act on it too). Without
             ``adamw_lr`` such parameters are an error: LoRA-RITE's learning rate does not suit them.

@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +41,8 @@ class _Precision:
 def full_precision(groups: list[dict[str, Any]]) -> Iterator[None]:
     """float32 products in float32: with TF32 or bfloat16 inside them, Gram matrices would keep three digits. Not under
     autocast either, on the types of device that parameters of the groups are on."""
-    devices = {p.device.type for group in groups for p in group["params"]}
+    params = chain.from_iterable(group["params"] for group in groups)
+    devices = {device.type for device in set(map(attrgetter("device"), params))}
     with ExitStack() as stack:
         for device in devices:
             if is_autocast_available(device) and torch.is_autocast_enabled(device):
