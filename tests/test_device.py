@@ -14,11 +14,13 @@ from problems import factors, gradients_of_w, random_matrix, regauged, relative,
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_rite import LoRARite, NonFiniteError, layer_report
+from lora_rite.algebra import basis
 from lora_rite.algebra.basis import orthonormalise
 from lora_rite.algebra.linalg import inverse_of, split_gram, trace
 from lora_rite.algebra.step import damped_inverse, preconditioner
 from lora_rite.bench.watch import Watch
 from lora_rite.optim.precision import full_precision
+from lora_rite.plan.plan import Limits
 
 SHAPES = [(4, 9, 7), (4, 9, 7), (4, 18, 13), (3, 5, 6)]
 
@@ -101,6 +103,24 @@ def test_the_host_never_waits_with_capturable_and_once_without():
         with Watch() as watch:
             optimizer.step()
         assert watch.synchronisations == (0 if capturable else 1)
+
+
+def test_above_a_rank_the_host_asks_whether_factors_are_deficient(monkeypatch):
+    """What those take is left out then where there are none, but not where the host must not wait; the step is the
+    same to rounding."""
+    projected, spied = basis._projected, []
+    monkeypatch.setattr(basis, "_projected", lambda *args: spied.append(len(args[0])) or projected(*args))
+    results = []
+    for asks_rank, capturable in ((3, False), (3, True), (64, False)):
+        monkeypatch.setattr(LoRARite, "_limits", Limits(direct_elements=10**9, iterate=True, asks_rank=asks_rank))
+        params, optimizer = start(zero_b=True, capturable=capturable)
+        advance(params, optimizer, 5)
+        spied.clear()
+        give_gradients(params, 9)
+        optimizer.step()
+        assert sorted(spied) == ([2] if asks_rank == 3 and not capturable else [2, 6])  # of ranks 3 and 4
+        results.append([p.detach() for p in params.values()])
+    assert all(relative(p, results[0][i]) < 1e-9 for other in results[1:] for i, p in enumerate(other))
 
 
 @pytest.mark.skipif(
@@ -285,21 +305,22 @@ def test_gram_matrices_from_parts(rows, rank_first):
 
 @pytest.mark.parametrize("rank", [0, 3, 8])
 def test_basis_with_and_without_asking(rank):
-    """Both ways lead to the same directions, and to a basis that is as good."""
+    """All ways lead to the same directions, and to a basis that is as good."""
     g = torch.Generator().manual_seed(rank)
     turns = [torch.linalg.qr(torch.randn(2, n, 8, generator=g, dtype=torch.float64))[0] for n in (20, 8)]
     x = turns[0][..., :rank] @ turns[1][..., :rank, :]
     warm = torch.eye(8, dtype=torch.float64).expand(2, -1, -1) * 0.2
     z = x @ warm
-    results = [orthonormalise(warm, z.mT @ z, iterate) for iterate in (False, True)]
+    ways = ({}, {"iterate": True, "asks": False}, {"iterate": True})
+    results = [orthonormalise(warm, z.mT @ z, **way) for way in ways]
     spans = []
-    for basis, c, inverse in results:
-        q = x @ basis.basis
+    for found, c, inverse in results:
+        q = x @ found.basis
         spans.append(q @ q.mT)
-        for one, other in ((q @ basis.coordinates, x), (spans[-1] @ spans[-1], spans[-1]), (z @ c, q)):
+        for one, other in ((q @ found.coordinates, x), (spans[-1] @ spans[-1], spans[-1]), (z @ c, q)):
             assert (one - other).abs().max() < 1e-12
         assert (inverse @ warm - torch.eye(8)).abs().max() < 1e-12
-    assert (spans[1] - spans[0]).abs().max() < 1e-12
+    assert max((span - spans[0]).abs().max() for span in spans) < 1e-12
     assert (trace(spans[0]) - rank).abs().max() < 1e-12
 
 

@@ -113,24 +113,25 @@ def warm_basis(old: Basis, step: Tensor, norm: Tensor, rounding: Tensor) -> Tens
     return solve(root, old.warm * scale[..., None, :], transposed=True)
 
 
-def orthonormalise(warm: Tensor, gram_z: Tensor, iterate: bool = False) -> tuple[Basis, Tensor, Tensor]:
+def orthonormalise(
+    warm: Tensor, gram_z: Tensor, iterate: bool = False, asks: bool = True
+) -> tuple[Basis, Tensor, Tensor]:
     """The basis of X from K_w and the Gram matrix of z = X·K_w; also c (p, r, r) with Q = z·c, and K_w⁻¹.
 
-    By a Cholesky decomposition, and where X has no full rank, after a projection on its live directions (with
-    ``iterate`` everywhere: the host does not ask).
+    By a Cholesky decomposition, and where X has no full rank, after a projection on its live directions (everywhere,
+    unless the host ``asks``). With ``iterate`` without LAPACK.
     """
-    if iterate:
-        inverse = inverse_of(warm)
+    inverse = inverse_of(warm) if iterate else torch.linalg.inv_ex(warm).inverse
+    if not asks:
         basis, t, c = _projected(warm, gram_z, inverse)
     else:
-        inverse = torch.linalg.inv_ex(warm).inverse
         root, failed = torch.linalg.cholesky_ex(gram_z)
         c = solve(root, eye_like(root).expand_as(root), transposed=True)
         powers = torch.stack([gram_z, c @ c.mT])  # G and its inverse
         powers = torch.linalg.matrix_norm(powers @ powers)  # λ_max² and 1/λ_min² at most
         null = ~((failed == 0) & (powers[0] * powers[1] < LIVE**-2))
         basis, t = warm @ c, root.mT @ inverse
-        if null.any().tolist():  # Only a CPU comes here, where the host does not wait for the answer.
+        if null.any().tolist():
             basis[null], t[null], c[null] = _projected(warm[null], gram_z[null], inverse[null])
     return Basis(basis, t, warm), c, inverse
 

@@ -150,21 +150,24 @@ def largest_eigenvalue(m: Tensor, squarings: tuple[int, ...] = (6, 5, 5)) -> Ten
     return (power * m).sum((-2, -1), keepdim=True) / trace(power).clamp_min(tiny(m))
 
 
-def inverse_root(moment: Tensor, eps: float, relative_eps: float) -> Tensor:
+def inverse_root(moment: Tensor, eps: float, relative_eps: float, asks: bool = True) -> Tensor:
     """U diag(1/(√λ + eps + relative_eps·√λ_max)) Uᵀ of V = U diag(λ) Uᵀ, without eigenvalues.
 
     V^½ is the positive semidefinite polar factor of Lᵀ, V = L·Lᵀ. That needs λ > 0: the least of some multiples of the
-    trace is added that makes it so, and it is not larger than what rounding has made negative.
+    trace is added that makes it so, and it is not larger than what rounding has made negative. (All are tried, unless
+    the host ``asks`` whether one has.)
     """
     moment = symmetric(moment)
     good = finite(moment)
     moment = torch.where(good, moment, 0)
     eye, size = eye_like(moment), trace(moment).clamp_min(tiny(moment))
     scaled = moment / size
-    root = torch.linalg.cholesky_ex(scaled.add(eye, alpha=JITTER[-1]))[0]
-    for share in JITTER[-2::-1]:
+    root, done = scaled, torch.zeros_like(size, dtype=torch.bool)
+    for share in JITTER:
         found, failed = torch.linalg.cholesky_ex(scaled.add(eye, alpha=share))
-        root = torch.where((failed == 0)[:, None, None], found, root)
+        root, done = torch.where(done, root, found), done | (failed == 0)[:, None, None]
+        if asks and done.all().tolist():
+            break
     half = symmetric(polar(root.mT, 1e-9).mT @ root.mT) * size.sqrt()
     added = eps + relative_eps * largest_eigenvalue(moment).sqrt()
     root = torch.linalg.cholesky_ex(half + added * eye)[0]

@@ -53,14 +53,17 @@ def second_moment(moment: Tensor, squares: Tensor, decay: Tensor, summed: bool) 
     return moment + squares if summed else decay * moment + (1 - decay) * squares
 
 
-def preconditioner(moment: Tensor, escaped: Tensor, eps: float, relative_eps: float, iterate: bool = False) -> Tensor:
+def preconditioner(
+    moment: Tensor, escaped: Tensor, eps: float, relative_eps: float, iterate: bool = False, asks: bool = True
+) -> Tensor:
     """U diag(1/(√(λ+ρ) + eps + relative_eps·√(λ+ρ)_max)) Uᵀ of V = U diag(λ) Uᵀ (Eq. 8), for ρ (p, 1, 1).
 
     ``relative_eps`` keeps directions of V that are rounding noise from being whitened to full size, invariantly, and
-    whatever the scale of the gradient. Without eigenvalues where ``iterate``.
+    whatever the scale of the gradient. Without eigenvalues where ``iterate``, and then with answers to the host where
+    it ``asks``.
     """
     if iterate:
-        return inverse_root(moment + escaped * eye_like(moment), eps, relative_eps)
+        return inverse_root(moment + escaped * eye_like(moment), eps, relative_eps, asks)
     w, u = eigh(moment)
     root = (w.clamp_min(0) + escaped[..., 0]).sqrt()
     inverse = 1 / (root + eps + relative_eps * root[..., -1:])

@@ -136,7 +136,7 @@ def precondition(bucket: Bucket, start: Start, measured: Measured, norm: Tensor)
     numbers = Numbers.of(start.numbers)
     escaped = start.decays[1] * numbers.escaped_mass.to(bucket.algebra)
     eps = group["eps"] * scaling(bucket)
-    root = equations.preconditioner(moment, escaped, eps, group["relative_eps"], bucket.iterate)
+    root = equations.preconditioner(moment, escaped, eps, group["relative_eps"], bucket.iterate, bucket.asks)
     square = trace(root @ squares @ root)  # ‖S‖², which the equilibration of rows leaves as it is
     last = numbers.moment_norm.to(bucket.algebra)
     sign = -1.0 if group["maximize"] else 1.0
@@ -187,7 +187,7 @@ def move(bucket: Bucket, start: Start, measured: Measured, pre: Preconditioned, 
     sums = zip(*((m.gram, m.shift, m.checksums, m.moment_square) for m in results), strict=True)
     gram_z, shift, checksums, moment_square = bucket.shards.total(*map(torch.cat, sums))
     gram_z = _gram_of_products(bucket, start, gram_z, warm.to(bucket.algebra), Tall.param_times)
-    basis, c, inverse_warm = orthonormalise(warm.to(bucket.algebra), gram_z, bucket.iterate)
+    basis, c, inverse_warm = orthonormalise(warm.to(bucket.algebra), gram_z, bucket.iterate, bucket.asks)
     # zᵀ·X_old, with z = X_new·K_w, follows from X_old = (X_new + what it moved by)/shrink.
     cross = (gram_z @ inverse_warm + shift.to(bucket.algebra)) / shrink
     transport = bucket.partners(c.mT @ cross @ old.basis)

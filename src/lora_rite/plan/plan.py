@@ -40,11 +40,14 @@ class Limits:
                       and then together: the copy takes as long as the product
     iterate           r×r matrices are decomposed without LAPACK, by which the host of a GPU would wait; None is where
                       the device is one, or the optimizer capturable
+    asks_rank         above this rank (and on a CPU at each) the host asks whether factors and second moments have full
+                      rank, but for a capturable optimizer: waiting costs less than computing as if some had not
     """
 
     segment_elements: int | None = None
     direct_elements: int = 2**13
     iterate: bool | None = None
+    asks_rank: int = 64
 
 
 @dataclass(eq=False)
@@ -105,6 +108,7 @@ class Bucket:
     num_rows, moves   (2p, 1, 1), of each factor
     dtype, algebra    of the arithmetic with tall factors, and of that with r×r matrices
     iterate           r×r matrices are not decomposed by LAPACK, nor by its slow, waiting likes on other devices
+    asks              the host waits to be told whether factors and second moments have full rank
     arena             the states of the factors together
     """
 
@@ -118,6 +122,7 @@ class Bucket:
     rank: int
     one_sided: bool
     iterate: bool
+    asks: bool
     num_rows: Tensor
     moves: Tensor
     arena: Arena
@@ -249,7 +254,7 @@ def _bucket(
     partners = own[len(pairs) :] + own[: len(pairs)]
     full: list[State] = [state or frozen_state(other) for state, other in zip(own, partners, strict=True)]  # type: ignore[arg-type]
     device, dtype, blocks = pairs[0].a.device, work_dtype(*pairs[0][:2]), group.get("blocks", 1)
-    algebra = algebra_dtype(group, *pairs[0][:2])
+    algebra, rank = algebra_dtype(group, *pairs[0][:2]), rank_of(group, pairs[0].a)
     iterate = group["capturable"] or device.type != "cpu" if limits.iterate is None else limits.iterate
     smallest = limits.direct_elements if not iterate and blocks == 1 else None
     arena = Arena(full, blocks)
@@ -263,9 +268,10 @@ def _bucket(
         device=device,
         dtype=dtype,
         algebra=algebra,
-        rank=rank_of(group, pairs[0].a),
+        rank=rank,
         one_sided=not all(own),
         iterate=iterate,
+        asks=not iterate or (not group["capturable"] and rank > limits.asks_rank),
         num_rows=constant(tuple(s.num_rows for s in segments for _ in range(s.count)), algebra, device)[:, None, None],
         moves=constant(tuple(s.moves for s in segments for _ in range(s.count)), torch.bool, device)[:, None, None],
         arena=arena,
