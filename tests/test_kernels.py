@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import use_interpreter
 from problems import factors, gradients_of_w, random_matrix, regauged, relative, set_gradients, train, w
 from reference import Reference
 from test_device import stacked
@@ -20,16 +21,8 @@ from lora_rite.bench.watch import Watch
 from lora_rite.optim.selection import alike
 from lora_rite.plan.plan import make_plan
 
-triton = pytest.importorskip("triton", reason='needs triton: pip install "lora-rite[kernels]"')
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    if int(triton.__version__.split(".")[1]) < 7:
-        pytest.skip("the interpreter of triton 3.6 fails with NumPy 2.4", allow_module_level=True)
-    import interpreter
-
-    interpreter.hurry()
-# In the interpreter NumPy warns of what a GPU makes Inf or NaN of in silence.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+triton = use_interpreter() if DEVICE == "cpu" else pytest.importorskip("triton")
 SHAPE = (3, 9, 7)
 
 

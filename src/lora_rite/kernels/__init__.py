@@ -22,7 +22,7 @@ MAX_RANK = 64
 SMALL_RANK, SHARED = 32, 128
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Options of a group, and what they ask for that the kernels do not do.
-_EAGER_OPTIONS = ("apply_escape", "update_capping", "balance_param", "algebra_dtype", "first_moment_dtype")
+EAGER_OPTIONS = ("apply_escape", "update_capping", "balance_param", "algebra_dtype", "first_moment_dtype")
 
 _kernels: "WeakKeyDictionary[Plan, Any]" = WeakKeyDictionary()
 
@@ -60,7 +60,7 @@ def _of_device(device: torch.device, rank: int) -> str | None:
 
 
 def _of_bucket(bucket: Bucket) -> str | None:
-    for option in _EAGER_OPTIONS:
+    for option in EAGER_OPTIONS:
         if bucket.group.get(option):
             return option
     if bucket.shards.mesh is not None:
