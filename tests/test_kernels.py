@@ -11,18 +11,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import ENGINES, use
 from interpreter import use_interpreter
 from problems import factors, gradients_of_w, random_matrix, regauged, relative, set_gradients, train, w
 from reference import Reference
 from test_device import stacked
 
 from lora_rite import PUBLISHED, LoRARite, NonFiniteError, kernels
+from lora_rite.algebra.rounding import stochastic_round
 from lora_rite.bench.watch import Watch
 from lora_rite.optim.selection import alike
 from lora_rite.plan.plan import make_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = use_interpreter() if DEVICE == "cpu" else pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from lora_rite.kernels.small import decide_kernel  # noqa: E402
+from lora_rite.kernels.tables import DTYPES  # noqa: E402
+from lora_rite.kernels.tall import _hash, _rounded  # noqa: E402
+
 SHAPE = (3, 9, 7)
 
 
@@ -323,9 +332,94 @@ def test_steps_are_deterministic():
         assert all(map(torch.equal, pair, other))
 
 
-def test_gradients_of_zero():
-    pairs, gradients = problem([SHAPE], steps=2)
-    assert_alike(both(pairs, [g * 0 for g in gradients], weight_decay=0.1))
+@pytest.mark.parametrize("pairs", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["all", "one of two"])
+def test_gradients_of_zero(pairs):
+    start, gradients = problem([SHAPE] * pairs, steps=2)
+    assert_alike(both(start, [g * (i > 0) for i, g in enumerate(gradients)], weight_decay=0.1))
+
+
+def test_no_gradients_at_all():
+    """In the first and in a later step, beside a parameter without elements, which AdamW steps: nothing is changed."""
+    runs = []
+    for engine in ("triton", "eager"):
+        (start,), (gradients,) = problem([SHAPE], steps=2)
+        params = [torch.nn.Parameter(x.clone()) for x in start]
+        empty = torch.nn.Parameter(torch.zeros(0, device=DEVICE))
+        named = zip(("l.lora_A", "l.lora_B", "empty"), (*params, empty), strict=True)
+        optimizer = LoRARite(named, lr=1e-2, adamw_lr=1e-2, engine=engine)
+        optimizer.step()
+        assert all(map(torch.equal, params, start))
+        for g in gradients:
+            set_gradients(*params, g)
+            empty.grad = torch.zeros_like(empty)
+            optimizer.step()
+            before = bits(params, optimizer)
+            optimizer.zero_grad()
+            optimizer.step()
+            assert all(map(torch.equal, bits(params, optimizer), before))
+        runs.append(([params], optimizer))
+        assert optimizer.report()["engine"] == engine
+    assert_alike(runs)
+
+
+@pytest.mark.slow
+def test_two_thousand_pairs():
+    """One step: tables, flags and sums longer than what a program loads at a time."""
+    shapes = [(1, 3, 2), (1, 2, 4)] * 1000
+    assert_alike(both(*problem(shapes, steps=1, zero_b=False), clip_unmagnified_grad=0.5))
+
+
+@pytest.mark.parametrize("down", [None, 0, 1024, 3999, 4001])
+def test_the_flags_and_the_norm_of_two_thousand_pairs(down):
+    """One flag of 4,000, or of 3 others, stops the step, wherever it is; the norm is that of all."""
+    zeros = lambda *shape, dtype: torch.zeros(shape, dtype=dtype, device=DEVICE)
+    flags = torch.ones(4003, dtype=torch.int8, device=DEVICE)
+    traces = torch.rand(4000, dtype=torch.float64).to(DEVICE)
+    counts, clip = zeros(4, dtype=torch.float32), torch.tensor([1.0], dtype=torch.float64, device=DEVICE)
+    ok, norm = zeros(1, dtype=torch.int8), zeros(1, dtype=torch.float32)
+    if down is not None:
+        flags[down] = 0
+    decide_kernel[(1,)](flags, 4000, flags[4000:], 3, traces, 4000, clip, counts, ok, norm, CAPTURABLE=True)
+    fine = down is None
+    assert ok.item() == fine
+    assert counts.tolist() == [fine, fine, not fine, not fine]
+    assert norm.item() == pytest.approx(traces.sum().sqrt().item(), rel=1e-6)
+
+
+@triton.jit
+def rounding_kernel(x, key, out, N: tl.constexpr, DTYPE: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, _rounded(tl.load(x + i), i, _hash(tl.load(key).to(tl.uint32)), DTYPE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_as_the_eager_engine_does(dtype):
+    """Bit for bit, which is tested for its bias: large, small and subnormal numbers, zero and infinity."""
+    x = torch.randn(1024) * torch.logspace(-9, 4, 1024)
+    x[:6] = torch.tensor([0.0, -0.0, 1.0, -2.5, torch.inf, -torch.inf])
+    x, key = x.to(DEVICE), torch.tensor([3 * 0x1000003 + 7], device=DEVICE)
+    got = torch.zeros_like(x)
+    rounding_kernel[(1,)](x, key, got, N=1024, DTYPE=DTYPES[dtype])
+    assert torch.equal(got.to(dtype), stochastic_round(x[None], dtype, key)[0])
+
+
+def test_groups_of_several_dtypes():
+    """Each in launches of its own, clipped by the norm of all; one is rounded, the other not."""
+    runs = []
+    for engine in ("triton", "eager"):
+        pairs, gradients = problem([SHAPE] * 2, steps=2)
+        dtypes = (torch.float32, torch.bfloat16)
+        params = [[torch.nn.Parameter(x.to(d)) for x in pair] for pair, d in zip(pairs, dtypes, strict=True)]
+        optimizer = LoRARite([{"params": pair} for pair in params], lr=1e-2, clip_unmagnified_grad=0.1, engine=engine)
+        for t in range(2):
+            for (a, b), g in zip(params, gradients, strict=True):
+                set_gradients(a, b, g[t])
+            optimizer.step()
+        assert optimizer.report()["engine"] == engine
+        runs.append(params)
+    for (one, other), tolerance in zip(zip(*runs, strict=True), (1e-5, 1e-2), strict=True):
+        for p, q in zip(one, other, strict=True):
+            assert relative(p.detach(), q.detach()) < tolerance
 
 
 def test_a_warm_up_from_lr_zero():
@@ -475,6 +569,17 @@ def test_the_engine_is_kept_by_copies():
 
 
 # ----------------------------------------------------------------------------------------------- what engine steps what
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="tests of properties run on a CPU")
+def test_a_property_that_the_eager_engine_steps_is_not_one_of_the_kernels(monkeypatch):
+    """The fixture ``engine`` fails then."""
+    use(monkeypatch, ENGINES["triton"])
+    (start,), gradients = problem([SHAPE], steps=1)
+    train([start], gradients)
+    for pair, options in (([x.double() for x in start], {}), (start, {"update_capping": 1.0})):
+        with pytest.raises(AssertionError, match="the eager engine stepped: "):
+            train([pair], gradients, **options)
 
 
 def plan_of(pair, **options):
