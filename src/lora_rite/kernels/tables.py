@@ -71,8 +71,9 @@ class Launch:
     factors   (F, COLUMNS) int64;  tiles (T, 2) int32, the factor and its first row
     first     where these factors begin among all of the plan;  ``rows``, their numbers of rows
     static    addresses of their moments;  ``parameters``, where theirs are among all of the plan
-    unmagnifier, second_moment, grams, inverses (of K_w), turns (c, to the new basis) (F, r, r), product (P, r, r),
-              delta (P,), escaped (F,)   float64
+    unmagnifier, second_moment, grams, inverses (of K_w), turns (c, to the new basis) (F, r, r), escaped (F,); of the
+              last step that was made and of the present one, product (2, P or P + 1, r, r), delta (2, P or P + 1)
+              float64
     preconditioner (and then K), warm (F, r, r), checksums (F, r), scales (F, 2), squares (rows,), row_partial (T,)
               float32
     partial   (T·(2r² + 1),) float32, of ``measure`` and then of ``apply``
@@ -186,10 +187,11 @@ def _launch(
     count, tiles, r = len(table.factors), len(table.tiles), rank
     zeros = lambda *shape, dtype=torch.float64: torch.zeros(shape, dtype=dtype, device=device)
     single = lambda *shape: zeros(*shape, dtype=torch.float32)
+    even = table.pairs + table.pairs % 2  # Triton compiles anew for addresses that are no multiples of 16 bytes.
     memory = {
         **{key: zeros(count, r, r) for key in ("unmagnifier", "second_moment", "grams", "inverses", "turns")},
-        "product": zeros(table.pairs, r, r),
-        "delta": zeros(table.pairs),
+        "product": zeros(2, even, r, r),
+        "delta": zeros(2, even),
         "escaped": zeros(count),
         **{key: single(count, r, r) for key in ("preconditioner", "warm")},
         "checksums": single(count, r),
