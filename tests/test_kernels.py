@@ -305,6 +305,16 @@ def test_options_that_change_between_steps():
     assert_alike(runs)
 
 
+def test_a_rate_of_zero_takes_the_place_of_one_that_is_a_tensor():
+    """Where nothing else has changed, gradients lie where they did."""
+    params, optimizer, _ = started()
+    for lr, moves in ((torch.tensor(1e-2, device=DEVICE), True), (0.0, False)):
+        optimizer.param_groups[0]["lr"] = lr
+        before = params[1].detach().clone()
+        optimizer.step()
+        assert torch.equal(params[1], before) == (not moves)
+
+
 class Launches:
     """Counts launches of kernels."""
 

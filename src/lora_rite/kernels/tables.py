@@ -44,10 +44,11 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 def options_of(group: dict[str, Any], rank: int) -> list[float]:
-    """A row of the table; an lr that is a tensor is filled in on the device."""
+    """A row of the table. An lr that is a tensor is filled in on the device; here it is what no number can be, so that one
+    in its place, 0 too, is noticed."""
     lr = group["lr"]
     return [
-        0.0 if isinstance(lr, Tensor) else float(lr),
+        -1.0 if isinstance(lr, Tensor) else float(lr),
         *map(float, (*group["betas"], group["row_beta"], group["eps"], group["relative_eps"], group["damping"])),
         *map(float, (group["weight_decay"], group["clip_unmagnified_grad"], group["update_skipping"])),
         -1.0 if group["maximize"] else 1.0,
