@@ -44,8 +44,8 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 def options_of(group: dict[str, Any], rank: int) -> list[float]:
-    """A row of the table. An lr that is a tensor is filled in on the device; here it is what no number can be, so that one
-    in its place, 0 too, is noticed."""
+    """A row of the table. Where lr is a tensor it is filled in on the device, and here −1: a number that replaces it, 0
+    too, is noticed then."""
     lr = group["lr"]
     return [
         -1.0 if isinstance(lr, Tensor) else float(lr),
