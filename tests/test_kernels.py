@@ -177,6 +177,32 @@ def test_low_precision_is_rounded_by_the_same_noise(dtype):
         assert relative(p.detach(), q.detach()) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("shapes", "layout"),
+    [(((2, 3, 3, 3), (4, 2, 1, 1)), {}), (((6, 9), (7, 6)), {"blocks": 3, "columns": "interleaved"}),
+     pytest.param(((6, 9), (7, 6)), {"blocks": 3, "columns": "side by side"}, marks=pytest.mark.slow),
+     pytest.param(((6, 9), (21, 2)), {"blocks": 3}, marks=pytest.mark.slow)],
+    ids=["convolution", "interleaved", "side_by_side", "one_below_the_other"],
+)  # fmt: skip
+def test_the_noise_belongs_to_the_elements_of_a_parameter(shapes, layout):
+    """Of any shape, and however it holds several factors: two steps in bfloat16 are those of the eager engine, but for
+    elements that float32 decides."""
+    draw = torch.Generator().manual_seed(0)
+    start, *gradients = ([torch.randn(s, generator=draw).bfloat16().to(DEVICE) for s in shapes] for _ in range(3))
+    runs = []
+    for engine in ("triton", "eager"):
+        pair = [torch.nn.Parameter(x.clone()) for x in start]
+        optimizer = LoRARite([{"params": pair, "kind": "lora", **layout}], lr=1e-2, engine=engine)
+        for grads in gradients:
+            for p, g in zip(pair, grads, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+        assert optimizer.report()["engine"] == engine
+        runs.append(torch.cat([p.detach().flatten() for p in pair]))
+    assert not torch.equal(runs[0], torch.cat([x.flatten() for x in start]))
+    assert (runs[0] == runs[1]).double().mean() > 0.95
+
+
 def test_parameters_and_gradients_that_are_views_at_odd_addresses():
     """Also gradients that are not contiguous, and those that move and change their kind from step to step."""
     (start,), (gradients,) = problem([(4, 16, 12)], steps=3)
