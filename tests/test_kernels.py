@@ -127,9 +127,11 @@ def test_large_ranks(r):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [*OPTIONS.values(), {"damping": 3.0}, {"relative_eps": 0.1}])
+@pytest.mark.parametrize(
+    "options", [*(o for o in OPTIONS.values() if o.get("scaling") is None), {"damping": 3.0}, {"relative_eps": 0.1}]
+)
 def test_equals_the_slow_reference(options):
-    """In float64, over 12 steps."""
+    """In float64, over 12 steps. (The reference has no scaling.)"""
     pairs, gradients = problem([(4, 18, 13), (2, 9, 11)], steps=12, zero_b=False)
     settings = {"damping": 20.0, "row_equilibration": True, "relative_eps": 1e-3, **options}
     settings.pop("capturable", None)
