@@ -10,9 +10,14 @@ if not os.environ["CUDA_VISIBLE_DEVICES"]:
 
 import pytest
 import torch
-from engines import ENGINES, use
+from engines import EAGER, ENGINES, made, select, use
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    items[:] = select(items)
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +27,14 @@ def _seeded():
 
 @pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
-    """The name of the engine by which all steps of a test are made: a property holds whichever it is."""
-    use(monkeypatch, request.param)
-    return request.param
+    """The engine by which all steps of a test are made: a property holds whichever it is."""
+    made.clear()
+    use(monkeypatch, ENGINES[request.param])
+    yield ENGINES[request.param]
+    assert made["triton"] or not ENGINES[request.param].kernels, "the kernels have made no step"
+
+
+@pytest.fixture(params=EAGER)
+def eager_engine(request, monkeypatch):
+    """As ``engine``, without the kernels: what these leave to the eager engine holds in all of its ways."""
+    use(monkeypatch, ENGINES[request.param])

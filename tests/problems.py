@@ -25,7 +25,7 @@ def random_matrix(r, condition, seed=0):
 
 def regauged(a, b, k):
     """The same product B·A from other factors: (K⁻¹·A, B·K), computed in float64."""
-    return torch.linalg.solve(k, a.double()).to(a.dtype), (b.double() @ k).to(b.dtype)
+    return torch.linalg.solve(k, a.double()).to(a.dtype).contiguous(), (b.double() @ k).to(b.dtype)
 
 
 def gradients_of_w(steps, m, n, rank=None, seed=0, scale=0.1):

@@ -33,7 +33,7 @@ def change(before, after):
     [({}, 3.0, True, 1e-5), ({}, 1e2, False, 1e-3), ({}, 1e3, False, 1e-3), ({}, 1e4, False, 5e-3),
      (PUBLISHED, 3.0, True, 1e-5), (PUBLISHED, 1e3, False, 2e-4)],
 )  # fmt: skip
-def test_the_step_equals_that_of_float64(options, condition, zero_b, tolerance, engine):
+def test_the_step_equals_that_of_float64(options, condition, zero_b, tolerance, eager_engine):
     """ΔW after 30 steps of float32 factors, against float64 throughout. With float64 algebra alone the error is 4e-7,
     9e-5, 2e-4 and 8e-4, and 4e-7 and 5e-5 with the published settings: the factors are rounded at each step, which
     their condition magnifies."""
@@ -46,7 +46,7 @@ def test_the_step_equals_that_of_float64(options, condition, zero_b, tolerance, 
 
 
 @pytest.mark.parametrize("zero_b", [False, True], ids=["dense", "zero_b"])
-def test_w_does_not_depend_on_the_factorisation(zero_b, engine):
+def test_w_does_not_depend_on_the_factorisation(zero_b, eager_engine):
     """As in test_step, where the bound is 1e-4 with float64 algebra; with gradients of rank 2 too."""
     for rank, tolerance in ((None, 1e-4), (2, 1e-2)):
         gradients = [gradients_of_w(30, 40, 50, rank=rank, seed=3)]
@@ -57,7 +57,7 @@ def test_w_does_not_depend_on_the_factorisation(zero_b, engine):
 
 
 @pytest.mark.parametrize("scale", [1e-10, 1e10])
-def test_w_does_not_depend_on_the_scale_of_the_factors(scale, engine):
+def test_w_does_not_depend_on_the_scale_of_the_factors(scale, eager_engine):
     gradients = [gradients_of_w(20, 20, 30)]
     plain = factors(4, 30, 20, condition=3.0, dtype=torch.float32)
     other = (plain[0] / scale, plain[1] * scale)
@@ -67,7 +67,7 @@ def test_w_does_not_depend_on_the_scale_of_the_factors(scale, engine):
 
 @pytest.mark.parametrize("zero_b", [False, True], ids=["dense", "zero_b"])
 @pytest.mark.parametrize(("r", "n", "m"), [(16, 12, 20), (8, 30, 2), (8, 1, 30), (64, 70, 80)])
-def test_null_directions(r, n, m, zero_b, engine):
+def test_null_directions(r, n, m, zero_b, eager_engine):
     """Of dimensions below the rank, and of B = 0 at a larger rank: against float64 throughout."""
     generator = torch.Generator().manual_seed(1)
     pair = torch.randn(r, n, generator=generator), torch.randn(m, r, generator=generator) * (not zero_b)
@@ -77,7 +77,7 @@ def test_null_directions(r, n, m, zero_b, engine):
     assert relative(got, expected) < 1e-2
 
 
-def test_rounding_noise_is_not_taken_for_a_direction(engine):
+def test_rounding_noise_is_not_taken_for_a_direction(eager_engine):
     gradients = gradients_of_w(30, 40, 50, rank=2, seed=1)
     pair = factors(8, 50, 40, zero_b=True, dtype=torch.float32)
     for options in ({}, PUBLISHED):
@@ -109,7 +109,7 @@ def test_parts_in_float32(condition, r):
 # ----------------------------------------------------------------------------------------------------- where it applies
 
 
-def test_float64_factors_are_computed_in_float64(engine):
+def test_float64_factors_are_computed_in_float64(eager_engine):
     pair, gradients = factors(4, 9, 7), [gradients_of_w(3, 7, 9)]
     plain, single = (train([pair], gradients, **options)[0][0] for options in ({}, SINGLE))
     assert equal(plain, single)

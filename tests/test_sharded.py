@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from engines import use
+from engines import ENGINES, use
 from problems import factors, gradients_of_w, random_matrix, regauged, relative, w
 from torch import nn
 from worlds import assert_passed, checks_of, outcomes
@@ -126,7 +126,7 @@ def check_fsdp2_equals_one_process(size, folder):
 
 def check_fsdp2_equals_one_process_where_factors_are_not_stacked(size, folder):
     with pytest.MonkeyPatch.context() as patch:
-        use(patch, "as_they_lie")
+        use(patch, ENGINES["as_they_lie"])
         check_fsdp2_equals_one_process(size, folder)
 
 

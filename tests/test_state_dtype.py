@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from engines import use
+from engines import ENGINES, use
 from problems import factors, gradients_of_w, random_matrix, regauged, relative, set_gradients, train, w
 from test_numerics import equal
 from test_state import _addresses, _storages, advance, copied, load_into
@@ -43,7 +43,7 @@ def change(before, after):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["f32", "f64", "bf16"])
-def test_the_rest_of_the_state_stays_and_so_does_the_first_step(dtype, engine):
+def test_the_rest_of_the_state_stays_and_so_does_the_first_step(dtype, eager_engine):
     """M begins at zero and is rounded after it has been used: one step is bitwise the same, and all that it leaves but
     M; the memory is 2 bytes an element instead of 4, or of 8."""
     (params, optimizer), (others, plain) = start(dtype, **BF16), start(dtype)
@@ -98,7 +98,7 @@ def test_moments_follow_small_gradients():
 
 @pytest.mark.parametrize("zero_b", [False, True], ids=["dense", "zero_b"])
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
-def test_the_factorisation_matters_by_the_noise_of_rounding_alone(condition, zero_b, engine):
+def test_the_factorisation_matters_by_the_noise_of_rounding_alone(condition, zero_b, eager_engine):
     """In float64, over 30 steps of white noise, at which W is a random walk. M is kept in the orthonormal basis of the
     other factor, so that the size of the noise (2⁻⁸ of M and less) does not depend on the factorisation; its draw
     does: another factorisation turns the basis. A condition of 10⁴ is no worse than a rotation (1.0); between 3.5e-3
@@ -113,13 +113,13 @@ def test_the_factorisation_matters_by_the_noise_of_rounding_alone(condition, zer
 
 
 @pytest.mark.parametrize("elements", [1, 200], ids=["one_by_one", "chunks"])
-def test_noise_does_not_depend_on_the_batch(elements, engine, monkeypatch):
+def test_noise_does_not_depend_on_the_batch(elements, eager_engine, monkeypatch):
     """In float64: other noise would change W by 1e-3. (The same noise in all engines too.)"""
     shapes = [(4, 9, 7)] * 4 + [(8, 9, 12)] * 3 + [(1, 5, 6)]
     pairs = [factors(*shape, condition=4.0, zero_b=i % 3 == 0, seed=i) for i, shape in enumerate(shapes)]
     gradients = [gradients_of_w(12, m, n, seed=i) for i, (_, n, m) in enumerate(shapes)]
     got, _ = train(pairs, gradients, lr=0.01, **BF16)
-    use(monkeypatch, "stacked", segment_elements=elements)
+    use(monkeypatch, ENGINES["stacked"], segment_elements=elements)
     expected, _ = train(pairs, gradients, lr=0.01, **BF16)
     other, _ = train(pairs[::-1], gradients[::-1], lr=0.01, **BF16)  # other positions: other noise
     for one, two, three in zip(got, expected, other[::-1], strict=True):
@@ -128,7 +128,7 @@ def test_noise_does_not_depend_on_the_batch(elements, engine, monkeypatch):
 
 
 @pytest.mark.parametrize("columns", ["interleaved", "side by side", ""], ids=["experts", "block_diagonal_a", "groups"])
-def test_several_pairs_in_a_parameter(columns, engine):
+def test_several_pairs_in_a_parameter(columns, eager_engine):
     """Each as it is alone, to the noise; those without a gradient keep their M bit for bit."""
     pairs = [factors(4, 9, 7, zero_b=i == 1, seed=i) for i in range(3)]
     gradients = [gradients_of_w(8, 7, 9, seed=i) for i in range(3)]
@@ -167,7 +167,7 @@ def test_several_pairs_in_a_parameter(columns, engine):
         assert [torch.equal(x, y) for x, y in zip(one, other, strict=True)] == [False, True, False]
 
 
-def test_one_frozen_factor(engine):
+def test_one_frozen_factor(eager_engine):
     a, b = factors(4, 30, 20)
     runs = []
     for options in (BF16, {}):
@@ -216,7 +216,7 @@ def test_a_change_from_outside_starts_moments_anew_in_their_dtype():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", ["load", "deepcopy", "pickle"])
-def test_resume_is_bitwise(dtype, how, tmp_path, engine):
+def test_resume_is_bitwise(dtype, how, tmp_path, eager_engine):
     params, optimizer = start(dtype, **BF16)
     advance(params, optimizer, 5, seed=1)
     if how == "load":
@@ -285,7 +285,7 @@ def test_a_state_of_fewer_or_more_groups_is_still_refused():
 
 @pytest.mark.parametrize(("first", "then"), [(None, "bfloat16"), ("bfloat16", None)])
 @pytest.mark.parametrize("some", [range(3), [1]], ids=["all", "some"])
-def test_an_option_that_changes_between_steps_converts_what_is_stepped(first, then, some, engine):
+def test_an_option_that_changes_between_steps_converts_what_is_stepped(first, then, some, eager_engine):
     """No memory is kept but the states'; those of other pairs follow with their next step."""
     params, optimizer = start(first_moment_dtype=first)
     advance(params, optimizer, 3, seed=1)
@@ -317,7 +317,7 @@ def test_an_option_that_changes_to_what_there_is_not_is_an_error():
     assert equal(copied(params, optimizer), before)
 
 
-def test_groups_have_each_their_own(engine):
+def test_groups_have_each_their_own(eager_engine):
     """Also one that is added later."""
     pairs = [[torch.nn.Parameter(x) for x in factors(4, 9, 7, dtype=torch.float32, seed=i)] for i in range(3)]
     optimizer = LoRARite([{"params": pairs[0]}, {"params": pairs[1], **BF16}], lr=1e-2)

@@ -16,6 +16,7 @@ from itertools import product
 
 import pytest
 import torch
+from engines import use
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -30,7 +31,7 @@ from hypothesis.stateful import (
 from problems import set_gradients
 from test_numerics import equal, snapshot
 
-from lora_rite import LoRARite, LoRARiteError, NonFiniteError
+from lora_rite import LoRARite, LoRARiteError, NonFiniteError, kernels
 from lora_rite.plan.state import MATRICES
 
 SHAPES = [(4, 9, 7), (2, 5, 8), (8, 4, 3)]
@@ -109,7 +110,9 @@ class World:
 
 
 class Training(RuleBasedStateMachine):
-    world = None
+    """``by_kernels``: begins with what Triton's kernels take."""
+
+    world, by_kernels = None, False
 
     @initialize(
         dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
@@ -117,6 +120,9 @@ class Training(RuleBasedStateMachine):
         options=st.fixed_dictionaries({}, optional=choices),
     )
     def begin(self, dtype, zero_b, options):
+        if self.by_kernels:
+            dtype = torch.float32 if dtype == torch.float64 else dtype
+            options = {key: value for key, value in options.items() if key not in kernels.EAGER_OPTIONS}
         self.world, self.skipped, self.bad_in_a_row = World(dtype, zero_b, options), 0, 0
 
     def step(self):
@@ -427,9 +433,18 @@ OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def any_engine(engine, monkeypatch):
+    """Where the kernels step, the eager engine may between their steps: events lead to what they do not take."""
+    use(monkeypatch, engine, alone=False)
+    monkeypatch.setattr(Training, "by_kernels", engine.kernels)
+    return engine
+
+
 @pytest.mark.parametrize(("runs", "actions"), [(10, 15), pytest.param(70, 50, marks=pytest.mark.slow)])
-def test_any_sequence_of_events(runs, actions, engine):
-    """So many runs of at most so many actions."""
+def test_any_sequence_of_events(runs, actions, any_engine):
+    """So many runs of at most so many actions, by the kernels fewer."""
+    runs, actions = any_engine.choose((runs, actions), kernels=(2 + runs // 20, actions // 3))
     run_state_machine_as_test(Training, settings=settings(max_examples=runs, stateful_step_count=actions, **OPTIONS))
 
 
@@ -462,7 +477,7 @@ EVENTS = {
 
 
 @pytest.mark.parametrize("event", EVENTS)
-def test_each_event_between_two_steps(event, engine):
+def test_each_event_between_two_steps(event, any_engine):
     """No plan that is kept from the first step is stale in the event's own or in the last."""
     for how in EVENTS[event]:
         training = Training()

@@ -23,7 +23,7 @@ MAX_RANK = 64
 SMALL_RANK, SHARED = 32, {torch.float64: 128, torch.float32: 96}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Options of a group, and what they ask for that the kernels do not do.
-_EAGER_OPTIONS = ("apply_escape", "update_capping", "balance_param", "first_moment_dtype")
+EAGER_OPTIONS = ("apply_escape", "update_capping", "balance_param", "first_moment_dtype")
 
 #: Whether launches do nothing, on CPU tensors, see :mod:`lora_rite.bench.pretended`.
 pretended = False
@@ -41,7 +41,7 @@ def supports(plan: Plan) -> str | None:
     """None where the kernels can make the steps of a plan (which has buckets), else the reason why these stay with the
     eager engine."""
     for bucket in plan.buckets:
-        for option in _EAGER_OPTIONS:
+        for option in EAGER_OPTIONS:
             if bucket.group.get(option):
                 return option
     if plan not in _reasons:  # What a plan rests on is looked at once: its marks are compared in each step.

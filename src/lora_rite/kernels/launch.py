@@ -2,12 +2,12 @@
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from itertools import chain
 from operator import or_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -53,7 +53,7 @@ class Kernels:
         self.looked_at: list[int] = []
         self.aligned: list[bool] = []
         parts = {id(bucket): part for launch, buckets in both for bucket, part in _parts(launch, buckets)}
-        self.parts = [parts[id(bucket)] for bucket in plan.buckets]
+        self.parts, self.turn = [parts[id(bucket)] for bucket in plan.buckets], 0
 
     def _new_table(self) -> tuple[Tensor, Tensor, Tensor]:
         """The table on the device, its part of float64 numbers, and pinned memory for it on the host."""
@@ -141,9 +141,13 @@ class Kernels:
             flags=torch.cat([flags[0], more, flags[1]]) if others else flags.view(-1),
             ok=self.ok.view(torch.bool)[0],
             norm=self.norm,
-            products=[(s, delta) for _, s, delta in self.parts if s is not None and delta is not None],
-            kept=[kept for kept, *_ in self.parts],
-            moves=[lambda _, kept=gradients: self._move(addresses, numbers)],
+            products=[
+                (part.launch.product[self.turn, part.pairs], part.launch.delta[self.turn, part.pairs, None, None])
+                for part in self.parts
+                if part.group["damping"] and not part.one_sided
+            ],
+            kept=[part.launch.kept[2 * part.pairs.start : 2 * part.pairs.stop] for part in self.parts],
+            moves=[lambda _, kept=gradients: self._move(addresses, numbers, capturable)],
             engine="triton",
             counted=True,
         )
@@ -165,8 +169,8 @@ class Kernels:
             launch.factors,
             numbers,
             launch.unmagnifier,
-            launch.product,
-            launch.delta,
+            launch.product[self.turn],
+            launch.delta[self.turn],
             self.flags,
             self.num_pairs,
             **small,
@@ -187,8 +191,11 @@ class Kernels:
             launch.escaped, launch.gates, self.flags, launch.noise, **small,
         )  # fmt: skip
 
-    def _move(self, addresses: Tensor, numbers: Tensor) -> None:
+    def _move(self, addresses: Tensor, numbers: Tensor, capturable: bool) -> None:
         """The second half, which writes where ``ok`` is set on the device."""
+        if not capturable:
+            # Else the next step would overwrite S and δ, which are reported, also where it is skipped.
+            self.turn = 1 - self.turn
         with self._on_device():
             for launch, aligned, (tall, small) in zip(self.launches, self.aligned, self.options, strict=True):
                 count, tiles = (len(launch.factors),), (len(launch.tiles),)
@@ -217,14 +224,17 @@ class Kernels:
                 )  # fmt: skip
 
 
-def _parts(launch: Launch, buckets: list[Bucket]) -> list[tuple[Bucket, tuple[Tensor, Tensor | None, Tensor | None]]]:
-    """Of each bucket ``kept`` (2p,), and S (p, r, r) and δ (p, 1, 1) where there is damping."""
-    found, pair = [], 0
+class _Part(NamedTuple):
+    """Where the pairs of a bucket are in its launch."""
+
+    group: dict[str, Any]
+    one_sided: bool
+    launch: Launch
+    pairs: slice
+
+
+def _parts(launch: Launch, buckets: list[Bucket]) -> Iterator[tuple[Bucket, _Part]]:
+    pair = 0
     for bucket in buckets:
-        n = bucket.count
-        own = slice(pair, pair + n)
-        damped = bool(bucket.group["damping"]) and not bucket.one_sided
-        product = (launch.product[own], launch.delta[own, None, None]) if damped else (None, None)
-        found.append((bucket, (launch.kept[2 * pair : 2 * (pair + n)], *product)))
-        pair += n
-    return found
+        yield bucket, _Part(bucket.group, bucket.one_sided, launch, slice(pair, pair + bucket.count))
+        pair += bucket.count

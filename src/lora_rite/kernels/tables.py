@@ -44,10 +44,11 @@ DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: 
 
 
 def options_of(group: dict[str, Any], rank: int) -> list[float]:
-    """A row of the table; an lr that is a tensor is filled in on the device."""
+    """A row of the table. Where lr is a tensor it is filled in on the device, and here −1: a number that replaces it, 0
+    too, is noticed then."""
     lr = group["lr"]
     return [
-        0.0 if isinstance(lr, Tensor) else float(lr),
+        -1.0 if isinstance(lr, Tensor) else float(lr),
         *map(float, (*group["betas"], group["row_beta"], group["eps"], group["relative_eps"], group["damping"])),
         *map(float, (group["weight_decay"], group["clip_unmagnified_grad"], group["update_skipping"])),
         -1.0 if group["maximize"] else 1.0,
@@ -73,7 +74,8 @@ class Launch:
     aligned   whether addresses of their moments are multiples of 16 bytes, and all strides of 4 elements
     addresses where those of their parameters and gradients are among all of the plan
     unmagnifier, second_moment, grams, inverses (of K_w), turns (c, to the new basis) (F, r, r)   in ``algebra``
-    product (P, r, r), delta (P,), escaped (F,)   float64
+    escaped (F,); of the last step that was made and of the present one, product (2, P or P + 1, r, r), delta
+              (2, P or P + 1)   float64
     preconditioner (and then K), warm (F, r, r), checksums (F, r), scales (F, 2), squares (rows,), row_partial (T,)
               float32
     partial   (T·(2r² + 1),) float32, of ``measure`` and then of ``apply``
@@ -196,13 +198,14 @@ def _launch(
     single = lambda *shape: zeros(*shape, dtype=torch.float32)
     elements = 4 if dtype == gradient_dtype == torch.float32 else 8
     sizes = [r, *(row[ROWS.value] for row in table.factors)]
+    even = table.pairs + table.pairs % 2  # Triton compiles anew for addresses that are no multiples of 16 bytes.
     memory = {
         **{
             key: zeros(count, r, r, dtype=algebra)
             for key in ("unmagnifier", "second_moment", "grams", "inverses", "turns")
         },
-        "product": zeros(table.pairs, r, r),
-        "delta": zeros(table.pairs),
+        "product": zeros(2, even, r, r),
+        "delta": zeros(2, even),
         "escaped": zeros(count),
         **{key: single(count, r, r) for key in ("preconditioner", "warm")},
         "checksums": single(count, r),
