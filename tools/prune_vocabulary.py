@@ -59,7 +59,8 @@ def prune(model: str, out: Path, recipe: Path, data_dir: Path | None = None) -> 
     tasks = load_recipe(recipe).tasks.values()
     samples = [s for task in tasks for part in read_data(task, data_dir).values() for s in part]
     texts = {text for sample in samples for text in _texts(sample, recipe)}
-    network, tokenizer = load_model(model) if file is None else (None, _gguf_tokenizer(file))
+    loaded: Any = load_model(model) if file is None else (None, _gguf_tokenizer(file))
+    network, tokenizer = loaded
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     encoded = {text: _tokens(tokenizer, text) for text in sorted(texts)}  # minutes, of long texts
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
@@ -179,13 +180,10 @@ def _find_gguf(model: str) -> Path | None:
     """The GGUF file that a model is, or that its folder holds; None of any other model."""
     from transformers.utils import cached_file
 
-    folder = Path(model)
-    files = sorted(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").is_file() else []
-    if len(files) > 1:
-        raise LoRARiteValueError(f"{model} holds {len(files)} GGUF files: name one")
     with blame(model):
-        place, options = locate(str(files[0]) if files else model)
-        return Path(cached_file(place, options["gguf_file"])) if options else None
+        place, options = locate(model)
+        file: Any = cached_file(place, options["gguf_file"]) if options else None
+        return file and Path(file)
 
 
 def _gguf_tokenizer(file: Path) -> Any:
@@ -207,7 +205,7 @@ def _write_gguf(source: Path, target: Path, kept: list[int]) -> None:
     new, names = {i: place for place, i in enumerate(kept)}, {tokens[i] for i in kept}
     changed, removed = {}, []
     for name, field in reader.fields.items():
-        value = field.contents()
+        value: Any = field.contents()
         if name == gguf.Keys.LLM.VOCAB_SIZE.format(arch=architecture):
             value = len(kept)
         elif name == keys.MERGES:
@@ -227,7 +225,8 @@ def _write_gguf(source: Path, target: Path, kept: list[int]) -> None:
         for table in (gguf.MODEL_TENSOR.TOKEN_EMBD, gguf.MODEL_TENSOR.OUTPUT, gguf.MODEL_TENSOR.PER_LAYER_TOKEN_EMBD)
         for part in ("weight", "bias")
     }
-    reader.tensors = [t._replace(data=t.data[kept]) if t.name in tables else t for t in reader.tensors]
+    rows = lambda tensor: tensor.data[kept] if tensor.name in tables else tensor.data
+    reader.tensors = [t._replace(data=rows(t), n_bytes=rows(t).nbytes) for t in reader.tensors]
     writer = gguf.GGUFWriter(target, architecture, endianess=reader.endianess)
     writer.data_alignment = reader.alignment
     copy_with_new_metadata(reader, writer, changed, removed)
@@ -245,8 +244,7 @@ def main(words: list[str] | None = None) -> int:
     except (LoRARiteError, OSError) as error:
         print(f"prune_vocabulary: error: {error}", file=sys.stderr)
         return 2
-    model = options.out / GGUF if (options.out / GGUF).is_file() else options.out
-    print(f"{model}: {after:,} of {before:,} tokens; take it as train.model of {options.recipe}")
+    print(f"{options.out}: {after:,} of {before:,} tokens; take it as train.model of {options.recipe}")
     return 0
 
 
