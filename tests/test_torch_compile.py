@@ -52,10 +52,11 @@ def train(model, data, tmp_path, tmp_path_factory, monkeypatch):
     """Trains by the command line into tmp_path/NAME; gives the result, or the exit code where it is not 0."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
 
-    def run(*words, name="run", text="text.txt"):
+    def run(*words, name="run", text="text.txt", anew=True):
         out = tmp_path / name
-        torch._dynamo.reset()
-        counters.clear()
+        if anew:
+            torch._dynamo.reset()
+            counters.clear()
         given = ["train", "--model", model, "--data", data / text, "--out", out, *WORDS, *words]
         return main([str(word) for word in given]) or json.loads((out / "result.json").read_text())
 
@@ -99,6 +100,16 @@ def test_a_compiled_run_is_the_same_run(train, tmp_path, backend):
     assert resumed["losses"] == result["losses"]
     again = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("backend", ["eager"], indirect=True)
+def test_the_next_run_of_a_process_has_its_graphs(train, backend):
+    """As the runs of a study have them, of other optimizers, rates and seeds: nothing is compiled anew."""
+    words = ("--bf16", "--torch_compile", "default", "--eval_limit", 4)
+    train(*words, name="first")
+    graphs = counters["stats"]["unique_graphs"]
+    train(*words, "--optimizer", "adamw", "--seed", 1, name="second", anew=False)
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_other_lengths_are_compiled_once_more(train, backend):
