@@ -202,7 +202,8 @@ def _write_gguf(source: Path, target: Path, kept: list[int]) -> None:
     architecture, keys = get_field_data(reader, gguf.Keys.General.ARCHITECTURE), gguf.Keys.Tokenizer
     tokens = get_field_data(reader, keys.LIST)
     kept = [i for i in kept if i < len(tokens)]  # transformers adds special tokens that the file has not
-    new, names = {i: place for place, i in enumerate(kept)}, {tokens[i] for i in kept}
+    new: dict[Any, int] = {i: place for place, i in enumerate(kept)}
+    names = {tokens[i] for i in kept}
     changed, removed = {}, []
     for name, field in reader.fields.items():
         value: Any = field.contents()
