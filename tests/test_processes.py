@@ -393,6 +393,7 @@ def test_a_sharded_run_of_other_kinds(data, tmp_path):
         ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "asks for fsdp_offload_params: "),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "by --gradient_checkpointing"),
         ({}, {"load_in_4bit": True}, "--load_in_4bit: FSDP2 does not share out quantised weights"),
+        ({}, {"torch_compile": "default"}, "--torch_compile: FSDP2's parameters would get other names"),
         ({}, {"modules_to_save": "lm_head"}, "--modules_to_save: FSDP2 takes no copy of base_model.model."),
         ({}, {}, "accelerate shards a model by FSDP2 on GPUs alone: launch without FSDP"),
     ],
@@ -490,10 +491,11 @@ def test_the_functions_of_what_is_one_process_say_so_too(path, arguments, data, 
         ("ACCELERATE_USE_DEEPSPEED", "accelerate's config asks for DeepSpeed: lora-rite train runs by DDP"),
         ("ACCELERATE_USE_MEGATRON_LM", "asks for Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "asks for a parallelism config"),
+        ("ACCELERATE_DYNAMO_BACKEND", "asks for dynamo (inductor): lora-rite train compiles by --torch_compile"),
     ],
 )
 def test_what_else_accelerate_launches_is_refused(variable, message, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(variable, "true")
+    monkeypatch.setenv(variable, "INDUCTOR" if "DYNAMO" in variable else "true")
     assert main(words(data, tmp_path / "run")) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

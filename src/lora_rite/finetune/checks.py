@@ -11,7 +11,7 @@ from ..inputs import blame, suffix
 from ..options import LR
 from ..run.checkpoints import checkpoints
 from ..run.files import LOCK, read_json
-from ..run.processes import sharded
+from ..run.processes import sharded, uses_cpu
 from ..run.settings import PLACES, RESULT, changes, read_settings, refuse_changes
 from .load import module_names
 from .optimizers import check_arguments, check_optimizer
@@ -53,6 +53,8 @@ def check_options(options: SimpleNamespace) -> dict[str, Any]:
         options.steps = DEFAULT_STEPS if options.steps is None else options.steps
     check_steps(options, options.steps or DEFAULT_STEPS)  # of epochs, they are not known yet
     _check_reporter(options.report_to)
+    if options.torch_compile is not None:
+        _check_compiler(f"--torch_compile {options.torch_compile}")
     if options.chat_template is not None:  # whether it can be used is seen with the model's tokenizer
         with blame(f"--chat_template {options.chat_template}"):
             read_text(options.chat_template)
@@ -96,6 +98,10 @@ def _check_together(options: SimpleNamespace) -> None:
         raise LoRARiteValueError(f"--load_in_{bits}bit: a GGUF file is dequantised as it is loaded")
     if bits is not None and sharded():
         raise LoRARiteValueError(f"--load_in_{bits}bit: FSDP2 does not share out quantised weights; train them by DDP")
+    if options.torch_compile is not None and sharded():
+        raise LoRARiteValueError(
+            "--torch_compile: FSDP2's parameters would get other names; train by DDP, or leave it out"
+        )
     if options.packing and options.attn_implementation == "flash_attention_2":
         raise LoRARiteValueError(
             "--packing keeps examples apart by a mask, which flash_attention_2 does not take: --attn_implementation "
@@ -147,6 +153,15 @@ def _check_reporter(report_to: str) -> None:
     with blame(f"--report_to {report_to}"):
         for callback in get_reporting_integration_callbacks(names):
             callback()  # raises where its package is missing
+
+
+def _check_compiler(option: str) -> None:
+    """Compiles a sum for the device of the run: without it, a missing compiler would be found in the first step."""
+    import torch
+
+    device = "cpu" if uses_cpu() else torch.accelerator.current_accelerator()
+    with blame(f"{option}: torch.compile does not work here"):
+        torch.compile(torch.add)(torch.ones(2, device=device), 1)
 
 
 def _check_ranges(settings: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response:\n",
 )
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LISTS = {"shorter": "prompts", "others": "completions"}
 
 
@@ -293,7 +295,7 @@ def _has_content(message: dict[str, Any]) -> bool:
 def _check_text(value: Any, what: str) -> None:
     if not isinstance(value, str):
         raise LoRARiteValueError(f"{what} must be a string, got a {type(value).__name__}")
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if _SURROGATE.search(value):
         raise LoRARiteValueError(f"{what} is not Unicode text: it has half of a surrogate pair")
 
 

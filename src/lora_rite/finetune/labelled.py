@@ -36,6 +36,7 @@ def predict_labelled(network: Any) -> bool:
         return False
     chosen = threading.local()  # DataParallel's replicas are threads that share these hooks
 
+    @torch.compiler.disable  # how many positions there are, a compiled graph cannot ask
     def choose(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         chosen.positions = None
         if (labels := kwargs.get("labels")) is None:

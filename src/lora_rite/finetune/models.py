@@ -49,15 +49,20 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
     """Where transformers finds a model: the first argument of ``from_pretrained``, and further ones by name.
 
     "tiny" is the folder of the embedded model. A GGUF file, local or in a repository on the hub
-    (``owner/name/file.gguf``), is its folder or repository and ``gguf_file``. Anything else is a hub id or a folder.
+    (``owner/name/file.gguf``), is its folder or repository and ``gguf_file``; so is a folder that holds one, and no
+    config.json. Anything else is a hub id or a folder.
 
     Raises:
-        LoRARiteValueError: no such file, or it is not a GGUF file.
+        LoRARiteValueError: no such file, it is not a GGUF file, or the folder holds several.
         ImportError: GGUF files need the extra.
     """
     path = Path(model)
     if model == "tiny":
         return str(TINY), {}
+    if path.is_dir() and not (path / "config.json").is_file() and (files := sorted(path.glob("*.gguf"))):
+        if len(files) > 1:
+            raise LoRARiteValueError(f"the folder holds {len(files)} GGUF files: name one, as {files[0]}")
+        path = files[0]
     named = suffix(path) == ".gguf" and not path.is_dir()
     if not named and not (path.is_file() and _is_gguf(path)):
         return model, {}

@@ -1,14 +1,12 @@
 """``lora-rite train``: LoRA fine-tuning of a language model on transformers' Trainer."""
 
 import math
-import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from ..errors import LoRARiteValueError
-from ..inputs import blame
 from ..optim.modes import evaluating
 from ..run import checkpoints, digest, processes
 from ..run.console import bars
@@ -17,29 +15,16 @@ from ..run.processes import gather, is_main, on_main, together
 from ..run.run import Run, crash_safe
 from ..run.shards import unshard_trained
 from ..run.versions import versions
-from .chats import set_chat_template
-from .checks import (
-    DEFAULT_LR,
-    NEW_ADAPTER,
-    OURS,
-    check_options,
-    check_steps,
-    finished_result,
-    raised_steps,
-    refuse_clipping,
-    weights_of,
-)  # fmt: skip
-from .header import announce, busy, describe, show
-from .labelled import predict_labelled
-from .load import attach_adapter, check_attaching, check_sharded, load_model, place_quantised, set_attention
-from .optimizers import check_optimizer
+from .checks import check_options, finished_result, raised_steps
+from .header import announce, describe, show
 from .outcome import outcome
 from .plans import adapter_digest
-from .preview import describe_windows, show_examples
+from .prepare import attach, load
+from .preview import show_examples
 from .publish import check_push, export, push
-from .reading import Examples, read, say
+from .reading import Examples, read
 from .trainer import add_callbacks, held_out_loss, log_entries, make_trainer
-from .windows import IGNORED, Windows, make_windows
+from .windows import IGNORED, Windows
 
 
 def train(
@@ -50,7 +35,7 @@ def train(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None, bf16: bool = False,
     load_in_4bit: bool = False, load_in_8bit: bool = False,
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool = False, torch_compile: Literal["default", "reduce-overhead"] | None = None,
     adapter: Path | None = None, rank: int = 16, alpha: float | None = None,
     target_modules: str | list[str] = "all-linear", modules_to_save: str | list[str] | None = None,
     dropout: float = 0.0, dora: bool = False, rslora: bool = False,
@@ -96,6 +81,10 @@ def train(
             model's own.
         gradient_checkpointing: keep each layer's input alone and compute the rest again for the gradient: less memory,
             about a third more time, the same result.
+        torch_compile: have torch.compile make kernels of the training pass: default, or reduce-overhead, which on a GPU
+            captures them in CUDA graphs. The first step waits for that, and so does the first batch of another length,
+            so that it is for long runs, best where all windows are full (text, packing). Losses stay the same up to
+            rounding; held-out losses are measured without it.
         adapter: folder of a PEFT adapter to go on from, instead of a new one; it has its own rank and modules.
         rank: rank of the adapter.
         alpha: LoRA's alpha (the adapter is scaled by alpha/rank); by default the rank.
@@ -208,83 +197,6 @@ class _Prepared(NamedTuple):
     run: dict[str, Any]
 
 
-def _load(options: SimpleNamespace, examples: Examples) -> tuple[Any, Any, Windows, Windows, int]:
-    """The model, its tokenizer, the windows to train on and to measure the held-out loss on, and how many there were of
-    the latter before ``eval_limit``."""
-    from .limits import check_windows
-
-    made: list[Windows] = []
-
-    def check(tokenizer: Any, config: Any) -> None:
-        made.extend(_make_windows(options, examples, tokenizer, config.is_encoder_decoder))
-        names = {key: getattr(options, key) for key in ("adapter", "target_modules", "modules_to_save")}
-        check_attaching(config, options.trust_remote_code, **names)
-
-    dtype, options.bits = weights_of(vars(options))
-    network, tokenizer = load_model(
-        options.model,
-        dtype=dtype,
-        bits=options.bits,
-        attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code,
-        progress=options.progress,
-        check=check,
-    )
-    train, held_out = made
-    with busy("trying the model on a few tokens", options.progress):
-        check_windows(made, network, tokenizer, options.model, packing=options.packing)
-    set_attention(network, options.attn_implementation)
-    there = len(held_out.rows)
-    if 0 < options.eval_limit < there:  # the same for all seeds and optimizers
-        chosen = sorted(random.Random(0).sample(range(there), options.eval_limit))
-        held_out = held_out._replace(rows=[held_out.rows[i] for i in chosen])
-    if options.group_by_length:
-        held_out.rows.sort(key=lambda row: len(row["input_ids"]))
-    return network, tokenizer, train, held_out, there
-
-
-def _make_windows(options: SimpleNamespace, examples: Examples, tokenizer: Any, encoder_decoder: bool) -> list[Windows]:
-    """The windows to train on and those held out, before the weights are loaded; from them follow the steps, where
-    epochs are given."""
-    if options.chat_template is not None:
-        set_chat_template(tokenizer, options.chat_template)
-    how = {"encoder_decoder": encoder_decoder, "packing": options.packing}
-    with busy("making tokens of the data", options.progress):
-        made = make_windows(examples.parts, tokenizer, options.model, options.max_length, **how)
-    for name, part, found in zip(("training", "held out"), examples.parts, made, strict=True):
-        say(options, describe_windows(name, part, found, options.max_length, encoder_decoder))
-    if options.epochs is not None:
-        batches = math.ceil(len(made[0].rows) / (options.batch_size * processes.count()))
-        options.steps = math.ceil(options.epochs * math.ceil(batches / options.accumulation))
-        check_steps(options, options.steps)
-    return made
-
-
-def _attach(options: SimpleNamespace, network: Any) -> Any:
-    """The network with the adapter of the options, and the optimizer checked on it."""
-    from transformers import set_seed
-
-    from .. import LoRARite
-
-    set_seed(options.seed)
-    new = {key: getattr(options, key) for key in NEW_ADAPTER}
-    network = attach_adapter(network, adapter=options.adapter, **new)
-    place_quantised(network)
-    config = network.peft_config[network.active_adapter]
-    check_sharded(network)
-    if options.optimizer in OURS and (config.modules_to_save or getattr(config, "use_dora", False)):
-        options.optimizer_args = {"adamw_lr": DEFAULT_LR["adamw"], **(options.optimizer_args or {})}
-    made = check_optimizer(network, options.optimizer, options.lr, options.weight_decay, options.optimizer_args)
-    if isinstance(made, LoRARite):
-        refuse_clipping(options.max_grad_norm)
-    predict_labelled(network)
-    if options.gradient_checkpointing:
-        with blame("--gradient_checkpointing"):  # not by the Trainer's argument, which has another name from version 6
-            enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-    return network
-
-
 def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
     """Loads the model, makes windows of the examples and the Trainer, which is the first to write into the folder."""
     import torch
@@ -294,7 +206,7 @@ def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
     from .. import LoRARiteCallback
     from .batches import Rows, divides_by_items, shared_batches
 
-    network, tokenizer, train, held_out, there = _load(options, examples)
+    network, tokenizer, train, held_out, there = load(options, examples)
     dtype = network.dtype
     weights = tqdm(
         sorted(network.state_dict().items()), "checking the weights", leave=False, disable=not options.progress
@@ -304,7 +216,7 @@ def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
         "tokens": digest.digest_rows(train.rows, held_out.rows),
         **({} if options.adapter is None else {"adapter": adapter_digest(options.adapter)}),
     }
-    network = _attach(options, network)
+    network = attach(options, network)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     with locked(options.out):
         pass  # the Trainer makes folders: from here on, the folder is known as one of ours
@@ -323,6 +235,7 @@ def _prepare(options: SimpleNamespace, examples: Examples) -> _Prepared:
         save_total_limit=None,  # rotation is ours: it counts checkpoints that verify
         report_to=options.report_to,
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
+        **({} if options.torch_compile is None else {"torch_compile_mode": options.torch_compile, "tf32": False}),
     )
 
     if trainer.model_accepts_loss_kwargs:

@@ -184,7 +184,8 @@ def _learnt(example: Sample) -> str:
 
 def label_count(rows: Sequence[Row], encoder_decoder: bool) -> int:
     """Tokens that carry loss. In a causal model nothing predicts a window's first one."""
-    return sum(label != IGNORED for row in rows for label in row["labels"][0 if encoder_decoder else 1 :])
+    labels = (row["labels"] if encoder_decoder else row["labels"][1:] for row in rows)
+    return sum(len(found) - found.count(IGNORED) for found in labels)
 
 
 def _cut(stream: list[int], length: int, head: list[int]) -> Iterator[Row]:

@@ -41,6 +41,8 @@ SYNONYMS = {
     "iters": "steps",
     "steps_per_eval": "eval_every",
     "grad_checkpoint": "gradient_checkpointing",
+    "torch_compile_mode": "torch_compile",
+    "compile": "torch_compile",
     "max_tokens": "max_new_tokens",
 }
 _KINDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "Path": "a path",

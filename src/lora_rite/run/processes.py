@@ -62,6 +62,9 @@ def check_several() -> None:
     for key, name in _OTHER.items():
         if _is_set(key):
             raise LoRARiteValueError(f"accelerate's config asks for {name}: lora-rite train runs by DDP or FSDP2")
+    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
+        advice = "lora-rite train compiles by --torch_compile"
+        raise LoRARiteValueError(f"accelerate's config asks for dynamo ({backend.lower()}): {advice}")
     if not sharded():
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
