@@ -791,5 +791,5 @@ def test_python_of_a_step_without_a_card(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env={**environment, "TRITON_INTERPRET": "0"})
     assert run.returncode == 0, run.stderr
     (case,) = json.loads((tmp_path / "host.json").read_text())["cases"]
-    assert [row["part"] for row in case["rows"]][-2:] == ["LoRARite (triton)", "AdamW (foreach)"]
+    assert [row["part"] for row in case["rows"]][3:] == ["LoRARite (triton)", "AdamW (foreach)", "AdamW (fused)"]
     assert all(row["seconds"] > 0 for row in case["rows"])

@@ -16,7 +16,7 @@ from ..invariance.problems import Shapes
 from ..optim.engines import check_engine
 from ..plan.pairs import Shape
 from .cases import check
-from .contenders import WARM_UP, TimedOptimizer
+from .contenders import BASELINE, WARM_UP, TimedOptimizer
 from .pretended import pretended_card
 from .watch import spread
 
@@ -30,8 +30,8 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def bench_host(pairs: list[int], width: int, rank: int, rounds: int, engine: str) -> dict[str, Any]:
-    """LoRARite and foreach AdamW on so many pairs of one shape, in one thread of a CPU, in float32. With the engine
-    "triton", LoRARite prepares its launches for a GPU that is not there (:mod:`lora_rite.bench.pretended`).
+    """LoRARite and AdamW, foreach and fused, on so many pairs of one shape, in one thread of a CPU, in float32. With
+    the engine "triton", LoRARite prepares its launches for a GPU that is not there (:mod:`lora_rite.bench.pretended`).
 
     Returns:
         ``cases`` with ``pairs``, ``width``, ``rank`` and ``rows``: ``part``, ``seconds`` (median over rounds, and
@@ -59,12 +59,13 @@ def measure(shapes: Shapes, rounds: int, engine: str) -> list[dict[str, Any]]:
     """The rows of :func:`bench_host`: parts of LoRARite's step that touch no factor, and whole steps."""
     torch.manual_seed(0)
     ours = OURS[engine]
-    rite, adamw, idle = (TimedOptimizer(name, shapes, torch.float32, "cpu") for name in (ours, FOREACH, ours))
+    names = (ours, FOREACH, BASELINE, ours)
+    rite, foreach, fused, idle = (TimedOptimizer(name, shapes, torch.float32, "cpu") for name in names)
     for p in idle.params:
         p.grad = None
-    work = {**_parts(rite.optimizer), ours: rite.step, FOREACH: adamw.step}
+    work = {**_parts(rite.optimizer), ours: rite.step, FOREACH: foreach.step, BASELINE: fused.step}
     without = {**_parts(idle.optimizer), ours: idle.step}
-    names = (*PARTS, "bookkeeping", ours, FOREACH)
+    names = (*PARTS, "bookkeeping", ours, FOREACH, BASELINE)
     times: dict[str, list[float]] = {name: [] for name in names}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no parameter of this optimizer has had a gradient")

@@ -96,7 +96,7 @@ def bench_host(
     engine: Literal["eager", "triton"] = "eager",
     out: Path | None = None,
 ) -> None:
-    """Measures what a step costs in Python: planning, checks and bookkeeping, beside whole steps and foreach AdamW's.
+    """Measures what a step costs in Python: planning, checks and bookkeeping, beside whole steps and AdamW's.
 
     In float32 and one thread of a CPU; times are processor time. With the engine triton no GPU is needed: its launches
     are prepared for one of compute capability 9.0, and nothing is launched.
