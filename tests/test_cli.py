@@ -16,7 +16,7 @@ pytest.importorskip("jsonargparse")
 import torch  # noqa: E402
 
 from lora_rite.cli import main  # noqa: E402
-from lora_rite.finetune import train as train_module  # noqa: E402
+from lora_rite.finetune import prepare as prepare_module  # noqa: E402
 from lora_rite.study import demo as demo_module  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -56,7 +56,7 @@ def test_train_writes_an_adapter_and_the_figures(optimizer, data, tmp_path, caps
     if optimizer == "lora-rite":
         assert result["optimizer"]["report"]["pairs_preconditioned"] == result["optimizer"]["report"]["pairs"] == 35
         assert "lora_rite/damped_share" in result["log"][1]
-    network, _ = train_module.load_model("tiny")
+    network, _ = prepare_module.load_model("tiny")
     network = peft.PeftModel.from_pretrained(network, str(out / "adapter"))
     loaded = [p for n, p in network.named_parameters() if "lora_B" in n]
     assert all(p.any() for p in loaded)
@@ -364,7 +364,7 @@ def test_pairs(tmp_path, capsys):
         f"  5 × {layer.format('q', 192)}",
         f"  5 × {layer.format('v', 96)}",
     ]
-    network = train_module.attach_adapter(train_module.load_model("tiny")[0], rank=2)
+    network = prepare_module.attach_adapter(prepare_module.load_model("tiny")[0], rank=2)
     network.save_pretrained(str(tmp_path / "adapter"))
     assert run("pairs", "--adapter", tmp_path / "adapter") == 0
     lines = capsys.readouterr().out.splitlines()

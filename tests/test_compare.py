@@ -24,6 +24,7 @@ import torch
 
 from lora_rite import LoRARiteValueError, NonFiniteError
 from lora_rite.cli import main
+from lora_rite.finetune import prepare as prepare_module
 from lora_rite.finetune import train as train_module
 from lora_rite.finetune.load import load_model
 from lora_rite.run.files import write_json
@@ -504,7 +505,7 @@ def test_runs_of_a_seed_have_the_same_adapter_and_batches(recipe, tmp_path, monk
     (tmp_path / "noisy_optimizer.py").write_text(textwrap.dedent(NOISY))
     monkeypatch.syspath_prepend(str(tmp_path))
     seen: dict[tuple[str, int], list] = {}
-    original_attach = train_module.attach_adapter
+    original_attach = prepare_module.attach_adapter
 
     def attach(*args, **kwargs):
         network = original_attach(*args, **kwargs)
@@ -524,7 +525,7 @@ def test_runs_of_a_seed_have_the_same_adapter_and_batches(recipe, tmp_path, monk
         current[:] = [(options["out"].parts[-2], options["seed"])]
         return original_train(**options)
 
-    monkeypatch.setattr(train_module, "attach_adapter", attach)
+    monkeypatch.setattr(prepare_module, "attach_adapter", attach)
     monkeypatch.setattr(Trainer, "training_step", step)
     monkeypatch.setattr(runner, "train", train)
     text = RECIPE[: RECIPE.index("optimizers:")] + textwrap.dedent(
@@ -631,14 +632,14 @@ def test_on_another_machine_a_stopped_run_starts_from_its_beginning(stopped, mon
 
 def test_other_weights_under_a_study_are_refused_in_its_own_words(stopped, monkeypatch, capsys):
     folder, go_on, _ = stopped
-    load = train_module.load_model
+    load = prepare_module.load_model
 
     def other_weights(*args, **kwargs):
         network, tokenizer = load(*args, **kwargs)
         network.get_input_embeddings().weight.data[3, 3] += 1e-3
         return network, tokenizer
 
-    monkeypatch.setattr(train_module, "load_model", other_weights)
+    monkeypatch.setattr(prepare_module, "load_model", other_weights)
     assert go_on(folder) == (2, [])
     error = capsys.readouterr().err
     assert "base_weights: " in error

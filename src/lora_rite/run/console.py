@@ -37,7 +37,7 @@ def number(count: int, what: str) -> str:
 def shows_bars(progress: bool) -> bool:
     """Whether there are progress bars: where they are wanted and stderr is a terminal. In a file, a pipe or a notebook
     each state of a bar would stay."""
-    return progress and sys.stderr.isatty()
+    return progress and sys.stderr is not None and sys.stderr.isatty()
 
 
 @contextmanager
