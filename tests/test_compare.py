@@ -459,7 +459,7 @@ def test_adamw_is_clipped_at_one_and_we_by_ourselves(recipe, tmp_path, monkeypat
         ({"lr: [0.02]": "lr: []"}, "optimizers.LoRA-RITE.lr"),
         ({"lr: [0.02]": "lr: [-1]"}, "optimizers.LoRA-RITE.lr"),
         ({"{data: DATA}": "{task: sums}"}, "no task sums"),
-        ({"lora-rite,": "lora-write,"}, "no optimizer lora-write; there are"),
+        ({"lora-rite,": "lora-write,"}, "no optimizer lora-write, did you mean lora-rite?"),
         ({"seeds: [0, 1]": "seeds: []"}, "seeds is empty"),
         ({"seeds: [0, 1]": "seeds: [0, 0]"}, "seeds: each once"),
         ({"ranks: [2]": "ranks: [0]"}, "ranks: each once, none below 1"),

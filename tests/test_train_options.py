@@ -88,9 +88,9 @@ def test_options_that_contradict_each_other(refused, tmp_path):
         (("--attn_implementation", "somebody/kernel"), "attn_implementation"),
         (
             ("--target_modules", "q_proj,v_porj"),
-            "--target_modules v_porj: no module of the model is named so; there are",
+            "--target_modules v_porj: no module of the model is named so, did you mean v_proj?",
         ),
-        (("--modules_to_save", "head"), "--modules_to_save head: no module of the model is named so; there are"),
+        (("--modules_to_save", "nothing"), "--modules_to_save nothing: no module of the model is named so; there are"),
         (("--modules_to_save", ".*head"), "give names of modules"),
     ]:
         assert says in refused(*words)
