@@ -386,8 +386,10 @@ def test_a_finished_run_goes_on_to_more_steps(train, tmp_path, capsys):
     train("--steps", 6, *words, name="whole")
     train("--steps", 2, *words, name="parts")
     capsys.readouterr()
-    result = train("--steps", 6, *words, "--resume", name="parts")
-    assert "goes on to --steps 6" in capsys.readouterr().err
+    result = train("--steps", 6, *words, "--resume", "--progress", name="parts")
+    said = capsys.readouterr()
+    assert "goes on to --steps 6" in said.err
+    assert "going on after step 2, " in said.out
     assert result["changes"] == [{"after_step": 2, "changed": {"steps": [2, 6]}}]
     assert result["settings"]["steps"] == len(result["losses"]) == 6
     for name, p in adapter(tmp_path, "whole").items():
