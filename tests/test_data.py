@@ -68,6 +68,8 @@ def test_a_misspelt_key_is_named_with_the_one_that_was_meant(tmp_path):
     for key, meant in (("mesages", "messages"), ("promt", "prompt"), ("txt", "text")):
         with pytest.raises(ValueError, match=rf"got \['{key}'\], did you mean {meant}\?"):
             read_examples(write(tmp_path / "data.jsonl", f'{{"{key}": "a"}}'))
+    with pytest.raises(ValueError, match=r"got \['answer', 'question'\]$"):  # which are near to none
+        read_examples(write(tmp_path / "data.jsonl", '{"question": "a", "answer": "b"}'))
 
 
 def test_split_is_reproducible_and_without_overlap():

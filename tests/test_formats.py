@@ -3,6 +3,7 @@
 import gzip
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -406,6 +407,38 @@ def test_eval_measures_the_loss_on_chats_that_train_did(files, capsys):
     (files / "template.jinja").write_text(TEMPLATE + " ")
     assert main(list(map(str, words))) == 2
     assert "chat_template_sha256: " in capsys.readouterr().err
+
+
+def test_an_adapter_is_evaluated_with_the_template_it_was_trained_with(files, capsys):
+    """That of its folder, as the base model has none; it belongs to what the evaluation is known by."""
+    validation = files / "held-out.jsonl"
+    validation.write_text(json.dumps({"messages": turns("who?", "you", "and?", "me")}))
+    assert run(files, "--validation", str(validation)) == 0
+    held_out = json.loads((files / "run" / "result.json").read_text())["held_out"]
+    adapter = files / "run" / "adapter"
+    words = ["eval", "--tasks", validation, "--adapter", adapter, "--out", files / "eval"]
+    assert main(list(map(str, words))) == 0
+    loss = json.loads((files / "eval" / "held-out.json").read_text())["results"]["loss"]
+    assert loss["nat_per_token"] == pytest.approx(held_out["after"], rel=1e-5)
+    assert main(list(map(str, words))) == 0
+    (adapter / "chat_template.jinja").write_text(TEMPLATE + " ")
+    assert main(list(map(str, words))) == 2
+    assert "chat_template_sha256: " in capsys.readouterr().err
+
+
+def test_the_template_of_the_docs_marks_the_answers_and_their_ends():
+    """It is the one that data.md prints, has one begin token, and teaches the end token, at which generation stops."""
+    template = (Path(__file__).parents[1] / "examples" / "chat.jinja").read_text()
+    assert f"```jinja\n{template}```" in (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    tok = tokenizer(template)
+    messages = [{"role": "system", "content": "be brief"}, *turns("one?", "1", "two?", "2")]
+    row = windows([chat(messages)], tok, 256).rows[0]
+    assert learnt(row, tok) == [f"1{tok.eos_token}", f"2{tok.eos_token}"]
+    assert row["input_ids"].count(tok.bos_token_id) == 1
+    asked = tok.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+    assert row["input_ids"][: len(asked)] == asked
+    tok.bos_token = None  # Qwen's has none
+    assert tok.apply_chat_template(messages, tokenize=False).startswith("<|system|>\nbe brief\n<|user|>\none?\n")
 
 
 def test_a_study_takes_chats_and_data_sets(files, monkeypatch):

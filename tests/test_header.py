@@ -70,6 +70,7 @@ def test_a_run_says_what_it_is_before_the_first_loss(data, tmp_path, capsys):
     ):  # fmt: skip
         assert says in error
     assert "GiB of memory" in printed or "MiB of memory" in printed
+    assert (", Python and its libraries among it\n" in printed) == (run["device"] == "cpu")
 
 
 def test_held_out_losses_come_as_they_are_measured(data, tmp_path, capsys, monkeypatch):

@@ -358,13 +358,16 @@ def test_an_adapter_as_a_model(also, folders, refused, data, capsys):
     ("model", "message"),
     [
         ("run", "it is the folder of a run, whose adapter is"),
-        ("nothing", "there is no such folder"),
+        ("nothing", "nothing: there is no such folder"),
+        ("modle", "there is no such folder, did you mean"),
         ("empty", "the folder has no config.json"),
     ],
 )
 def test_other_folders_as_a_model(model, message, folders, refused):
     (folders / "empty").mkdir()
-    assert message in refused(folders / model)
+    line = refused(folders / model)
+    assert message in line
+    assert "a hub id" not in line
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,8 @@ def test_state_in_lists_counts():
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("adam", lora_rite.LoRARiteValueError, "no optimizer adam; there are lora-rite, "),
+        ("sgd", lora_rite.LoRARiteValueError, "no optimizer sgd; there are lora-rite, "),
+        ("lorarite", lora_rite.LoRARiteValueError, "no optimizer lorarite, did you mean lora-rite?"),
         ("torch.optim:Nothing", lora_rite.LoRARiteValueError, "cannot import torch.optim:Nothing: "),
         ("no_such_package:X", lora_rite.LoRARiteValueError, "No module named 'no_such_package'"),
         ("torch.optim:Adam W", lora_rite.LoRARiteValueError, "'torch.optim:Adam W' is not an import path like"),

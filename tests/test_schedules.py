@@ -57,7 +57,8 @@ WORK = [
     ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "linear", "min_lr_ratio": 0.1}),
 ]
 FAIL = [
-    ("cosinus", None, "no such schedule; there are linear, cosine,"),
+    ("cosinus", None, "no such schedule, did you mean cosine?"),
+    ("steps", None, "no such schedule; there are linear, cosine,"),
     ("reduce_lr_on_plateau", None, "follows a metric"),
     ("greedy", {"factor": 0.9}, "follows a metric"),
     ("warmup_stable_decay", None, "it needs --scheduler_args.num_decay_steps"),

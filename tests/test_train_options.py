@@ -88,9 +88,9 @@ def test_options_that_contradict_each_other(refused, tmp_path):
         (("--attn_implementation", "somebody/kernel"), "attn_implementation"),
         (
             ("--target_modules", "q_proj,v_porj"),
-            "--target_modules v_porj: no module of the model is named so; there are",
+            "--target_modules v_porj: no module of the model is named so, did you mean v_proj?",
         ),
-        (("--modules_to_save", "head"), "--modules_to_save head: no module of the model is named so; there are"),
+        (("--modules_to_save", "nothing"), "--modules_to_save nothing: no module of the model is named so; there are"),
         (("--modules_to_save", ".*head"), "give names of modules"),
     ]:
         assert says in refused(*words)
@@ -386,8 +386,10 @@ def test_a_finished_run_goes_on_to_more_steps(train, tmp_path, capsys):
     train("--steps", 6, *words, name="whole")
     train("--steps", 2, *words, name="parts")
     capsys.readouterr()
-    result = train("--steps", 6, *words, "--resume", name="parts")
-    assert "goes on to --steps 6" in capsys.readouterr().err
+    result = train("--steps", 6, *words, "--resume", "--progress", name="parts")
+    said = capsys.readouterr()
+    assert "goes on to --steps 6" in said.err
+    assert "going on after step 2, " in said.out
     assert result["changes"] == [{"after_step": 2, "changed": {"steps": [2, 6]}}]
     assert result["settings"]["steps"] == len(result["losses"]) == 6
     for name, p in adapter(tmp_path, "whole").items():

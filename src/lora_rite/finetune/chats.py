@@ -18,6 +18,9 @@ _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 #: A template is at most so many bytes.
 MAX_TEMPLATE_BYTES = 2**20
 
+#: The file in which transformers keeps a tokenizer's chat template, in the folder of an adapter too.
+CHAT_TEMPLATE = "chat_template.jinja"
+
 
 def set_chat_template(tokenizer: Any, path: Path) -> None:
     """Gives the tokenizer the chat template of a file of Jinja, after a trial.

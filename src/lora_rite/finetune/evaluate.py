@@ -9,7 +9,9 @@ from ..errors import LoRARiteValueError
 from ..run import console
 from ..run.files import check_folder, prepare_folder, write_json
 from ..run.processes import check_alone
+from .chats import CHAT_TEMPLATE
 from .checks import weights_of
+from .data import Chat
 from .evaluator import Evaluator
 from .plans import (
     adapter_digest,
@@ -81,7 +83,8 @@ def evaluate(
         bf16: the same as --dtype bfloat16.
         load_in_4bit: quantise the linear maps to NF4 with bitsandbytes, as train does.
         load_in_8bit: quantise them to 8 bits (LLM.int8).
-        chat_template: file with the chat template (Jinja) for conversations in a file; by default the model's own.
+        chat_template: file with the chat template (Jinja) for conversations in a file; by default the one in the
+            adapter's folder, else the model's own.
         trust_remote_code: allow the model's own code to run.
         dry_run: print what would be evaluated, and stop.
         progress: say which task is evaluated, and show progress bars where stderr is a terminal.
@@ -99,6 +102,9 @@ def evaluate(
     settings["model_digest"] = model_digest(model)
     with console.bars(progress):
         plans = [read_plan(name, data_dir, settings, progress) for name in names]
+        own = None if adapter is None or chat_template is not None else adapter / CHAT_TEMPLATE
+        if own is not None and own.is_file() and any(isinstance(text, Chat) for plan in plans for text in plan.texts):
+            settings["chat_template"], settings["chat_template_sha256"] = str(own), template_digest(own)
         records = {plan.name: record for plan in plans if (record := finished_record(out, plan, settings)) is not None}
         plans = [with_judge(plan, num_fewshot) for plan in plans if plan.name not in records]
         if dry_run:

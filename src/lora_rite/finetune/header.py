@@ -160,7 +160,8 @@ def summary(result: dict[str, Any]) -> str:
     if took["step"]:
         lines.append("{training:.0f} s of training, {optimizer_share:.1%} of a step in the optimizer".format(**took))
     if peak := result.get("run", {}).get("memory", {}).get("peak"):
-        lines[-1] += f", at most {size_text(peak)} of memory"
+        whole = ", Python and its libraries among it" if result["run"]["device"] == "cpu" else ""
+        lines[-1] += f", at most {size_text(peak)} of memory{whole}"
     if cut:
         lines.append(f"{number(cut, 'example')} {'is' if cut == 1 else 'are'} longer than --max_length and cut")
     lines.append(f"adapter and result.json in {result['settings']['out']}")

@@ -12,7 +12,15 @@ from ..errors import LoRARiteValueError
 from ..inputs import blame
 from ..run.processes import sharded
 from .gguf import load_gguf
-from .models import fused_experts, locate, network_of_shapes, reading_gguf, refuse_adapter
+from .models import (
+    folder_meant,
+    fused_experts,
+    is_path_like,
+    locate,
+    network_of_shapes,
+    reading_gguf,
+    refuse_adapter,
+)
 from .untrusted import check_adapter
 from .wording import did_you_mean
 
@@ -128,8 +136,7 @@ def find_device(device: str | None) -> str:
 
 def _nowhere(name: str) -> str:
     """What a name is that is none of a folder, and the folder that may have been meant."""
-    beside = [str(path) for path in Path(name).parent.glob("*") if path.is_dir()]
-    return f" (a hub id: there is no such folder{did_you_mean(name, beside)})"
+    return "" if is_path_like(name) else f" (a hub id: there is no such folder{folder_meant(name)})"
 
 
 def _quantised(bits: int, dtype: Any, config: Any) -> dict[str, Any]:
@@ -273,7 +280,8 @@ def _check_names(network: Any, names: list[str], option: str) -> None:
     for wanted in names:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in there):
             last = sorted({name.rpartition(".")[2] for name, m in network.named_modules() if not list(m.children())})
-            known = ", ".join(name for name in last if not name.isdigit())
-            raise LoRARiteValueError(f"{option} {wanted}: no module of the model is named so; there are {known}")
+            known = [name for name in last if not name.isdigit()]
+            hint = did_you_mean(wanted, known) or f"; there are {', '.join(known)}"
+            raise LoRARiteValueError(f"{option} {wanted}: no module of the model is named so{hint}")
     if not names:
         raise LoRARiteValueError(f"{option}: no names")

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import LoRARiteValueError
 from ..inputs import blame, one_line, parse_json, suffix
+from .wording import did_you_mean
 
 #: The folder of the embedded model.
 TINY = Path(__file__).parent / "tiny"
@@ -131,6 +132,16 @@ def reading_gguf() -> Iterator[None]:
 ADAPTER_CONFIG = "adapter_config.json"
 
 
+def is_path_like(model: str) -> bool:
+    """Whether a name can be that of a folder alone, and none of the hub."""
+    return Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or "\\" in model
+
+
+def folder_meant(name: str) -> str:
+    """``, did you mean X?`` with the folder beside it that was most likely meant; nothing where none is near."""
+    return did_you_mean(name, [str(path) for path in Path(name).parent.glob("*") if path.is_dir()])
+
+
 def refuse_adapter(model: str) -> None:
     """Checks that a model's name is not that of a folder with an adapter, of which transformers would load the base
     model that the adapter names, nor of a folder that is not there or holds no model.
@@ -148,9 +159,8 @@ def refuse_adapter(model: str) -> None:
     if (adapter / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         base = _base(adapter)
         raise LoRARiteValueError(f"it is the folder of a run, whose adapter is {adapter}: give the base model{base}")
-    path_like = folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or "\\" in model
-    if path_like and not folder.exists():
-        raise LoRARiteValueError("there is no such folder")
+    if is_path_like(model) and not folder.exists():
+        raise LoRARiteValueError(f"there is no such folder{folder_meant(model)}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise LoRARiteValueError("the folder has no config.json, so that it is no model of transformers")
 

@@ -51,7 +51,8 @@ def find_optimizer(name: str) -> tuple[Callable[..., Any], Preset]:
         ImportError: the package of a name is missing, with the extra that has it.
     """
     if name not in PRESETS and ":" not in name:
-        raise LoRARiteValueError(f"no optimizer {name}; there are {', '.join(PRESETS)}, and package.module:attribute")
+        hint = did_you_mean(name, PRESETS) or f"; there are {', '.join(PRESETS)}, and package.module:attribute"
+        raise LoRARiteValueError(f"no optimizer {name}{hint}")
     preset = PRESETS.get(name, Preset(name))
     try:
         return resolve(preset.path), preset

@@ -29,8 +29,9 @@ def check_schedule(name: str, args: dict[str, Any] | None, lr: float, steps: int
 
     known = {kind.value: TYPE_TO_SCHEDULER_FUNCTION[kind] for kind in SchedulerType}
     if name not in known:
-        fixed = (kind for kind, function in known.items() if not _follows_a_metric(function))
-        raise LoRARiteValueError(f"no such schedule; there are {', '.join(fixed)}")
+        fixed = [kind for kind, function in known.items() if not _follows_a_metric(function)]
+        hint = did_you_mean(name, fixed) or f"; there are {', '.join(fixed)}"
+        raise LoRARiteValueError(f"no such schedule{hint}")
     if _follows_a_metric(known[name]):
         raise LoRARiteValueError("it follows a metric of the Trainer's own evaluations, and there are none here")
     parameters = {key: p for key, p in inspect.signature(known[name]).parameters.items() if key not in GIVEN}

@@ -22,7 +22,7 @@ from .plans import adapter_digest
 from .prepare import attach, load
 from .preview import show_examples
 from .publish import check_push, export, push
-from .reading import Examples, read
+from .reading import Examples, read, say
 from .trainer import add_callbacks, held_out_loss, log_entries, make_trainer
 from .windows import IGNORED, Windows
 
@@ -271,6 +271,8 @@ def _begin_and_train(
     allowed = [*(options.allow_changed or []), *on_main(lambda: raised_steps(options.out, settings))]
     run = Run(options.out, settings, prepared.inputs, versions(), allowed)
     run.begin(options.resume)
+    if run.last_saved is not None:
+        say(options, f"going on after step {run.last_saved}, the newest checkpoint that verifies")
     if processes.sharded():  # before it is shared out, the model may not fit
         trainer.on_prepared = lambda: trainer.state.stateful_callbacks.update({BEFORE: {"loss": measure()}})
     before = None if processes.sharded() else measure()

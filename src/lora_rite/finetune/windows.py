@@ -150,7 +150,8 @@ class _Encoder:
                 raise LoRARiteValueError(
                     "an encoder-decoder model learns from prompts and completions, not from conversations"
                     if self.encoder_decoder
-                    else "the model's tokenizer has no chat template for conversations; give --chat_template"
+                    else "the model's tokenizer has no chat template for conversations; give --chat_template FILE "
+                    "(docs/data.md has one to copy, for a base model)"
                 )
             example = plain
         ids, labels = self._tokens(example.prompt, example.completion)

@@ -60,7 +60,7 @@ def did_you_mean(name: str, known: Iterable[str], before: str = "") -> str:
     """
     meant = {key: key for key in known}
     meant |= {other: ours for other, ours in SYNONYMS.items() if ours in meant and other not in meant}
-    near = [name] if name in meant else get_close_matches(name, sorted(meant), 1, 0.5)
+    near = [name] if name in meant else get_close_matches(name, sorted(meant), 1)
     return f", did you mean {before}{meant[near[0]]}?" if near else ""
 
 

@@ -10,6 +10,7 @@ wherever it stopped.
 import inspect
 import itertools
 import statistics
+import sys
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
@@ -200,7 +201,7 @@ def _run_all(
     seconds: list[float] = []
     working: dict[Future, Trial] = {}
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with executor(jobs, devices) as pool, Progress(*columns, disable=not progress) as bar:
+    with executor(jobs, devices) as pool, Progress(*columns, disable=not (progress and sys.stdout.isatty())) as bar:
         shown = bar.add_task("", total=study.planned(losses), completed=len(losses))
         while due := study.due(losses):
             for run in [run for run in due if run not in working.values()][: jobs - len(working)]:
