@@ -136,7 +136,7 @@ def single():
     """Prints what a device without float64 must have. (Where the host asks on the CPU, in the first step, it is told by
     iterations, which ask nothing: nothing has a value here.)"""
     state.SINGLE = (DEVICE,)
-    basis.orthonormalise = partial(basis.orthonormalise, iterate=True)
+    basis.orthonormalise = partial(basis.orthonormalise, iterate=True, asks=False)
     mode, operators = fake_tensor.FakeTensorMode(), Operators()
     for problem, dtype, name, more in (
         (pairs, torch.float32, "eager_all", {}), (pairs, torch.bfloat16, "capturable", MOMENTS),

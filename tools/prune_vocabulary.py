@@ -76,8 +76,9 @@ def prune(model: str, out: Path, recipe: Path, data_dir: Path | None = None) -> 
             _write_gguf(file, target / GGUF, kept)
             pruned = _gguf_tokenizer(target / GGUF)
         _check(pruned, encoded, kept)
-        for pattern in PAPERS if Path(model).is_dir() else ():
-            for paper in Path(model).glob(pattern):
+        folder = Path(model) if file is None else file.parent
+        for pattern in PAPERS if folder.is_dir() else ():
+            for paper in folder.glob(pattern):
                 shutil.copy(paper, target)
 
     write_folder(out, write)
@@ -226,7 +227,8 @@ def _write_gguf(source: Path, target: Path, kept: list[int]) -> None:
         for part in ("weight", "bias")
     }
     rows = lambda tensor: tensor.data[kept] if tensor.name in tables else tensor.data
-    reader.tensors = [t._replace(data=rows(t), n_bytes=rows(t).nbytes) for t in reader.tensors]
+    cut = [(tensor, rows(tensor)) for tensor in reader.tensors]
+    reader.tensors = [tensor._replace(data=data, n_bytes=data.nbytes) for tensor, data in cut]
     writer = gguf.GGUFWriter(target, architecture, endianess=reader.endianess)
     writer.data_alignment = reader.alignment
     copy_with_new_metadata(reader, writer, changed, removed)

@@ -14,6 +14,7 @@ from .checks import weights_of
 from .data import Chat
 from .evaluator import Evaluator
 from .plans import (
+    Plan,
     adapter_digest,
     file_name,
     finished_record,
@@ -102,10 +103,12 @@ def evaluate(
     settings["model_digest"] = model_digest(model)
     with console.bars(progress):
         plans = [read_plan(name, data_dir, settings, progress) for name in names]
-        own = None if adapter is None or chat_template is not None else adapter / CHAT_TEMPLATE
-        if own is not None and own.is_file() and any(isinstance(text, Chat) for plan in plans for text in plan.texts):
-            settings["chat_template"], settings["chat_template_sha256"] = str(own), template_digest(own)
-        records = {plan.name: record for plan in plans if (record := finished_record(out, plan, settings)) is not None}
+        templates = {plan.name: _template_of(plan, settings) for plan in plans}
+        # What the model is loaded with; tasks without conversations do not use it.
+        settings |= next((t for t in templates.values() if t["chat_template"] is not None), {})
+        settings_of = lambda plan: {**settings, **templates[plan.name]}
+        found = {plan.name: finished_record(out, plan, settings_of(plan)) for plan in plans}
+        records = {name: record for name, record in found.items() if record is not None}
         plans = [with_judge(plan, num_fewshot) for plan in plans if plan.name not in records]
         if dry_run:
             print_plans(plans, list(records), settings)
@@ -118,6 +121,7 @@ def evaluate(
             if progress:
                 print(f"{plan.name} ({n} of {len(plans)})", file=sys.stderr, flush=True)
             records[plan.name], samples = evaluator(plan)
+            records[plan.name]["settings"] |= templates[plan.name]
             if out is not None:
                 _write(out, plan.name, records[plan.name], samples)
     return {"results": {name: records[name] for name in names}}
@@ -128,6 +132,17 @@ def _write(out: Path, name: str, record: dict[str, Any], samples: list[dict[str,
     lines = [json.dumps(sample, default=str) for sample in samples]
     file.with_suffix(".samples.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     write_json(file, record)
+
+
+def _template_of(plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a chat template that a task has: of one with conversations, where none is given, those of the
+    template in the adapter's folder."""
+    keys = ("chat_template", "chat_template_sha256")
+    own = None if settings["adapter"] is None else Path(settings["adapter"]) / CHAT_TEMPLATE
+    chats = any(isinstance(text, Chat) for text in plan.texts)
+    if settings["chat_template"] is not None or not chats or own is None or not own.is_file():
+        return {key: settings[key] for key in keys}
+    return dict(zip(keys, (str(own), template_digest(own)), strict=True))
 
 
 def _check(names: list[str], settings: dict[str, Any]) -> None:

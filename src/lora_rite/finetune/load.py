@@ -1,5 +1,6 @@
 """A model with its tokenizer, and an adapter on it."""
 
+import copy
 import importlib.util
 import re
 import warnings
@@ -257,10 +258,11 @@ def check_attaching(config: Any, trust_remote_code: bool, **options: Any) -> Non
     """
     import torch
 
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where it is attached, it is said
         try:
-            network = network_of_shapes(config, trust_remote_code=trust_remote_code)
+            # (a copy: transformers writes dtype and attention into what it makes a network of)
+            network = network_of_shapes(copy.deepcopy(config), trust_remote_code=trust_remote_code)
         except Exception:
             return
         attach_shapes(network, **options)

@@ -120,14 +120,16 @@ def check_arguments(name: str, options: Mapping[str, Any] | None) -> None:
     unknown = [key for key in values if key not in known]
     wrong = set() if is_open else set(unknown)
     if is_open and unknown:
-        base = {key: value for key, value in values.items() if key in known}
+        base = for_any_model({key: value for key, value in values.items() if key in known})
         makes = _tried(name, base)
         for kind in (type(makes), *base.values()):  # lora-plus is told what to make, and hands on what that takes
             if isinstance(kind, type) and not issubclass(kind, Exception):
                 known |= _named_arguments(kind)[0]
         refuses = lambda key, value: _refuses(_tried(name, {**base, key: value}), key)
         swallows = not refuses("no_such_argument", None)
-        near = {key for key in unknown if key not in known and meant_option(key, sorted(known)) in known}
+        # (beta2, where beta1 is known, may well be one that it reads.)
+        mistakable = [key for key in unknown if key not in known and not key[-1:].isdigit()]
+        near = {key for key in mistakable if meant_option(key, sorted(known)) in known}
         wrong = {key for key in unknown if refuses(key, values[key])} | (near if swallows else set())
     for key in unknown:
         if key in wrong:
@@ -171,8 +173,7 @@ def _small_adapter() -> Iterator[Any]:
     from ..plan.pairs import Shape
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), torch.random.fork_rng():  # which warns where there are several GPUs
         yield Adapter([Shape(48, 32, 4)], torch.float32, str(device))
 
 

@@ -44,6 +44,10 @@ def supports(plan: Plan) -> str | None:
         for option in EAGER_OPTIONS:
             if bucket.group.get(option):
                 return option
+    if not installed():
+        return "without triton, which is not installed"
+    if plan.buckets[0].device.type == "cpu" and not (pretended or os.environ.get("TRITON_INTERPRET") == "1"):
+        return "factors on a CPU"
     if plan not in _reasons:  # What a plan rests on is looked at once: its marks are compared in each step.
         _reasons[plan] = _of_plan(plan)
     return _reasons[plan]
@@ -57,10 +61,8 @@ def _of_plan(plan: Plan) -> str | None:
 
 
 def _of_device(device: torch.device) -> str | None:
-    if not installed():
-        return "without triton, which is not installed"
     if device.type == "cpu":
-        return None if pretended or os.environ.get("TRITON_INTERPRET") == "1" else "factors on a CPU"
+        return None
     if device.type != "cuda":
         return f"factors on a device of type {device.type}"
     if torch.version.hip:

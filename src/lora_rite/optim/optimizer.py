@@ -284,7 +284,7 @@ class LoRARite(torch.optim.Optimizer):
             self._statistics.add(plan.buckets, decided)
             self._statistics.skip(plan.pairs, decided)
             return plan, decided.moves, ok
-        if not ok:  # the one host synchronisation of a step
+        if not ok:  # the one host synchronisation of a step (up to rank 64, see Limits.asks_rank)
             good, changed = read_flags(plan.pairs, flags)
             if changed:
                 warn_of_change(self.param_groups, changed, plan.fresh)
