@@ -59,8 +59,8 @@ def measure(shapes: Shapes, rounds: int, engine: str) -> list[dict[str, Any]]:
     """The rows of :func:`bench_host`: parts of LoRARite's step that touch no factor, and whole steps."""
     torch.manual_seed(0)
     ours = OURS[engine]
-    names = (ours, FOREACH, BASELINE, ours)
-    rite, foreach, fused, idle = (TimedOptimizer(name, shapes, torch.float32, "cpu") for name in names)
+    made = (TimedOptimizer(name, shapes, torch.float32, "cpu") for name in (ours, FOREACH, BASELINE, ours))
+    rite, foreach, fused, idle = made
     for p in idle.params:
         p.grad = None
     work = {**_parts(rite.optimizer), ours: rite.step, FOREACH: foreach.step, BASELINE: fused.step}

@@ -13,7 +13,7 @@ from ..run.checkpoints import checkpoints
 from ..run.files import LOCK, read_json
 from ..run.processes import sharded, uses_cpu
 from ..run.settings import PLACES, RESULT, changes, read_settings, refuse_changes
-from .load import module_names
+from .load import find_device, module_names
 from .optimizers import check_arguments, check_optimizer
 from .records import read_text
 from .schedules import check_schedule
@@ -159,7 +159,7 @@ def _check_compiler(option: str) -> None:
     """Compiles a sum for the device of the run: without it, a missing compiler would be found in the first step."""
     import torch
 
-    device = "cpu" if uses_cpu() else torch.accelerator.current_accelerator()
+    device = find_device("cpu" if uses_cpu() else None)
     with blame(f"{option}: torch.compile does not work here"):
         torch.compile(torch.add)(torch.ones(2, device=device), 1)
 

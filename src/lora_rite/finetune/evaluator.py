@@ -46,14 +46,15 @@ class Evaluator:
 
         self.progress = progress
         texts = {plan.name: plan.texts for plan in plans if plan.texts}
+        made: dict[str, Windows] = {}
 
         def check(tokenizer: Any, config: Any) -> None:
             if settings["chat_template"] is not None:
                 set_chat_template(tokenizer, Path(settings["chat_template"]))
             check_padding(tokenizer, settings["model"])
             how = {"encoder_decoder": config.is_encoder_decoder}
-            made = {name: windows(part, tokenizer, settings["max_length"], **how) for name, part in texts.items()}
-            self.windows = {name: (found, settings["max_length"]) for name, found in made.items()}
+            for name, part in texts.items():
+                made[name] = windows(part, tokenizer, settings["max_length"], **how)
             if settings["adapter"] is not None:
                 check_attaching(config, trust_remote_code, adapter=Path(settings["adapter"]))
 
@@ -72,7 +73,7 @@ class Evaluator:
             raise LoRARiteValueError(
                 f"the tokenizer of --model has {size} tokens, and the model knows {self.limits.tokens}"
             )
-        self.windows = {name: self._fitting(found, texts[name], network) for name, (found, _) in self.windows.items()}
+        self.windows = {name: self._fitting(found, texts[name], network) for name, found in made.items()}
         if settings["adapter"] is not None:
             network = attach_adapter(network, adapter=Path(settings["adapter"]))
         predict_labelled(network)

@@ -12,6 +12,7 @@ from ..errors import LoRARiteValueError
 from ..inputs import blame, resolve, resolve_values
 from ..optim.modes import evaluating, two_modes
 from ..options import meant_option
+from .load import find_device
 from .wording import did_you_mean
 
 
@@ -172,9 +173,8 @@ def _small_adapter() -> Iterator[Any]:
     from ..invariance.problems import Adapter
     from ..plan.pairs import Shape
 
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     with warnings.catch_warnings(action="ignore"), torch.random.fork_rng():  # which warns where there are several GPUs
-        yield Adapter([Shape(48, 32, 4)], torch.float32, str(device))
+        yield Adapter([Shape(48, 32, 4)], torch.float32, find_device(None))
 
 
 def option(name: str, options: dict[str, Any] | None) -> str:

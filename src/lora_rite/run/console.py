@@ -34,10 +34,11 @@ def number(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def shows_bars(progress: bool) -> bool:
-    """Whether there are progress bars: where they are wanted and stderr is a terminal. In a file, a pipe or a notebook
-    each state of a bar would stay."""
-    return progress and sys.stderr is not None and sys.stderr.isatty()
+def shows_bars(progress: bool, on_stdout: bool = False) -> bool:
+    """Whether there are progress bars: where they are wanted and stderr (or stdout) is a terminal. In a file, a pipe or
+    a notebook each state of a bar would stay."""
+    stream = sys.stdout if on_stdout else sys.stderr
+    return progress and stream is not None and stream.isatty()
 
 
 @contextmanager

@@ -10,7 +10,6 @@ wherever it stopped.
 import inspect
 import itertools
 import statistics
-import sys
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from ..finetune.load import load_model
 from ..finetune.optimizers import check_optimizer
 from ..finetune.train import train
 from ..finetune.windows import Windows, make_windows
+from ..run.console import shows_bars
 from ..run.files import LOCK, read_json, write_json
 from ..run.processes import check_one
 from .data import missing_files, read_new_data, write_data
@@ -201,7 +201,7 @@ def _run_all(
     seconds: list[float] = []
     working: dict[Future, Trial] = {}
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with executor(jobs, devices) as pool, Progress(*columns, disable=not (progress and sys.stdout.isatty())) as bar:
+    with executor(jobs, devices) as pool, Progress(*columns, disable=not shows_bars(progress, on_stdout=True)) as bar:
         shown = bar.add_task("", total=study.planned(losses), completed=len(losses))
         while due := study.due(losses):
             for run in [run for run in due if run not in working.values()][: jobs - len(working)]:
